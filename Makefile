@@ -1,0 +1,99 @@
+# SomaStack's commands. `make help` lists them; every one sets up what it needs first.
+# Needs Python 3.11 or newer and make. Another interpreter: make setup PYTHON=/path/to/python3
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+HOME_DIR ?= .somastack
+ARGS ?=
+RUN := .venv/bin/python
+GATES := $(RUN) -m tools.gates
+# buf finds its plugins, and bin/protoc its Python, on the path.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+##@ Run
+
+.PHONY: up
+up: setup ## Start the whole stack, play a demo conversation, keep serving (HOME_DIR=.somastack)
+	.venv/bin/somastack up --home $(HOME_DIR) --demo $(ARGS)
+
+.PHONY: down
+down: setup ## Stop the stack that `make up` started
+	.venv/bin/somastack down --home $(HOME_DIR) $(ARGS)
+
+##@ Check
+
+.PHONY: test
+test: setup ## Every gate, then every test level; one summary at the end (FAIL_FAST=1 stops at the first failure)
+	$(GATES) all
+
+.PHONY: lint
+lint: setup ## ruff, import contracts, buf lint, format and breaking
+	$(GATES) lint
+
+.PHONY: types
+types: setup ## mypy --strict
+	$(GATES) types
+
+.PHONY: proto-check
+proto-check: setup ## Fail when gen/ is not what proto/ generates
+	$(GATES) proto-check
+
+.PHONY: model
+model: setup ## Check the turn protocol's model over its interleavings (quick bounds)
+	$(GATES) model
+
+.PHONY: unit contract integration e2e chaos
+unit contract integration e2e chaos: setup ## One level of tests (ARGS="-k name" goes to pytest)
+	$(GATES) $@ -- $(ARGS)
+
+.PHONY: bench
+bench: setup ## Measure: turns per second, latencies, CPU, memory, beside the machine's own limits
+	$(RUN) -m tests.bench $(ARGS)
+
+.PHONY: soak
+soak: setup ## Hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --seed 1")
+	$(RUN) -m tests.chaos.soak $(ARGS)
+
+##@ Change
+
+.PHONY: proto
+proto: setup ## Format proto/ and generate gen/ from it
+	buf format -w proto
+	buf generate
+
+.PHONY: fmt
+fmt: setup ## Format Python and proto files
+	ruff check --fix-only --quiet .
+	ruff format .
+	buf format -w proto
+
+.PHONY: lock
+lock: setup ## Renew requirements/*.lock from pyproject.toml (ARGS=--upgrade takes the newest versions)
+	$(RUN) -m tools.lock $(ARGS)
+
+##@ Environment
+
+.PHONY: setup
+setup: ## Make or renew .venv from the hash-pinned lock; nothing when it is up to date
+	@bin/setup
+
+.PHONY: tools
+tools: ## Install the outside programs that some targets need (none does today)
+	@echo "tools: nothing to install: every program in use comes with the locked Python packages"
+
+.PHONY: clean
+clean: ## Remove caches and reports
+	rm -rf .reports .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* dist
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: clean-venv
+clean-venv: ## Remove .venv (the next command makes it again)
+	rm -rf .venv
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z][a-z0-9 -]*:.*## / { printf "  %-36s %s\n", "make " $$1, $$2 }' $(MAKEFILE_LIST)

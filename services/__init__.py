@@ -1,0 +1,1 @@
+"""The five services. Each folder is one process; none imports another."""

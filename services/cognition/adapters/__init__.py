@@ -1,0 +1,1 @@
+"""The cognition's technologies, one file each: what comes in and what goes out."""

@@ -1,0 +1,1 @@
+"""Tenants, agents and their configuration, and the feed that carries them to the others."""

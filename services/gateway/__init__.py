@@ -1,0 +1,1 @@
+"""Takes messages in from channels and hands answers out; owns no conversation."""

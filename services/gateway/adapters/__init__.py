@@ -1,0 +1,1 @@
+"""The gateway's technologies, one file each: what comes in and what goes out."""

@@ -1,0 +1,1 @@
+"""Owns sessions: ingests, orders, schedules, journals and delivers turns."""

@@ -1,0 +1,1 @@
+"""Runs tools, each invocation at most once per idempotency key."""

@@ -1,0 +1,1 @@
+"""The toolgw's technologies, one file each: what comes in and what goes out."""

@@ -1,0 +1,1 @@
+"""The shared library: what every service needs and no service owns."""

@@ -1,0 +1,1 @@
+"""Tests, by level: the folder is the level (see CONTRIBUTING.md)."""

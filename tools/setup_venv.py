@@ -1,0 +1,90 @@
+"""Make or renew `.venv` from the hash-pinned lock; do nothing when it is already right.
+
+Runs on the bare standard library, before anything is installed. "Already right" is a stamp in the environment that
+names the lock, the project file, the interpreter and the place of the checkout: a change in any of them installs again.
+Two runs at the same time wait for each other.
+"""
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+LOCK = ROOT / "requirements" / "dev.lock"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".installed"
+
+
+def main() -> int:
+    """Return the process's exit code: 0 when the environment is usable."""
+    VENV.mkdir(exist_ok=True)
+    with (VENV / ".setup.lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == _fingerprint():
+            return 0
+        return _install()
+
+
+def _install() -> int:
+    started = time.monotonic()
+    STAMP.unlink(missing_ok=True)
+    version = ".".join(map(str, sys.version_info[:3]))
+    _say(f"virtual environment in .venv, Python {version}")
+    venv.create(VENV, with_pip=True, clear=False, upgrade_deps=False, symlinks=True)
+    pins = sum(1 for line in LOCK.read_text().splitlines() if line[:1].isalnum())
+    _say(f"up to {pins} packages from requirements/dev.lock, each checked against its hash (about half a minute)")
+    # The editable install comes from the checkout alone: its build backend is one of the packages just installed.
+    steps = (
+        ("installing the locked packages", ["install", "--require-hashes", "-r", str(LOCK)]),
+        ("putting the checkout on the path", ["install", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]),
+        ("checking that all of it fits together", ["check"]),
+    )
+    for what, arguments in steps:
+        if not _pip(what, arguments):
+            return 1
+    STAMP.write_text(_fingerprint())
+    _say(f"done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _pip(what: str, arguments: list[str]) -> bool:
+    _say(what)
+    command = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore", "PIP_PROGRESS_BAR": "off"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode == 0:
+        return True
+    sys.stderr.buffer.write(result.stdout)
+    print(
+        f"\nsetup: {what} failed (pip's words are above).\n"
+        "  - No answer from the package index: check the network, a proxy, or pip's own configuration\n"
+        "    (`pip config list`), and run `make setup` again; what was downloaded is kept.\n"
+        "  - A hash that does not match: the index serves another file than the one that was locked. Do not go on\n"
+        "    with it; `make lock` renews the lock if the change is meant.\n"
+        "  - No matching distribution: this Python or platform has no wheel; try `make setup PYTHON=python3.11`.\n"
+        "  - Anything else: `make clean-venv setup` starts over.",
+        file=sys.stderr,
+    )
+    return False
+
+
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for path in (LOCK, ROOT / "pyproject.toml"):
+        digest.update(path.read_bytes())
+    digest.update(f"{sys.version_info[:2]}{ROOT}".encode())
+    return digest.hexdigest()
+
+
+def _say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
