@@ -44,8 +44,10 @@ proto-check: setup ## Fail when gen/ is not what proto/ generates
 model: setup ## Check the turn protocol's model over its interleavings (quick bounds)
 	$(GATES) model
 
-.PHONY: unit contract integration e2e chaos
-unit contract integration e2e chaos: setup ## One level of tests (ARGS="-k name" goes to pytest)
+LEVELS := unit contract integration e2e chaos
+.PHONY: $(LEVELS)
+unit: ## One level of tests; also contract, integration, e2e, chaos (ARGS="-k name" goes to pytest)
+$(LEVELS): setup
 	$(GATES) $@ -- $(ARGS)
 
 .PHONY: bench
@@ -96,4 +98,4 @@ clean-venv: ## Remove .venv (the next command makes it again)
 help: ## This list
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z][a-z0-9 -]*:.*## / { printf "  %-36s %s\n", "make " $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z][a-z0-9 -]*:.*## / { printf "  %-18s %s\n", "make " $$1, $$2 }' $(MAKEFILE_LIST)

@@ -1,0 +1,211 @@
+"""Run the gates: static checks, the protocol's model, and the test levels, each timed, with one summary at the end.
+
+    python -m tools.gates all               # what `make test` and CI run
+    python -m tools.gates lint types        # some of them
+    python -m tools.gates unit -- -k cursor # one level; what follows `--` goes to pytest
+
+A failing gate does not hide the next one; FAIL_FAST=1 stops at the first. The last line counts tests as pytest does.
+The whole run has a time limit (TEST_LIMIT_S, seconds): a stage that hangs is ended with everything it started.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / ".reports"
+PYTHON = sys.executable
+DEFAULT_LIMIT_S = 24 * 60
+STOP_GRACE_S = 15
+NO_TESTS_COLLECTED = 5  # pytest's exit code
+
+# e2e and chaos measure recovery times of the running stack: instrumented code would be another, slower product.
+MEASURED_LEVELS = ("unit", "contract", "integration")
+LEVELS = (*MEASURED_LEVELS, "e2e", "chaos")
+CODE = ("soma_common", "services", "somastack", "tests", "tools")
+
+
+class Outcome(Enum):
+    """How a stage ended."""
+
+    OK = "ok"
+    FAILED = "FAILED"
+    OVERRAN = "OVERRAN"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command of a gate."""
+
+    gate: str
+    what: str
+    command: tuple[str, ...]
+    needs: Path | None = None  # skipped when this path does not exist
+    level: str | None = None  # a pytest level: its report is counted, and having no tests is no failure
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one stage did and how long it took."""
+
+    stage: Stage
+    outcome: Outcome
+    seconds: float
+    tests: Counter[str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the named gates; return 0 when every one passed."""
+    names = list(dict.fromkeys(stage.gate for stage in _stages(measured=False)))
+    parser = argparse.ArgumentParser(prog="tools.gates", description="Run SomaStack's gates.")
+    parser.add_argument("gates", nargs="+", choices=["all", *names], metavar="gate", help=", ".join(["all", *names]))
+    known, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    chosen = set(parser.parse_args(known).gates)
+    whole_run = "all" in chosen
+    stages = [
+        replace(stage, command=(*stage.command, *rest)) if stage.level else stage
+        for stage in _stages(measured=whole_run)
+        if whole_run or stage.gate in chosen
+    ]
+    REPORTS.mkdir(exist_ok=True)
+    if whole_run:
+        for stale in REPORTS.glob("coverage*"):
+            stale.unlink()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return _run_all(stages)
+
+
+def _stages(*, measured: bool) -> Iterator[Stage]:
+    """Yield every stage in order; `measured` adds coverage to the levels that allow it, and its report."""
+    proto, breaking = ROOT / "proto", (PYTHON, "-m", "tools.proto_breaking")
+    yield Stage("lint", "ruff: lint", ("ruff", "check", "."))
+    yield Stage("lint", "ruff: format", ("ruff", "format", "--check", "."))
+    yield Stage("lint", "import contracts", ("lint-imports", "--no-logo"))
+    yield Stage("lint", "buf: lint", ("buf", "lint"), needs=proto)
+    yield Stage("lint", "buf: format", ("buf", "format", "--diff", "--exit-code", "proto"), needs=proto)
+    yield Stage("lint", "buf: breaking changes", breaking, needs=proto)
+    yield Stage("proto-check", "gen/ is what proto/ generates", (PYTHON, "-m", "tools.proto_drift"), needs=proto)
+    yield Stage("types", "mypy --strict", ("mypy", *CODE))
+    turn_protocol = ROOT / "tests" / "model" / "turn_protocol.py"
+    model = (PYTHON, "-m", "tests.model.turn_protocol", "--quick")
+    yield Stage("model", "turn protocol's model", model, needs=turn_protocol)
+    for level in LEVELS:
+        coverage = ("--cov", "--cov-append", "--cov-report=") if measured and level in MEASURED_LEVELS else ()
+        command = (PYTHON, "-m", "pytest", f"tests/{level}", f"--junitxml={_report(level)}", *coverage)
+        yield Stage(level, f"{level} tests", command, needs=ROOT / "tests" / level, level=level)
+        if measured and level == MEASURED_LEVELS[-1]:
+            yield Stage("coverage", "coverage so far", ("coverage", "report"), needs=REPORTS / "coverage")
+
+
+def _run_all(stages: list[Stage]) -> int:
+    started = time.monotonic()
+    limit_s = float(os.environ.get("TEST_LIMIT_S", DEFAULT_LIMIT_S))
+    results: list[Result] = []
+    for stage in stages:
+        results.append(_run(stage, remaining_s=started + limit_s - time.monotonic()))
+        if _bad(results[-1]) and os.environ.get("FAIL_FAST"):
+            break
+    _summarize(results, time.monotonic() - started)
+    return 1 if any(map(_bad, results)) else 0
+
+
+def _run(stage: Stage, remaining_s: float) -> Result:
+    if stage.needs is not None and not stage.needs.exists():
+        _say(f"\n-- {stage.what}: skipped, {stage.needs.relative_to(ROOT)} does not exist")
+        return Result(stage, Outcome.SKIPPED, 0.0, Counter())
+    _say(f"\n== {stage.what}: {' '.join(_readable(stage.command))}")
+    if stage.level:
+        _report(stage.level).unlink(missing_ok=True)
+    started = time.monotonic()
+    code = _call(stage.command, max(remaining_s, 1.0))
+    seconds = time.monotonic() - started
+    tests = _count(_report(stage.level)) if stage.level else Counter[str]()
+    if code is None:
+        outcome = Outcome.OVERRAN
+    elif stage.level and code == NO_TESTS_COLLECTED:
+        outcome = Outcome.SKIPPED
+    else:
+        outcome = Outcome.OK if code == 0 else Outcome.FAILED
+    _say(f"-- {stage.what}: {outcome.value} in {seconds:.1f} s")
+    return Result(stage, outcome, seconds, tests)
+
+
+def _call(command: tuple[str, ...], limit_s: float) -> int | None:
+    """Return the command's exit code, or None when it was ended for running too long.
+
+    The command leads a process group of its own, so that whatever it started ends with it.
+    """
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(STOP_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _summarize(results: list[Result], seconds: float) -> None:
+    _say("\n== summary")
+    for result in results:
+        again = f"   again: make {result.stage.gate}" if _bad(result) else ""
+        _say(f"  {result.outcome.value:8} {result.seconds:7.1f} s  {result.stage.what}{again}")
+    tests = sum((result.tests for result in results), Counter[str]())
+    if any(result.stage.level for result in results):
+        order = ("failed", "passed", "skipped", "errors")
+        counts = ", ".join(f"{tests[word]} {word}" for word in order if tests[word]) or "no tests ran"
+        _say(f"==================== {counts} in {seconds:.2f}s ====================")
+
+
+def _count(report: Path) -> Counter[str]:
+    """Read pytest's counts from its JUnit report; nothing when it wrote none."""
+    if not report.exists():
+        return Counter()
+    suites = ET.parse(report).getroot().iter("testsuite")
+    counts: Counter[str] = Counter()
+    for suite in suites:
+        bad = {"failed": int(suite.get("failures", 0)), "errors": int(suite.get("errors", 0))}
+        skipped = int(suite.get("skipped", 0))
+        counts.update(bad, skipped=skipped, passed=int(suite.get("tests", 0)) - sum(bad.values()) - skipped)
+    return counts
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _bad(result: Result) -> bool:
+    return result.outcome in (Outcome.FAILED, Outcome.OVERRAN)
+
+
+def _report(level: str) -> Path:
+    return REPORTS / f"{level}.xml"
+
+
+def _readable(command: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part.replace(PYTHON, "python").replace(f"{ROOT}/", "") for part in command)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Fail when proto/ breaks a contract that somebody may already rely on.
+
+A branch is compared with the commit where it left main, main itself with its last release (tag v*). Where there is
+nothing to compare with (first commits, nothing released, a shallow clone that holds neither), it says so and passes.
+BREAKING_AGAINST=<revision> chooses another revision.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRACTS = ("buf.yaml", "proto", "third_party")
+
+
+def main() -> int:
+    """Return buf's verdict, or 0 when there is nothing to compare with."""
+    revision = os.environ.get("BREAKING_AGAINST") or _baseline()
+    if revision is None:
+        print("nothing to compare with: this is main, and nothing reachable is released")
+        return 0
+    contracts = _git("archive", revision, *CONTRACTS)
+    if contracts is None:
+        print(f"nothing to compare with: {revision} holds no contracts")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-x", "-C", folder], input=contracts, check=True)
+        print(f"comparing with {revision}", flush=True)
+        return subprocess.run(["buf", "breaking", "--against", folder], cwd=ROOT).returncode
+
+
+def _baseline() -> str | None:
+    """Return the revision that others rely on: where a branch left main, or the last release when on main."""
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    on_main = _git("symbolic-ref", "--quiet", "--short", "HEAD") == b"main\n"
+    for trunk in () if on_main else ("origin/main", "main"):
+        left_at = _git("merge-base", "HEAD", trunk)
+        if left_at is not None and left_at != head:
+            return left_at.decode().strip()
+    release = _git("describe", "--tags", "--abbrev=0", "--match", "v*")
+    return None if release is None else release.decode().strip()
+
+
+def _git(*arguments: str) -> bytes | None:
+    """Return git's output, or None when it fails (not a repository, no such revision or path)."""
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True)
+    return result.stdout if result.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
