@@ -1,7 +1,7 @@
 """Make or renew `.venv` from the hash-pinned lock; do nothing when it is already right.
 
 Runs on the bare standard library, before anything is installed. "Already right" is a stamp in the environment that
-names the lock, the project file, the interpreter and the place of the checkout: a change in any of them installs again.
+names the lock, the project's metadata, the interpreter and the place of the checkout: a change in any installs again.
 Two runs at the same time wait for each other.
 """
 
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 import venv
 from pathlib import Path
 
@@ -75,11 +76,10 @@ def _pip(what: str, arguments: list[str]) -> bool:
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256()
-    for path in (LOCK, ROOT / "pyproject.toml"):
-        digest.update(path.read_bytes())
-    digest.update(f"{sys.version_info[:2]}{ROOT}".encode())
-    return digest.hexdigest()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    installed = [project.get("project"), project.get("build-system"), project["tool"].get("hatch")]
+    parts = [LOCK.read_text(), installed, sys.version_info[:2], str(ROOT)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _say(text: str) -> None:
