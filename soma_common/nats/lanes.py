@@ -1,0 +1,87 @@
+"""The inbound lanes: the JetStream streams that carry accepted messages to the routers.
+
+A lane is read whole by every router that owns one of its partitions; subjects are few (one per tenant) because filtered consumers over
+many subjects collapse. Its bound is per subject, so per tenant: a tenant that is not drained fills its own share and is refused, and
+nobody else is. It has no age limit: what was acknowledged leaves only when every partition has it in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from nats.js import JetStreamContext
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
+from nats.js.errors import BadRequestError, NotFoundError
+
+from soma_common.ids import PARTITION_FUNCTION
+
+BATCH_FORMAT: Final = 1
+DEDUPE_WINDOW_S: Final = 120.0
+_NAME_IN_USE: Final = 10058
+
+
+class LaneMismatch(Exception):
+    """The lanes were made for another number of partitions or lanes, or another hash: this process must not take part."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLayout:
+    """How sessions are spread: `partitions` units of ownership over `lanes` streams."""
+
+    partitions: int
+    lanes: int
+
+    def metadata(self) -> dict[str, str]:
+        """What the streams and the database keep of the layout, to be compared by every process at start."""
+        return {
+            "soma_partitions": str(self.partitions),
+            "soma_lanes": str(self.lanes),
+            "soma_hash": PARTITION_FUNCTION,
+        }
+
+
+def stream_name(lane: int) -> str:
+    """The JetStream stream of a lane."""
+    return f"SOMA_IN_{lane}"
+
+
+def lane_config(lane: int, layout: LaneLayout, tenant_bound: int, replicas: int = 1) -> StreamConfig:
+    """The stream of a lane. `tenant_bound` is the most batches one tenant may have in it."""
+    return StreamConfig(
+        name=stream_name(lane),
+        subjects=[f"soma.*.in.{lane}"],
+        retention=RetentionPolicy.LIMITS,
+        storage=StorageType.FILE,
+        discard=DiscardPolicy.NEW,
+        discard_new_per_subject=True,
+        max_msgs_per_subject=tenant_bound,
+        duplicate_window=DEDUPE_WINDOW_S,
+        num_replicas=replicas,
+        metadata=layout.metadata(),
+    )
+
+
+async def ensure_lanes(js: JetStreamContext, layout: LaneLayout, tenant_bound: int, replicas: int = 1) -> None:
+    """Makes the lanes that are missing and checks those that exist. Raises LaneMismatch when they were made for another layout."""
+    for lane in range(layout.lanes):
+        try:
+            info = await js.stream_info(stream_name(lane))
+        except NotFoundError:
+            try:
+                info = await js.add_stream(lane_config(lane, layout, tenant_bound, replicas))
+            except BadRequestError as error:
+                if error.err_code != _NAME_IN_USE:
+                    raise
+                info = await js.stream_info(stream_name(lane))  # another process was first, perhaps with other bounds
+        check_layout(info, layout)
+
+
+def check_layout(info: StreamInfo, layout: LaneLayout) -> None:
+    """Compares a lane's metadata with this process's settings. Raises LaneMismatch."""
+    have = {key: value for key, value in (info.config.metadata or {}).items() if key.startswith("soma_")}
+    if have != layout.metadata():
+        raise LaneMismatch(
+            f"stream {info.config.name} was made for {have}, this process is set to {layout.metadata()}: "
+            "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; changing them needs a stop, a drain and new streams"
+        )
