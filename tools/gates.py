@@ -123,11 +123,14 @@ def _run(stage: Stage, remaining_s: float) -> Result:
     if stage.needs is not None and not stage.needs.exists():
         _say(f"\n-- {stage.what}: skipped, {stage.needs.relative_to(ROOT)} does not exist")
         return Result(stage, Outcome.SKIPPED, 0.0, Counter())
+    if remaining_s <= 0:
+        _say(f"\n-- {stage.what}: not run, the time limit is used up")
+        return Result(stage, Outcome.OVERRAN, 0.0, Counter())
     _say(f"\n== {stage.what}: {' '.join(_readable(stage.command))}")
     if stage.level:
         _report(stage.level).unlink(missing_ok=True)
     started = time.monotonic()
-    code = _call(stage.command, max(remaining_s, 1.0))
+    code = _call(stage.command, remaining_s)
     seconds = time.monotonic() - started
     tests = _count(_report(stage.level)) if stage.level else Counter[str]()
     if code is None:
