@@ -19,7 +19,7 @@ def main() -> int:
     """Return buf's verdict, or 0 when there is nothing to compare with."""
     revision = os.environ.get("BREAKING_AGAINST") or _baseline()
     if revision is None:
-        print("nothing to compare with: this is main, and nothing reachable is released")
+        print("nothing to compare with: no earlier state of main and no release is in reach of this commit")
         return 0
     contracts = _git("archive", revision, *CONTRACTS)
     if contracts is None:
