@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["soma_common.testing.embedded"]
+
 TESTS = Path(__file__).parent
 LEVELS = frozenset({"unit", "contract", "integration", "e2e", "chaos", "bench", "model"})
 

@@ -1,0 +1,1 @@
+"""The embedded servers on the real binaries: start, faults, identities."""
