@@ -31,7 +31,7 @@ NO_TESTS_COLLECTED = 5  # pytest's exit code
 # e2e and chaos measure recovery times of the running stack: instrumented code would be another, slower product.
 MEASURED_LEVELS = ("unit", "contract", "integration")
 LEVELS = (*MEASURED_LEVELS, "e2e", "chaos")
-CODE = ("soma_common", "services", "somastack", "tests", "tools")
+TYPED = ("soma_common", "services", "somastack", "examples", "tests", "tools")
 
 
 class Outcome(Enum):
@@ -95,7 +95,7 @@ def _stages(*, measured: bool) -> Iterator[Stage]:
     yield Stage("lint", "buf: format", ("buf", "format", "--diff", "--exit-code", "proto"), needs=proto)
     yield Stage("lint", "buf: breaking changes", breaking, needs=proto)
     yield Stage("proto-check", "gen/ is what proto/ generates", (PYTHON, "-m", "tools.proto_drift"), needs=proto)
-    yield Stage("types", "mypy --strict", ("mypy", *CODE))
+    yield Stage("types", "mypy --strict", ("mypy", *(folder for folder in TYPED if any((ROOT / folder).rglob("*.py")))))
     turn_protocol = ROOT / "tests" / "model" / "turn_protocol.py"
     model = (PYTHON, "-m", "tests.model.turn_protocol", "--quick")
     yield Stage("model", "turn protocol's model", model, needs=turn_protocol)

@@ -20,12 +20,12 @@ VENV = ROOT / ".venv"
 LOCK = ROOT / "requirements" / "dev.lock"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".installed"
+GUARD = ROOT / ".setup.lock"
 
 
 def main() -> int:
     """Return the process's exit code: 0 when the environment is usable."""
-    VENV.mkdir(exist_ok=True)
-    with (VENV / ".setup.lock").open("w") as guard:
+    with GUARD.open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == _fingerprint():
             return 0
@@ -37,7 +37,8 @@ def _install() -> int:
     STAMP.unlink(missing_ok=True)
     version = ".".join(map(str, sys.version_info[:3]))
     _say(f"virtual environment in .venv, Python {version}")
-    venv.create(VENV, with_pip=True, clear=False, upgrade_deps=False, symlinks=True)
+    # Another interpreter's packages are of no use to this one: start over.
+    venv.create(VENV, with_pip=True, clear=not _made_by_this_python(), symlinks=True)
     pins = sum(1 for line in LOCK.read_text().splitlines() if line[:1].isalnum())
     _say(f"up to {pins} packages from requirements/dev.lock, each checked against its hash (about half a minute)")
     # The editable install comes from the checkout alone: its build backend is one of the packages just installed.
@@ -52,6 +53,10 @@ def _install() -> int:
     STAMP.write_text(_fingerprint())
     _say(f"done in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _made_by_this_python() -> bool:
+    return PYTHON.exists() and (VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}").is_dir()
 
 
 def _pip(what: str, arguments: list[str]) -> bool:
