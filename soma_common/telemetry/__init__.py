@@ -1,0 +1,1 @@
+"""Logs, metrics, trace context and the admin port: what a service tells about itself."""
