@@ -82,7 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
         for stale in REPORTS.glob("coverage*"):
             stale.unlink()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return _run_all(stages)
+    try:
+        return _run_all(stages)
+    except KeyboardInterrupt:
+        _say("\ninterrupted; what was running has been ended")
+        return 128 + signal.SIGINT
 
 
 def _stages(*, measured: bool) -> Iterator[Stage]:
