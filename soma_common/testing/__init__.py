@@ -1,1 +1,1 @@
-"""What tests are made of: the real servers, and fakes of our own ports."""
+"""What tests of every service use: identities, waiting for a condition, embedded servers."""

@@ -1,0 +1,324 @@
+"""What happens around every handler, in this order:
+
+    count and time -> errors to statuses -> deadline -> authenticate -> authorize -> validate -> handler
+
+Handlers are wrapped once, when the server is made, so a call pays for nothing that is known before it. A stream is
+checked at its first message; the frames after it pass through untouched.
+
+A handler reads a request stream through its iterator argument, not through `context.read()`: the first message was
+taken already and is given back by the iterator.
+"""
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+from soma.common.v1 import error_reason_pb2
+
+from soma_common.authz.authorizer import Authorizer
+from soma_common.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidRequest,
+    SomaError,
+    class_of,
+    from_rpc_error,
+    to_status,
+)
+from soma_common.grpc.call_context import set_caller, set_deadline
+from soma_common.grpc.method import Method
+from soma_common.grpc.validation import validate
+from soma_common.telemetry.metrics import counter, gauge, histogram
+from soma_common.telemetry.trace import TRACEPARENT, new_trace, parse_traceparent, set_trace
+
+FIRST_MESSAGE_TIMEOUT_S = 10.0
+"""How long an authenticated stream may stay silent before its first message."""
+
+_handled = counter("soma_rpc_server_handled_total", "Calls served, by gRPC code.", ["method", "code"])
+_seconds = histogram("soma_rpc_server_seconds", "Time a unary call took.", ["method"])
+_running = gauge("soma_rpc_server_running", "Calls being served now, streams included.", ["method"])
+_defects = counter("soma_rpc_server_defects_total", "Calls that failed for a reason nobody foresaw.", ["method"])
+_log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Callable[[Any, Context], Any]
+Serve = Callable[[Any, Context], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """Stands for a unary request whose bytes are no message of the contract's type."""
+
+    why: str
+
+
+class FirstThenRest:
+    """A request stream whose first message was read already. What follows comes straight from the source."""
+
+    __slots__ = ("__first", "_next")
+
+    def __init__(self, first: Message, rest: AsyncIterator[Any]) -> None:
+        self.__first: Message | None = first
+        self._next = rest.__anext__
+
+    def __aiter__(self) -> "FirstThenRest":
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        if self.__first is None:
+            return self._next()
+        first, self.__first = self.__first, None
+        return _resolved(first)
+
+
+class Guard:
+    """Wraps handlers with the checks. One per server."""
+
+    def __init__(self, authorizer: Authorizer) -> None:
+        self._authorizer = authorizer
+
+    def wrap(self, method: Method, handler: Any) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Return `handler`, a `grpc.RpcMethodHandler` of whatever arity, with everything around it."""
+        decode = handler.request_deserializer
+        encode = handler.response_serializer
+        if handler.request_streaming and handler.response_streaming:
+            inner = self._stream_in(method, _streaming_out(handler.stream_stream))
+            return grpc.stream_stream_rpc_method_handler(
+                _observed_stream(method, inner), _strict_decoder(decode), encode
+            )
+        if handler.request_streaming:
+            inner = self._stream_in(method, handler.stream_unary)
+            return grpc.stream_unary_rpc_method_handler(
+                _observed_stream(method, inner), _strict_decoder(decode), encode
+            )
+        if handler.response_streaming:
+            inner = self._unary_in(method, _streaming_out(handler.unary_stream))
+            return grpc.unary_stream_rpc_method_handler(
+                _observed_stream(method, inner), _marking_decoder(decode), encode
+            )
+        inner = self._unary_in(method, handler.unary_unary)
+        return grpc.unary_unary_rpc_method_handler(_observed_unary(method, inner), _marking_decoder(decode), encode)
+
+    def _unary_in(self, method: Method, handler: Serve) -> Serve:
+        async def serve(request: Any, context: Context) -> Any:
+            if type(request) is Undecodable:
+                raise _undecodable(request.why)
+            self._admit(method, context, request)
+            return await handler(request, context)
+
+        return serve
+
+    def _stream_in(self, method: Method, handler: Serve) -> Serve:
+        async def serve(requests: AsyncIterator[Any], context: Context) -> Any:
+            # Identity before content: a stranger's stream is not read at all.
+            if not method.public:
+                self._authorizer.authenticate(_metadata(context, "authorization"))
+            source = aiter(requests)
+            first = await _first_message(source)
+            self._admit(method, context, first)
+            return await handler(FirstThenRest(first, source), context)
+
+        return serve
+
+    def _admit(self, method: Method, context: Context, request: Message) -> None:
+        """Return when the caller may make this call with this request; raises the error to answer with otherwise."""
+        if not method.public:
+            caller = self._authorizer.authenticate(_metadata(context, "authorization"))
+            tenant = method.tenant_of(request)
+            self._authorizer.authorize(caller, method.permission, tenant)
+            set_caller(caller)
+            structlog.contextvars.bind_contextvars(tenant=tenant or caller.tenant)
+        validate(request)
+
+
+def _observed_unary(method: Method, serve: Serve) -> Serve:
+    """Count, time, limit and translate the errors of a unary call."""
+    seconds, running = _seconds.labels(method.path), _running.labels(method.path)
+    ok = _handled.labels(method.path, grpc.StatusCode.OK.name)
+
+    async def observed(request: Any, context: Context) -> Any:
+        started = time.perf_counter()
+        running.inc()
+        _begin_trace(context)
+        try:
+            response = await _within_deadline(method, serve, request, context)
+            ok.inc()
+            return response
+        except Exception as error:  # noqa: BLE001 - boundary: every error becomes a status here
+            await _answer_error(method, context, error)
+        except asyncio.CancelledError:
+            _handled.labels(method.path, grpc.StatusCode.CANCELLED.name).inc()
+            raise
+        finally:
+            running.dec()
+            seconds.observe(time.perf_counter() - started)
+
+    return observed
+
+
+def _observed_stream(method: Method, serve: Serve) -> Serve:
+    """Count and translate the errors of a call with a stream in it."""
+    running = _running.labels(method.path)
+    ok = _handled.labels(method.path, grpc.StatusCode.OK.name)
+
+    async def observed(request: Any, context: Context) -> Any:
+        running.inc()
+        _begin_trace(context)
+        try:
+            response = await _within_deadline(method, serve, request, context)
+            ok.inc()
+            return response
+        except Exception as error:  # noqa: BLE001 - boundary: every error becomes a status here
+            await _answer_error(method, context, error)
+        except asyncio.CancelledError:
+            _handled.labels(method.path, grpc.StatusCode.CANCELLED.name).inc()
+            raise
+        finally:
+            running.dec()
+
+    return observed
+
+
+async def _within_deadline(method: Method, serve: Serve, request: Any, context: Context) -> Any:
+    """Serve within the caller's deadline, which gRPC enforces by cancelling this task, or else within the method's
+    own.
+    """
+    left_s: float | None = context.time_remaining()
+    if left_s is not None:
+        if left_s <= 0:
+            raise _deadline_exceeded("the deadline was over when the call arrived")
+        set_deadline(left_s)
+        return await serve(request, context)
+    if method.default_timeout_s is None:
+        return await serve(request, context)
+    set_deadline(method.default_timeout_s)
+    limit = asyncio.timeout(method.default_timeout_s)
+    try:
+        async with limit:
+            return await serve(request, context)
+    except TimeoutError as error:
+        if limit.expired():
+            raise _deadline_exceeded(f"the method's own limit of {method.default_timeout_s:g} s is over") from error
+        raise
+
+
+async def _answer_error(method: Method, context: Context, error: Exception) -> None:
+    """End the call with the status that belongs to `error`; always raises."""
+    if isinstance(error, grpc.aio.AbortError):
+        _handled.labels(method.path, "ABORTED_BY_HANDLER").inc()
+        raise error
+    known = _known(error)
+    if known is None:
+        _defects.labels(method.path).inc()
+        _log.error("rpc.defect", method=method.path, exc_info=error)
+        known = Internal(
+            error_reason_pb2.ERROR_REASON_INTERNAL, "the server has a defect; its log has the details under this trace"
+        )
+    status = to_status(known)
+    _handled.labels(method.path, class_of(known.reason).code.name).inc()
+    await context.abort_with_status(rpc_status.to_status(status))
+
+
+def _known(error: Exception) -> SomaError | None:
+    if isinstance(error, SomaError):
+        return error
+    if isinstance(error, grpc.aio.AioRpcError):
+        return from_rpc_error(error)
+    return None
+
+
+def _streaming_out(handler: Handler) -> Serve:
+    """Return a coroutine function for a handler that yields its responses; one that writes them itself is returned
+    as is.
+    """
+    if not inspect.isasyncgenfunction(handler):
+        return handler
+
+    async def write_all(request: Any, context: Context) -> None:
+        responses = handler(request, context)
+        write = context.write
+        try:
+            async for response in responses:
+                await write(response)
+        finally:
+            await responses.aclose()
+
+    return write_all
+
+
+async def _first_message(requests: AsyncIterator[Any]) -> Message:
+    try:
+        async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
+            first: Message = await anext(requests)
+    except StopAsyncIteration:
+        raise FailedPrecondition(
+            error_reason_pb2.ERROR_REASON_PROTOCOL_ORDER, "the stream was closed before its first message"
+        ) from None
+    except TimeoutError:
+        raise FailedPrecondition(
+            error_reason_pb2.ERROR_REASON_PROTOCOL_ORDER,
+            f"the first message did not come within {FIRST_MESSAGE_TIMEOUT_S:g} s",
+        ) from None
+    return first
+
+
+async def _resolved(message: Message) -> Message:
+    return message
+
+
+def _begin_trace(context: Context) -> None:
+    received = parse_traceparent(_metadata(context, TRACEPARENT))
+    set_trace(received.child() if received is not None else new_trace())
+
+
+def _metadata(context: Context, wanted: str) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == wanted:
+            return value if isinstance(value, str) else None
+    return None
+
+
+def _marking_decoder(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """gRPC turns an error in a unary decoder into INTERNAL before any handler runs, so the error travels as a value."""
+    if decode is None:
+        return None
+
+    def decode_or_mark(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return Undecodable(str(error))
+
+    return decode_or_mark
+
+
+def _strict_decoder(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """In a stream a decoder's error is raised to whoever reads the message, so it can be the right error at once."""
+    if decode is None:
+        return None
+
+    def decode_or_refuse(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            raise _undecodable(str(error)) from error
+
+    return decode_or_refuse
+
+
+def _undecodable(why: str) -> InvalidRequest:
+    return InvalidRequest(
+        error_reason_pb2.ERROR_REASON_INVALID_REQUEST, f"the request is no message of the contract's type: {why}"
+    )
+
+
+def _deadline_exceeded(what: str) -> DeadlineExceeded:
+    return DeadlineExceeded(error_reason_pb2.ERROR_REASON_DEADLINE_EXCEEDED, f"{what}: allow more time or retry")
