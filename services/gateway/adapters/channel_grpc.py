@@ -1,0 +1,134 @@
+"""ChannelService over gRPC: turns calls into use cases and refusals into statuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import SessionKey
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+from soma.gateway.v1.channel_service_pb2 import (
+    ConnectRequest,
+    ConnectResponse,
+    Receipt,
+    SendMessageRequest,
+    SendMessageResponse,
+    StreamTurnRequest,
+    StreamTurnResponse,
+    Welcome,
+)
+from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceServicer
+
+from services.gateway.application.adapter_stream import AdapterStream
+from services.gateway.application.ports import SlowWatcher
+from services.gateway.application.serve_streams import PROTOCOL, ServeStreams
+from services.gateway.application.stream_turn import SendMessage, StreamTurn
+from services.gateway.domain.admission import Submission
+from services.gateway.domain.refusal import Refused, protocol_order
+from soma_common import errors, ids
+from soma_common.failpoints import failpoint_async
+
+
+class ChannelServicer(ChannelServiceServicer):
+    """The handlers. Identity, tenant and request rules are checked before they run, items of a stream inside them."""
+
+    def __init__(
+        self, streams: ServeStreams, send: SendMessage, stream_turn: StreamTurn, *, max_content_bytes: int
+    ) -> None:
+        self._streams = streams
+        self._send = send
+        self._stream_turn = stream_turn
+        self._max_content_bytes = max_content_bytes
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[ConnectRequest], context: object
+    ) -> AsyncIterator[ConnectResponse]:
+        """The stream of a channel adapter."""
+        first = await anext(request_iterator, None)
+        try:
+            if first is None or not first.HasField("hello"):
+                raise protocol_order("the first frame holds no hello: say who connects before anything else")
+            stream = self._streams.open(first.hello)
+        except Refused as refused:
+            raise errors.from_proto(refused.error) from None
+        reader = asyncio.get_running_loop().create_task(_read(stream, first, request_iterator))
+        try:
+            yield ConnectResponse(welcome=self._welcome())
+            while (frame := await stream.next_frame()) is not None:
+                yield frame
+                if frame.deliveries:
+                    await failpoint_async("gateway.after_delivery_before_ack")
+        except Refused as refused:
+            raise errors.from_proto(refused.error) from None
+        finally:
+            self._streams.leave(stream)
+            reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await reader
+
+    async def SendMessage(self, request: SendMessageRequest, context: object) -> SendMessageResponse:
+        """Accepts one message; the answer is the receipt."""
+        submission = _submission(request, deliver=not request.no_delivery)
+        try:
+            message_id = await self._send(submission, request.message)
+        except Refused as refused:
+            raise errors.from_proto(refused.error) from None
+        session = ids.SessionName(submission.tenant, submission.agent, submission.channel, submission.session)
+        return SendMessageResponse(
+            message_id=message_id.hex(),
+            session_name=str(session),
+            turn_name=str(ids.TurnName(session, ids.turn_id(session.id, message_id))),
+        )
+
+    async def StreamTurn(self, request: StreamTurnRequest, context: object) -> AsyncIterator[StreamTurnResponse]:
+        """Accepts one message and shows its turn."""
+        try:
+            async for event in self._stream_turn(_submission(request, deliver=request.deliver), request.message):
+                match event:
+                    case bytes():
+                        yield StreamTurnResponse(receipt=Receipt(message_id=event))
+                    case LiveEvent():
+                        yield StreamTurnResponse(live=event)
+                    case Delivery():
+                        yield StreamTurnResponse(outcome=event)
+        except Refused as refused:
+            raise errors.from_proto(refused.error) from None
+        except SlowWatcher as slow:
+            raise errors.ResourceExhausted(ErrorReason.ERROR_REASON_QUEUE_FULL, str(slow), retry_delay_s=0.0) from None
+
+    def _welcome(self) -> Welcome:
+        bounds = self._streams.bounds
+        return Welcome(
+            gateway=self._streams.gateway,
+            heartbeat_ms=int(bounds.heartbeat_s * 1000),
+            max_content_bytes=self._max_content_bytes,
+            max_unanswered=bounds.unanswered_items,
+            protocol=PROTOCOL,
+        )
+
+
+async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncIterator[ConnectRequest]) -> None:
+    """Applies frames as they come; the stream's writer is the one to end the call."""
+    stream.receive_items(first)
+    try:
+        async for frame in frames:
+            stream.receive(frame)
+    except Refused as refused:
+        stream.end(refused)
+    else:
+        stream.half_close()
+
+
+def _submission(request: SendMessageRequest | StreamTurnRequest, *, deliver: bool) -> Submission:
+    key: SessionKey = request.session
+    return Submission(
+        key.tenant,
+        key.agent,
+        key.channel,
+        key.session,
+        request.idempotency_key,
+        policy=request.policy,
+        deliver=deliver,
+    )

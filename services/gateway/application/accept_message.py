@@ -1,0 +1,60 @@
+"""Takes a message or cancel in: known tenant and agent, rules kept, queued for its lane.
+
+The receipt comes later, through the sink, once the item is durable. Refusals known at once are raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from soma.common.v1.message_pb2 import Message
+from soma.router.v1.inbound_pb2 import Inbound
+
+from services.gateway.application.ports import Directory, Sink
+from services.gateway.application.write_lanes import LaneWriters
+from services.gateway.domain.admission import Submission, admit_cancel, admit_message
+from soma_common import ids
+
+
+class AcceptMessage:
+    """The only way of an item into the system."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        writers: LaneWriters,
+        *,
+        partitions: int,
+        lanes: int,
+        max_content_bytes: int,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._directory = directory
+        self._writers = writers
+        self._partitions = partitions
+        self._lanes = lanes
+        self._max_content_bytes = max_content_bytes
+        self._now_ms = now_ms
+
+    def message(self, submission: Submission, message: Message, sink: Sink, ref: int) -> int:
+        """Queues a message. Returns the bytes it counts for until the sink is told.
+
+        Raises:
+            Refused: not stored; the sink is not told.
+        """
+        self._directory.check_agent(submission.tenant, submission.agent)
+        inbound = admit_message(submission, message, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms())
+        return self._queue(submission.tenant, inbound, sink, ref)
+
+    def cancel(self, submission: Submission, turn_id: bytes, sink: Sink, ref: int) -> int:
+        """Queues a cancel behind the messages accepted before it. Also for agents that are suspended or gone.
+
+        Raises:
+            Refused: not stored; the sink is not told.
+        """
+        self._directory.check_tenant(submission.tenant)
+        return self._queue(submission.tenant, admit_cancel(submission, turn_id, now_ms=self._now_ms()), sink, ref)
+
+    def _queue(self, tenant: str, inbound: Inbound, sink: Sink, ref: int) -> int:
+        lane = ids.lane_of(ids.partition_of(inbound.session_id, self._partitions), self._lanes)
+        return self._writers.put(tenant, lane, inbound, sink, ref)

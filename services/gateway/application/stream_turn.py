@@ -1,0 +1,75 @@
+"""Accepts one message by itself, and one message together with a watch on its turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from soma.common.v1.message_pb2 import Error, Message
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+
+from services.gateway.application.accept_message import AcceptMessage
+from services.gateway.application.ports import Watches
+from services.gateway.domain.admission import Submission
+from services.gateway.domain.refusal import Refused
+from soma_common import ids
+
+
+class SendMessage:
+    """Accepts one message and returns once it is durable."""
+
+    def __init__(self, accept: AcceptMessage) -> None:
+        self._accept = accept
+
+    async def __call__(self, submission: Submission, message: Message) -> bytes:
+        """Returns the message id. A caller that leaves while the message is on its way stops nothing.
+
+        Raises:
+            Refused: not stored, or not known whether it is; the reason says which.
+        """
+        answer = _Answer()
+        self._accept.message(submission, message, answer, 0)
+        return await answer.future
+
+
+class StreamTurn:
+    """Accepts one message and shows its turn."""
+
+    def __init__(self, send: SendMessage, watches: Watches) -> None:
+        self._send = send
+        self._watches = watches
+
+    async def __call__(self, submission: Submission, message: Message) -> AsyncIterator[bytes | LiveEvent | Delivery]:
+        """Yields the message id once the message is stored, then live events, then the outcome.
+
+        The watch begins before the message is sent, so that nothing of the turn is missed.
+
+        Raises:
+            Refused: not stored, or not known whether it is; the reason says which.
+            SlowWatcher: events are not read fast enough.
+        """
+        message_id = ids.message_id(
+            submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
+        )
+        async with self._watches.watch(submission.key, message_id) as events:
+            yield await self._send(submission, message)
+            async for event in events:
+                if event.WhichOneof("event") == "ended":
+                    yield event.ended
+                    return
+                yield event
+
+
+class _Answer:
+    """The sink of a single message."""
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def accepted(self, ref: int, message_id: bytes, size: int) -> None:
+        if not self.future.done():
+            self.future.set_result(message_id)
+
+    def refused(self, ref: int, error: Error, size: int) -> None:
+        if not self.future.done():
+            self.future.set_exception(Refused.of(error))

@@ -1,0 +1,66 @@
+"""Settings of the gateway: read once at start. The environment variable of a field is its name in upper case behind
+`SOMA_`.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from services.gateway.application.adapter_stream import StreamBounds
+from services.gateway.application.write_lanes import ITEM_OVERHEAD_BYTES, LaneBounds
+from soma_common.settings import ServiceSettings
+
+
+class GatewaySettings(ServiceSettings):
+    """What the gateway needs beside what every service needs."""
+
+    service_instance: str = Field(default="gateway-0", pattern=r"^[a-z][a-z0-9]*-[a-z0-9-]+$")
+    max_content_bytes: int = Field(default=256 * 1024, ge=1024, le=8 * 1024 * 1024)
+    """Largest message content, serialized."""
+    max_batch_items: int = Field(default=512, ge=1, le=4096)
+    """Most items in one batch on a lane."""
+    max_batch_bytes: int = Field(default=768 * 1024, ge=4096)
+    """Most bytes in one batch; below the bus's largest payload (1 MiB unless its server is told otherwise)."""
+    tenant_lane_batches: int = Field(default=100_000, ge=100)
+    """Most batches of one tenant that may wait in a lane. Used when this gateway is the one that makes the lanes."""
+    tenant_queue_items: int = Field(default=16_384, ge=1)
+    """Most items of one tenant that wait for the bus at this gateway; over it they are refused with QUEUE_FULL."""
+    tenant_queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
+    stream_unanswered_items: int = Field(default=4096, ge=1, le=65536)
+    """Most items of one stream without receipt or refusal."""
+    stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)
+    publish_attempt_s: float = Field(default=1.0, gt=0)
+    """How long one try to store a batch waits for its answer."""
+    publish_deadline_s: float = Field(default=5.0, gt=0)
+    """How long a batch is tried before its items are answered with BUS_UNAVAILABLE."""
+    heartbeat_interval_s: float = Field(default=5.0, gt=0.05, le=60)
+    """Heartbeats on adapter streams; three missing ones end a stream."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_content_bytes + ITEM_OVERHEAD_BYTES > self.max_batch_bytes:
+            raise ValueError("max_content_bytes must be at least 512 bytes below max_batch_bytes")
+        return self
+
+    @property
+    def lane_bounds(self) -> LaneBounds:
+        """How accepted items wait and are cut into batches."""
+        return LaneBounds(
+            batch_items=self.max_batch_items,
+            batch_bytes=self.max_batch_bytes,
+            tenant_items=self.tenant_queue_items,
+            tenant_bytes=self.tenant_queue_bytes,
+            attempt_s=self.publish_attempt_s,
+            deadline_s=self.publish_deadline_s,
+        )
+
+    @property
+    def stream_bounds(self) -> StreamBounds:
+        """What one adapter stream may hold."""
+        return StreamBounds(
+            unanswered_items=self.stream_unanswered_items,
+            unanswered_bytes=self.stream_unanswered_bytes,
+            heartbeat_s=self.heartbeat_interval_s,
+        )
