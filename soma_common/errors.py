@@ -22,11 +22,10 @@ with exactly one `ErrorInfo` of domain `somastack.dev`, and `RetryInfo` or `BadR
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
-import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from soma.common.v1 import error_reason_pb2 as r
 from soma.common.v1 import message_pb2
 
@@ -43,6 +42,24 @@ _BAD_REQUEST = "google.rpc.BadRequest"
 
 Reason: TypeAlias = r.ErrorReason.ValueType
 """A value of `soma.common.v1.ErrorReason`."""
+
+
+class FailedCall(Protocol):
+    """What is read of a `grpc.aio.AioRpcError`. Named by shape, so that this module, which the pure core uses,
+    imports no gRPC.
+    """
+
+    def code(self) -> Any:
+        """Return the `grpc.StatusCode`."""
+        ...
+
+    def details(self) -> str | None:
+        """Return the message."""
+        ...
+
+    def trailing_metadata(self) -> Any:
+        """Return pairs of key and value, or None."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +80,8 @@ class SomaError(Exception):
     bound). `retry_delay_s` is the wait in seconds before a retry can help; None: no statement.
     """
 
-    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    code: ClassVar[int] = code_pb2.INTERNAL
+    """The gRPC code (`google.rpc.Code`, equal to `grpc.StatusCode.<X>.value[0]`)."""
 
     def __init__(
         self,
@@ -87,73 +105,73 @@ class SomaError(Exception):
 class InvalidRequest(SomaError):
     """The request breaks a rule of its contract; sent again unchanged it fails again."""
 
-    code = grpc.StatusCode.INVALID_ARGUMENT
+    code = code_pb2.INVALID_ARGUMENT
 
 
 class Unauthenticated(SomaError):
     """The call carries no valid bearer token."""
 
-    code = grpc.StatusCode.UNAUTHENTICATED
+    code = code_pb2.UNAUTHENTICATED
 
 
 class PermissionDenied(SomaError):
     """The caller is known and may not do this."""
 
-    code = grpc.StatusCode.PERMISSION_DENIED
+    code = code_pb2.PERMISSION_DENIED
 
 
 class NotFound(SomaError):
     """The named thing does not exist."""
 
-    code = grpc.StatusCode.NOT_FOUND
+    code = code_pb2.NOT_FOUND
 
 
 class AlreadyExists(SomaError):
     """The name or key is taken by something else."""
 
-    code = grpc.StatusCode.ALREADY_EXISTS
+    code = code_pb2.ALREADY_EXISTS
 
 
 class Conflict(SomaError):
     """Somebody else was first: read the present state, decide again, retry."""
 
-    code = grpc.StatusCode.ABORTED
+    code = code_pb2.ABORTED
 
 
 class FailedPrecondition(SomaError):
     """The call is well formed, but the system is not in the state it needs; a retry alone does not help."""
 
-    code = grpc.StatusCode.FAILED_PRECONDITION
+    code = code_pb2.FAILED_PRECONDITION
 
 
 class ResourceExhausted(SomaError):
     """A bound is reached and nothing was stored; a retry after `retry_delay_s` may succeed."""
 
-    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    code = code_pb2.RESOURCE_EXHAUSTED
 
 
 class Unavailable(SomaError):
     """A needed part does not answer; whether the call took effect is unknown, so retry with the same key."""
 
-    code = grpc.StatusCode.UNAVAILABLE
+    code = code_pb2.UNAVAILABLE
 
 
 class DeadlineExceeded(SomaError):
     """The time allowed is over; whether the call took effect is unknown."""
 
-    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    code = code_pb2.DEADLINE_EXCEEDED
 
 
 class Unimplemented(SomaError):
     """The method is not served here."""
 
-    code = grpc.StatusCode.UNIMPLEMENTED
+    code = code_pb2.UNIMPLEMENTED
 
 
 class Internal(SomaError):
     """A defect of the server; the log knows more than the message."""
 
-    code = grpc.StatusCode.INTERNAL
+    code = code_pb2.INTERNAL
 
 
 _CLASSES: Mapping[Reason, type[SomaError]] = MappingProxyType(
@@ -210,19 +228,19 @@ _CLASSES: Mapping[Reason, type[SomaError]] = MappingProxyType(
     }
 )
 
-_REASONS_WITHOUT_DETAILS: Mapping[grpc.StatusCode, Reason] = MappingProxyType(
+_REASONS_WITHOUT_DETAILS: Mapping[int, Reason] = MappingProxyType(
     {
-        grpc.StatusCode.INVALID_ARGUMENT: r.ERROR_REASON_INVALID_REQUEST,
-        grpc.StatusCode.OUT_OF_RANGE: r.ERROR_REASON_INVALID_REQUEST,
-        grpc.StatusCode.UNAUTHENTICATED: r.ERROR_REASON_UNAUTHENTICATED,
-        grpc.StatusCode.PERMISSION_DENIED: r.ERROR_REASON_PERMISSION_DENIED,
-        grpc.StatusCode.ALREADY_EXISTS: r.ERROR_REASON_ALREADY_EXISTS,
-        grpc.StatusCode.RESOURCE_EXHAUSTED: r.ERROR_REASON_RATE_LIMITED,
-        grpc.StatusCode.UNAVAILABLE: r.ERROR_REASON_SERVICE_UNAVAILABLE,
-        grpc.StatusCode.CANCELLED: r.ERROR_REASON_SERVICE_UNAVAILABLE,
-        grpc.StatusCode.ABORTED: r.ERROR_REASON_SERVICE_UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED: r.ERROR_REASON_DEADLINE_EXCEEDED,
-        grpc.StatusCode.UNIMPLEMENTED: r.ERROR_REASON_UNIMPLEMENTED,
+        code_pb2.INVALID_ARGUMENT: r.ERROR_REASON_INVALID_REQUEST,
+        code_pb2.OUT_OF_RANGE: r.ERROR_REASON_INVALID_REQUEST,
+        code_pb2.UNAUTHENTICATED: r.ERROR_REASON_UNAUTHENTICATED,
+        code_pb2.PERMISSION_DENIED: r.ERROR_REASON_PERMISSION_DENIED,
+        code_pb2.ALREADY_EXISTS: r.ERROR_REASON_ALREADY_EXISTS,
+        code_pb2.RESOURCE_EXHAUSTED: r.ERROR_REASON_RATE_LIMITED,
+        code_pb2.UNAVAILABLE: r.ERROR_REASON_SERVICE_UNAVAILABLE,
+        code_pb2.CANCELLED: r.ERROR_REASON_SERVICE_UNAVAILABLE,
+        code_pb2.ABORTED: r.ERROR_REASON_SERVICE_UNAVAILABLE,
+        code_pb2.DEADLINE_EXCEEDED: r.ERROR_REASON_DEADLINE_EXCEEDED,
+        code_pb2.UNIMPLEMENTED: r.ERROR_REASON_UNIMPLEMENTED,
     }
 )
 """What a status means that gRPC itself or a proxy made: it has a code and no `ErrorInfo`."""
@@ -245,7 +263,7 @@ def class_of(reason: int) -> type[SomaError]:
 
 def to_status(error: SomaError) -> status_pb2.Status:
     """Return `error` as the `google.rpc.Status` that a server sends."""
-    status = status_pb2.Status(code=class_of(error.reason).code.value[0], message=error.message)
+    status = status_pb2.Status(code=class_of(error.reason).code, message=error.message)
     _add(
         status,
         error_details_pb2.ErrorInfo(reason=reason_name(error.reason), domain=DOMAIN, metadata=dict(error.metadata)),
@@ -286,7 +304,7 @@ def from_status(status: status_pb2.Status) -> SomaError | None:
     return class_of(number)(number, status.message, dict(info.metadata), retry_delay_s, violations)
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> SomaError:
+def from_rpc_error(error: FailedCall) -> SomaError:
     """Return a failed call's error as the caller should see it: the peer's own if it sent one, else one by the gRPC
     code."""
     for key, value in error.trailing_metadata() or ():
@@ -297,7 +315,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> SomaError:
                 known = None
             if known is not None:
                 return known
-    reason = _REASONS_WITHOUT_DETAILS.get(error.code(), r.ERROR_REASON_INTERNAL)
+    reason = _REASONS_WITHOUT_DETAILS.get(error.code().value[0], r.ERROR_REASON_INTERNAL)
     return class_of(reason)(reason, error.details() or error.code().name)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2
 from grpc_status import rpc_status
 from soma.common.v1 import error_reason_pb2
 
@@ -29,7 +30,6 @@ from soma_common.errors import (
     Internal,
     InvalidRequest,
     SomaError,
-    class_of,
     from_rpc_error,
     to_status,
 )
@@ -223,7 +223,7 @@ async def _answer_error(method: Method, context: Context, error: Exception) -> N
             error_reason_pb2.ERROR_REASON_INTERNAL, "the server has a defect; its log has the details under this trace"
         )
     status = to_status(known)
-    _handled.labels(method.path, class_of(known.reason).code.name).inc()
+    _handled.labels(method.path, code_pb2.Code.Name(code_pb2.Code.ValueType(status.code))).inc()
     await context.abort_with_status(rpc_status.to_status(status))
 
 
