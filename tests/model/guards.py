@@ -1,0 +1,69 @@
+"""The guards of the turn protocol: each is a rule of the product, and a switch that the model can turn off.
+
+What breaks without it is in `scenarios.py`; where the product keeps it is in `docs/invariants.md`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+AnyGuards = TypeVar("AnyGuards", "TurnGuards", "DeliveryGuards", "PoisonGuards")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnGuards:
+    """The rules from the accept to the committed outcome, and of the relay of events."""
+
+    fence: bool = False  # a commit checks that the lease is still its owner's
+    fence_lock: bool = False  # the check holds a row lock until the commit, so that no takeover comes between
+    load_after: bool = False  # a new owner loads the partition after its lease is committed
+    cursor_cas: bool = False  # an ingest names the cursor it starts from
+    dedupe: bool = False  # a message id is inserted once
+    purge_committed: bool = False  # the inbound stream is purged below the committed cursor only
+    step_cas: bool = False  # step numbers are contiguous and unique in a turn
+    dispatch_id: bool = False  # frames of an older dispatch are dropped
+    confirm: bool = False  # the brain acts on confirmed steps only
+    tool_key: bool = False  # a tool call's key executes once
+    replay: bool = False  # a new brain goes on from the journal
+    consumer_dedupe: bool = False  # a consumer of events drops what it has seen
+    relay_from_stream: bool = False  # a new owner asks the out stream what it holds
+    relay_cas: bool = False  # a relay names the last message it expects, and looks again when another is there
+    unique_term: bool = False  # every acquisition has a term of its own, which the fence compares
+    term_ends: bool = False  # losing the database connection ends the term
+    purge_replicated: bool = False  # purge only below the cursor that the standby has
+    event_ids: bool = False  # event ids are unique beyond their position
+    anchor: bool = False  # the cursor knows the id of its message, which stays in the stream
+    inputs_seen: bool = False  # a final names the inputs it has read; the commit refuses it when there are more
+    tombstone: bool = False  # a cancel makes sure that an open call never runs before it closes the call
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryGuards:
+    """The rules from the committed outcome to the channel's adapter."""
+
+    floor_durable: bool = False  # a new owner starts at the floor in the database
+    floor_acked: bool = False  # the floor counts acknowledgements, not sends
+    one_unacked: bool = False  # a session's next delivery waits for the acknowledgement of the one before
+    rendezvous: bool = False  # all deliveries of a session go to one of the connected adapters, chosen by hash
+    client_dedupe: bool = False  # an adapter drops positions that it has processed
+    ack_again: bool = False  # what an adapter drops it acknowledges again
+    resume: bool = False  # an adapter that reconnects names what it has processed
+
+
+@dataclass(frozen=True, slots=True)
+class PoisonGuards:
+    """The rules against a turn that kills the process which runs it."""
+
+    start_journaled: bool = False  # which turns run is durable before they run
+    strikes_durable: bool = False  # a takeover raises the dispatch count of the turns it finds running
+    suspects_alone: bool = False  # a turn that was running when its owner died runs alone
+
+
+def without(guards: AnyGuards, names: Iterable[str]) -> AnyGuards:
+    """Return the guards with the named ones turned off."""
+    return replace(guards, **dict.fromkeys(names, False))
+
+
+def only(kind: type[AnyGuards], names: str) -> AnyGuards:
+    """Return guards of `kind` of which the named ones, separated by spaces, are on."""
+    return kind(**dict.fromkeys(names.split(), True))

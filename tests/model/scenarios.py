@@ -1,0 +1,249 @@
+"""What the model is run on: scenarios with all their guards, and for each the guards that are taken away in turn.
+
+What a guard's removal must lead to is part of the scenario: a guard that is needed and is not found to be is as much
+of a failure as a broken promise. "quick" bounds are for every test run, "full" ones for a change of the protocol.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.model.delivery import NEVER, OVERTAKEN, TWICE, DeliveryProtocol, Left
+from tests.model.guards import DeliveryGuards, PoisonGuards, TurnGuards, only, without
+from tests.model.poison import PARKED_INNOCENT, PoisonedPartition
+from tests.model.search import NO_WAY_ON, Model
+from tests.model.turn_promises import (
+    ANSWERED_TWICE,
+    CANCELLED_CALL,
+    DELIVERED_TWICE,
+    EFFECT_TWICE,
+    LOST,
+    NEVER_ANSWERED,
+    NEVER_DELIVERED,
+    OTHER_CALL,
+    STALE,
+    STEP_TWICE,
+    UNREAD,
+)
+from tests.model.turns import TurnProtocol
+from tests.model.world import Faults
+
+CORE = "fence fence_lock load_after cursor_cas dedupe purge_committed step_cas dispatch_id confirm tool_key replay"
+RELAY = f"{CORE} consumer_dedupe relay_from_stream relay_cas"
+FAILOVER = f"{RELAY} unique_term term_ends purge_replicated event_ids"
+DELIVERY = "floor_durable floor_acked one_unacked rendezvous client_dedupe ack_again resume"
+POISON = "start_journaled strikes_durable suspects_alone"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Guards that are taken away together, and what that must lead to."""
+
+    guards: str  # separated by spaces
+    breaks: str = ""  # the promise that breaks; empty: none is known to
+    then: str = ""  # after a stale commit: what breaks beyond it
+    found_in: str = "quick full"  # the bounds in which `breaks` is found
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A model with all its guards, and what to take away from it."""
+
+    name: str
+    model: TurnProtocol | DeliveryProtocol | PoisonedPartition
+    removals: tuple[Removal, ...]
+    progress: bool = False  # also look for livelocks
+
+    def model_without(self, removal: Removal | None) -> Model[Any]:
+        """Return the model, without the removal's guards if one is given."""
+        if removal is None:
+            return self.model
+        names = removal.guards.split()
+        match self.model:
+            case TurnProtocol(guards=guards) as turns:
+                return replace(turns, guards=without(guards, names))
+            case DeliveryProtocol(guards=delivery) as way:
+                return replace(way, guards=without(delivery, names))
+            case PoisonedPartition(guards=poison) as partition:
+                return replace(partition, guards=without(poison, names))
+
+
+def scenarios(*, full: bool) -> Iterator[Scenario]:
+    """Yield every scenario, in full or quick bounds."""
+    yield from _turn_scenarios(1 if full else 0)
+    yield from _relay_and_failover_scenarios(1 if full else 0)
+    yield from _policy_scenarios(1 if full else 0)
+    yield from _delivery_scenarios(1 if full else 0)
+
+
+def _turns(guards: str) -> TurnGuards:
+    return only(TurnGuards, guards)
+
+
+def _turn_scenarios(more: int) -> Iterator[Scenario]:
+    redundant_alone = (Removal("cursor_cas"), Removal("step_cas"), Removal("dispatch_id"))
+    yield Scenario(
+        "tool turns, two messages, retry",
+        TurnProtocol(_turns(CORE), (0, 0), Faults(takeover=1, redispatch=more), retries=more),
+        (
+            Removal("fence", STALE),
+            Removal("fence_lock", STALE),
+            Removal("load_after"),
+            Removal("dedupe", ANSWERED_TWICE, found_in="full"),
+            Removal("purge_committed", LOST),
+            Removal("confirm", OTHER_CALL),
+            Removal("tool_key", EFFECT_TWICE),
+            Removal("replay"),  # no end: refused, taken over, again
+            *redundant_alone,
+            Removal("fence cursor_cas", STALE),
+            Removal("fence step_cas", STALE, then=STEP_TWICE),
+            Removal("fence_lock step_cas", STALE, then=STEP_TWICE),
+            Removal("dispatch_id step_cas", STEP_TWICE, found_in="full"),
+            Removal("load_after cursor_cas"),
+        ),
+    )
+    yield Scenario(
+        "tool turn, one message, more faults",
+        TurnProtocol(
+            _turns(CORE),
+            (0,),
+            Faults(takeover=1 + more, crash=more, brain_crash=1, redispatch=1),
+            retries=1 - more,
+        ),
+        (
+            Removal("fence", STALE),
+            Removal("fence_lock", STALE),
+            Removal("load_after"),
+            Removal("dedupe", ANSWERED_TWICE, found_in="quick"),
+            Removal("purge_committed", LOST),
+            Removal("confirm", OTHER_CALL),
+            Removal("tool_key", EFFECT_TWICE),
+            Removal("replay"),
+            *redundant_alone,
+            Removal("fence cursor_cas", STALE),
+            Removal("fence step_cas", STALE, then=STEP_TWICE),
+            Removal("fence_lock step_cas", STALE, then=STEP_TWICE),
+            Removal("dispatch_id step_cas", STEP_TWICE),
+            Removal("load_after cursor_cas"),
+        ),
+    )
+    yield Scenario(
+        "three messages, two sessions, purge",
+        TurnProtocol(_turns(CORE), (0, 0, 1), Faults(takeover=1, crash=more), retries=0, tool=False, purge=True),
+        (
+            Removal("fence", STALE, then=NEVER_ANSWERED),
+            Removal("fence_lock", STALE, then=NEVER_ANSWERED),
+            Removal("load_after", NEVER_ANSWERED),
+            Removal("cursor_cas"),
+            Removal("dedupe"),
+            Removal("purge_committed", LOST),
+            Removal("step_cas"),
+            Removal("fence cursor_cas", STALE, then=NEVER_ANSWERED),
+            Removal("fence step_cas", STALE, then="I1"),
+        ),
+    )
+
+
+def _relay_and_failover_scenarios(more: int) -> Iterator[Scenario]:
+    yield Scenario(
+        "relay, out stream unsynced",
+        TurnProtocol(
+            _turns(RELAY),
+            (0, 1),
+            Faults(takeover=1, crash=more, event_loss=1),
+            retries=0,
+            relay=True,
+            tool=False,
+        ),
+        (
+            Removal("consumer_dedupe", DELIVERED_TWICE),
+            Removal("relay_from_stream"),
+            Removal("relay_cas", NEVER_DELIVERED),
+            Removal("relay_from_stream relay_cas", NEVER_DELIVERED),
+        ),
+    )
+    yield Scenario(
+        "database failover, async standby",
+        TurnProtocol(_turns(FAILOVER), (0, 0), Faults(takeover=1, failover=1), retries=0, tool=False, purge=True),
+        (
+            Removal("unique_term"),
+            Removal("term_ends", NEVER_ANSWERED),
+            Removal("purge_replicated", LOST),
+            Removal("unique_term term_ends", STALE, then=NEVER_ANSWERED),
+        ),
+    )
+    yield Scenario(
+        "database failover, relay",
+        TurnProtocol(_turns(FAILOVER), (0, 1), Faults(failover=1), retries=0, relay=True, tool=False),
+        (Removal("event_ids", NEVER_DELIVERED),),
+    )
+    yield Scenario(
+        "inbound stream loses its ingested tail",
+        TurnProtocol(
+            _turns(f"{CORE} anchor"),
+            (0, 0),
+            Faults(takeover=1, inbound_loss=1),
+            retries=0,
+            tool=False,
+            purge=True,
+        ),
+        (Removal("anchor", LOST),),
+    )
+
+
+def _policy_scenarios(more: int) -> Iterator[Scenario]:
+    yield Scenario(
+        "steer",
+        TurnProtocol(
+            _turns(f"{CORE} inputs_seen"),
+            (0, 0),
+            Faults(takeover=1, crash=more, redispatch=more),
+            retries=0,
+            steer=True,
+        ),
+        (Removal("inputs_seen", UNREAD),),
+    )
+    yield Scenario(
+        "cancel",
+        TurnProtocol(_turns(f"{CORE} tombstone"), (0, 0), Faults(takeover=1, crash=more, cancel=1), retries=0),
+        (Removal("tombstone", CANCELLED_CALL),),
+    )
+
+
+def _delivery_scenarios(more: int) -> Iterator[Scenario]:
+    guards = only(DeliveryGuards, DELIVERY)
+    yield Scenario(
+        "delivery, adapters stay",
+        DeliveryProtocol(guards, 2 + more, Left(takeover=2, loss=1 + more)),
+        (
+            Removal("floor_durable", OVERTAKEN),
+            Removal("floor_acked", OVERTAKEN),
+            Removal("one_unacked", OVERTAKEN),
+            Removal("rendezvous", TWICE),
+            Removal("client_dedupe", TWICE),
+            Removal("ack_again", NO_WAY_ON),
+            Removal("resume"),
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "delivery, an adapter goes away",
+        DeliveryProtocol(guards, 2, Left(takeover=more, loss=1 - more, disconnect=1)),
+        (
+            Removal("floor_durable", NEVER, found_in="full"),
+            Removal("one_unacked", OVERTAKEN),
+            Removal("client_dedupe", TWICE),
+            Removal("resume"),  # saves redeliveries, and is not needed for the promises
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "a turn that kills its router",
+        PoisonedPartition(only(PoisonGuards, POISON), turns=3 + more, crashes=1),
+        (
+            Removal("start_journaled", NO_WAY_ON),
+            Removal("strikes_durable", NO_WAY_ON),
+            Removal("suspects_alone", PARKED_INNOCENT),
+        ),
+        progress=True,
+    )
