@@ -77,6 +77,11 @@ class NatsServer:
         return self._config.directory / "nats.log"
 
     @property
+    def last_process(self) -> ChildProcess | None:
+        """The process of the last start; None before the first."""
+        return self._process
+
+    @property
     def process(self) -> ChildProcess:
         """The process of the last start.
 

@@ -124,6 +124,11 @@ class PostgresServer:
         return socket_directory(self._config.directory)
 
     @property
+    def last_process(self) -> ChildProcess | None:
+        """The process of the last start; None before the first."""
+        return self._process
+
+    @property
     def process(self) -> ChildProcess:
         """The postmaster of the last start.
 
@@ -287,10 +292,11 @@ class PostgresServer:
         )
 
     async def _end_orphan(self) -> None:
-        """End the postmaster that a killed supervisor left behind, or remove the pid file of one long gone.
+        """End the postmaster that a killed supervisor left behind, and remove the lock files of one that is gone.
 
-        PostgreSQL itself refuses to start when any process has the pid in its file, and after a restart of a container
-        some process often has. The caller holds the home's lock, so no rightful server can be running here.
+        PostgreSQL itself refuses to start when any process has the pid in these files, and after a restart of a
+        container some process often has; so has a dead one that nobody waited for. The caller holds the home's lock,
+        so no rightful server can be running here.
         """
         pid_file = self.data_directory / "postmaster.pid"
         if sys.platform != "linux" or not pid_file.exists():
@@ -300,6 +306,7 @@ class PostgresServer:
         if identity is not None and self._is_our_postmaster(identity.pid):
             await identity.end(signal.SIGINT, ORPHANS_END_WITHIN_S)
         pid_file.unlink(missing_ok=True)
+        (self.socket_directory / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
 
     def _is_our_postmaster(self, pid: int) -> bool:
         """Whether `pid` works in our cluster (a postmaster's working directory is its data directory)."""
