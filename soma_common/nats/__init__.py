@@ -1,0 +1,1 @@
+"""The message bus: how to connect, its subjects and its inbound streams."""

@@ -1,0 +1,1 @@
+"""PostgreSQL: connecting with limits on every wait, and numbered migrations."""

@@ -1,0 +1,166 @@
+"""Numbered SQL migrations, applied in order, each once, each in its own transaction.
+
+Files are `services/<svc>/adapters/migrations/NNNN_name.sql`, from 0001 without gaps; one never changes after its
+release. What was applied stands in `<schema>.schema_migrations` with a checksum. An advisory lock lets several
+processes start at once. The files run as the owner of the schema and grant to the service's role `soma_<svc>` what
+it needs.
+
+`-- soma:no-transaction` as the first line lets a file run outside of a transaction (CREATE INDEX CONCURRENTLY); such a
+file must be safe to run again.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import asyncpg
+import structlog
+
+from soma_common.postgres.connect import Connection, connect
+
+LOCK_TIMEOUT_S = 30
+"""How long to wait for another process that migrates."""
+STATEMENT_TIMEOUT_S = 600.0
+"""How long one file may take."""
+
+NO_TRANSACTION = "-- soma:no-transaction"
+
+_FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z0-9_]+)\.sql")
+_IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
+_log = structlog.get_logger(__name__)
+
+
+class MigrationError(RuntimeError):
+    """The schema cannot be brought, or is not, where the code needs it; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One migration file."""
+
+    number: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the content, in hex."""
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+
+def read_migrations(folder: Path) -> list[Migration]:
+    """Return the migrations in `folder` in order; raises MigrationError for a bad name, a gap or a number used
+    twice.
+    """
+    found: list[Migration] = []
+    for path in sorted(folder.glob("*.sql")):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match is None:
+            raise MigrationError(f"{path.name} in {folder} is not named NNNN_name.sql")
+        found.append(Migration(int(match["number"]), match["name"], path.read_text(encoding="utf-8")))
+    if not found:
+        raise MigrationError(f"there are no migrations in {folder}")
+    if [migration.number for migration in found] != list(range(1, len(found) + 1)):
+        raise MigrationError(f"the migrations in {folder} are not numbered 0001, 0002, ... without gaps")
+    return found
+
+
+async def apply_migrations(
+    dsn: str, schema: str, folder: Path, mode: Literal["apply", "verify"] = "apply"
+) -> list[str]:
+    """Bring `schema` to the state of the files in `folder` and return the names of those applied now.
+
+    With mode `verify` nothing is changed. `dsn` connects as the schema's owner (any role that may read is enough to
+    verify). Raises MigrationError when files and database do not agree (an applied file changed, the database is
+    newer, or it is behind and only `verify` was asked for), and Unavailable when the database does not answer.
+    """
+    if not _IDENTIFIER.fullmatch(schema):
+        raise ValueError(f"{schema!r} is not a plain schema name")
+    migrations = read_migrations(folder)
+    connection = await connect(dsn, application_name=f"migrate {schema}", command_timeout_s=STATEMENT_TIMEOUT_S)
+    try:
+        if mode == "verify":
+            pending = _pending(schema, migrations, await _applied(connection, schema))
+            if pending:
+                raise MigrationError(
+                    f"schema {schema} lacks {', '.join(_label(m) for m in pending)}: "
+                    "start once with SOMA_POSTGRES_MIGRATE=apply, or apply the files in order"
+                )
+            return []
+        return await _apply(connection, schema, migrations)
+    finally:
+        await connection.close()
+
+
+async def _apply(connection: Connection, schema: str, migrations: list[Migration]) -> list[str]:
+    key = int.from_bytes(hashlib.blake2b(f"migrate {schema}".encode(), digest_size=8).digest(), "big", signed=True)
+    await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
+    try:
+        await connection.execute("SELECT pg_advisory_lock($1)", key)
+    except asyncpg.LockNotAvailableError as error:
+        raise MigrationError(f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s") from error
+    await connection.execute(
+        f"""CREATE SCHEMA IF NOT EXISTS {schema};
+        CREATE TABLE IF NOT EXISTS {schema}.schema_migrations (
+            number integer PRIMARY KEY,
+            name text NOT NULL,
+            checksum text NOT NULL,
+            applied_at timestamptz NOT NULL DEFAULT now()
+        );
+        DO $$ BEGIN
+            IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'soma_{schema}') THEN
+                GRANT USAGE ON SCHEMA {schema} TO soma_{schema};
+                GRANT SELECT ON {schema}.schema_migrations TO soma_{schema};
+            END IF;
+        END $$"""  # So that the service itself can verify.
+    )
+    pending = _pending(schema, migrations, await _applied(connection, schema))
+    for migration in pending:
+        await _apply_one(connection, schema, migration)
+        _log.info("migrations.applied", schema=schema, migration=_label(migration))
+    return [_label(migration) for migration in pending]
+
+
+async def _apply_one(connection: Connection, schema: str, migration: Migration) -> None:
+    record = f"INSERT INTO {schema}.schema_migrations (number, name, checksum) VALUES ($1, $2, $3)"
+    values = (migration.number, migration.name, migration.checksum)
+    try:
+        if migration.sql.startswith(NO_TRANSACTION):
+            await connection.execute(migration.sql)
+            await connection.execute(record, *values)
+        else:
+            async with connection.transaction():
+                await connection.execute(migration.sql)
+                await connection.execute(record, *values)
+    except asyncpg.PostgresError as error:
+        raise MigrationError(f"migration {_label(migration)} of schema {schema} failed: {error}") from error
+
+
+async def _applied(connection: Connection, schema: str) -> dict[int, tuple[str, str]]:
+    if await connection.fetchval("SELECT to_regclass($1)", f"{schema}.schema_migrations") is None:
+        return {}
+    rows = await connection.fetch(f"SELECT number, name, checksum FROM {schema}.schema_migrations")
+    return {row["number"]: (row["name"], row["checksum"]) for row in rows}
+
+
+def _pending(schema: str, migrations: list[Migration], applied: dict[int, tuple[str, str]]) -> list[Migration]:
+    known = {migration.number: migration for migration in migrations}
+    for number, (name, checksum) in sorted(applied.items()):
+        migration = known.get(number)
+        if migration is None:
+            raise MigrationError(
+                f"schema {schema} has migration {number:04}_{name} "
+                "that this release does not know: run the newer release"
+            )
+        if migration.checksum != checksum:
+            raise MigrationError(
+                f"migration {_label(migration)} changed after it was applied to schema {schema}: "
+                "restore the file and put the change into a new one"
+            )
+    return [migration for migration in migrations if migration.number not in applied]
+
+
+def _label(migration: Migration) -> str:
+    return f"{migration.number:04}_{migration.name}"
