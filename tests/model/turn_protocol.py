@@ -19,7 +19,7 @@ from tests.model.search import Finding, search
 from tests.model.turn_promises import STALE
 
 MOST_STATES = 2_000_000
-# Without some guards a search stops after so many states: where something must be found broken, and where nothing is known.
+# Where a search without some guards stops: when something must be found broken, and when nothing is known to break.
 MOST_STATES_QUICK = (30_000, 10_000)
 MOST_STATES_FULL = (150_000, 150_000)
 
