@@ -1,0 +1,56 @@
+"""Says back the last message: a model that costs nothing, for benchmarks and tests.
+
+echo/echo            the text, at once, not streamed
+echo/delay-A-B       after A to B milliseconds, evenly spread
+echo/words           word by word
+echo/words-NxMms     N words, M milliseconds before each (the text's words, repeated)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from itertools import cycle, islice
+from typing import Final
+
+from soma.common.v1 import error_reason_pb2 as reasons
+
+from services.cognition.application.ports import Emit, ModelAnswer, ModelRequest
+from services.cognition.domain.conversation import text_of
+from soma_common.errors import FailedPrecondition
+
+_DELAY: Final = re.compile(r"delay-(\d{1,6})-(\d{1,6})")
+_WORDS: Final = re.compile(r"words(?:-(\d{1,5})x(\d{1,5})ms)?")
+
+
+class EchoModel:
+    """Port `Model` without a model."""
+
+    async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
+        """The last message's text, in the way the model's name says. Raises MODEL_REJECTED for a name not listed
+        above."""
+        text = text_of(request.conversation.last_input())
+        if request.model == "echo":
+            return ModelAnswer(text)
+        if delay := _DELAY.fullmatch(request.model):
+            await asyncio.sleep(random.uniform(int(delay[1]), int(delay[2])) / 1000)
+            return ModelAnswer(text)
+        if words := _WORDS.fullmatch(request.model):
+            return await _say_words(text, int(words[1] or 0), int(words[2] or 0) / 1000, emit)
+        raise FailedPrecondition(
+            reasons.ERROR_REASON_MODEL_REJECTED,
+            f"there is no echo/{request.model}; there are echo/echo, echo/delay-A-B, echo/words and echo/words-NxMms",
+        )
+
+
+async def _say_words(text: str, count: int, delay_s: float, emit: Emit) -> ModelAnswer:
+    words = text.split() or [text]
+    said: list[str] = []
+    for word in islice(cycle(words), count or len(words)):
+        if delay_s:
+            await asyncio.sleep(delay_s)
+        piece = f" {word}" if said else word
+        said.append(piece)
+        emit(piece)
+    return ModelAnswer("".join(said), output_tokens=len(said))

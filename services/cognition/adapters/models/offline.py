@@ -1,0 +1,245 @@
+"""The built-in offline model: no network, no key, the same answer every time (port `Model`).
+
+It is there so that everything around a model can be tried without one: it says that it is offline in the first answer
+of
+a session, streams word by word, calls tools when the text asks for it, and knows what was said before. It understands
+a few patterns of English and nothing else; `_INTENTS` lists them in the order they are tried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from soma.common.v1 import message_pb2, turn_pb2
+
+from services.cognition.application.ports import Emit, ModelAnswer, ModelRequest, RequestedCall, ToolDescription
+from services.cognition.domain.conversation import Json, text_of, to_dict, to_json
+
+MODEL_NAME: Final = "offline/assistant"
+
+INTRODUCTION: Final = (
+    "I am SomaStack's built-in offline model: no model endpoint is configured, so I answer by simple rules. "
+    "Set SOMA_OPENAI_BASE_URL or SOMA_OPENAI_API_KEY and an openai/... model for real answers. "
+)
+
+_EXPRESSION: Final = re.compile(r"[-+]?[\d.(][\d\s.,()+\-*/^%x\xd7\xf7]*[\d)]")
+_OPERATOR: Final = re.compile(r"\d\s*\)?\s*(?:[+\-*/^%x\xd7\xf7]|\*\*)\s*\(?\s*[-+]?[\d.(]")
+_REMEMBER: Final = re.compile(
+    r"^\W*(?:please\s+)?(?:remember|note|keep in mind)\b(?:\s+that\b)?[\s:,]*(?P<note>.+)", re.I | re.S
+)
+_RECALL: Final = re.compile(
+    r"\b(?:what|which|tell me|show|list|recall)\b.*\b(?:remember|remembered|notes?|noted|recall)\b|\bdo you remember\b",
+    re.I,
+)
+_TIME: Final = re.compile(r"\bwhat(?:'s| is)?\b.*\b(?:time|date|day)\b|\bwhat time\b|\bcurrent (?:time|date)\b", re.I)
+_FIRST: Final = re.compile(r"\bwhat did i (?:\w+ ){1,3}first\b|\bmy first message\b", re.I)
+_LAST: Final = re.compile(r"\bwhat did i (?:just|last)\b|\bwhat did i say before\b|\bmy last message\b", re.I)
+_COUNT: Final = re.compile(r"\bhow many (?:messages|times|things)\b", re.I)
+_GREETING: Final = re.compile(r"^\W*(?:hello|hi|hey|good (?:morning|afternoon|evening))\b", re.I)
+_THANKS: Final = re.compile(r"\b(?:thanks|thank you)\b", re.I)
+_HELP: Final = re.compile(r"^\W*(?:help|what can you do|who are you)\b", re.I)
+_SIGNS: Final = str.maketrans({"x": "*", "\xd7": "*", "\xf7": "/", ",": ""})
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a text asks a tool for: the tool, its one argument if it takes one, and the name to try for that
+    argument."""
+
+    tool: str
+    argument: str = ""
+    usual_name: str = ""
+
+
+class OfflineModel:
+    """Answers by rules; `word_delay_s` is the wait before each word, so that streaming can be seen."""
+
+    def __init__(self, word_delay_s: float = 0.0) -> None:
+        self._word_delay_s = word_delay_s
+
+    async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
+        """Calls a tool, tells what tools answered, or talks. Never fails."""
+        results = _results(request.conversation.steps)
+        if results:
+            return await self._say(_introduced(request, " ".join(map(_phrase, results))), request, emit)
+        text = text_of(request.conversation.last_input())
+        wish = wish_of(text)
+        if wish is not None:
+            tool = next((tool for tool in request.tools if tool.name == wish.tool), None)
+            if tool is not None:
+                call = RequestedCall(call_id="", tool=tool.name, arguments=_arguments(wish, tool))
+                return ModelAnswer("", [call], input_tokens=_count_words(text), model=MODEL_NAME)
+            return await self._say(_introduced(request, _without_tool(wish)), request, emit)
+        earlier = [m for m in request.conversation.context() if m.role != message_pb2.ROLE_ASSISTANT]
+        said = [text_of(message) for message in [*earlier, *request.conversation.inputs()[:-1]]]
+        return await self._say(_introduced(request, talk(text, said, request.tools)), request, emit)
+
+    async def _say(self, text: str, request: ModelRequest, emit: Emit) -> ModelAnswer:
+        for piece in re.findall(r"\S+\s*|\s+", text):
+            if self._word_delay_s:
+                await asyncio.sleep(self._word_delay_s)
+            emit(piece)
+        read = _count_words(text_of(request.conversation.last_input()))
+        return ModelAnswer(text, input_tokens=read, output_tokens=_count_words(text), model=MODEL_NAME)
+
+
+def wish_of(text: str) -> _Wish | None:
+    """The tool a text asks for, or None if it asks for none."""
+    recalls = _RECALL.search(text)
+    if not recalls and (remember := _REMEMBER.match(text)):
+        return _Wish("remember_note", remember["note"].strip().rstrip("."), "note")
+    if recalls:
+        return _Wish("recall_notes")
+    expression = expression_of(text)
+    if expression:
+        return _Wish("calculate", expression, "expression")
+    return _Wish("current_time") if _TIME.search(text) else None
+
+
+def expression_of(text: str) -> str:
+    """The arithmetic in a text, as a calculator reads it; empty if there is none. A date or a lone number is none."""
+    for match in _EXPRESSION.finditer(text):
+        found = match.group().strip()
+        if _OPERATOR.search(found) and not re.fullmatch(r"\d{4}-\d{1,2}-\d{1,2}", found):
+            return found.translate(_SIGNS).replace("^", "**")
+    return ""
+
+
+def talk(text: str, said: Sequence[str], tools: Sequence[ToolDescription]) -> str:
+    """An answer without tools, from the text and what the user said before (oldest first)."""
+    for pattern, reply in _INTENTS:
+        if pattern.search(text):
+            return reply(said, tools)
+    return f'You said: "{_shortened(text)}". {_abilities(tools)}'
+
+
+def _first(said: Sequence[str], _: Sequence[ToolDescription]) -> str:
+    if not said:
+        return "This is the first thing you say here."
+    return f'The first thing you said here was: "{_shortened(said[0])}".'
+
+
+def _last(said: Sequence[str], _: Sequence[ToolDescription]) -> str:
+    return f'Just before, you said: "{_shortened(said[-1])}".' if said else "You have said nothing before this."
+
+
+def _how_many(said: Sequence[str], _: Sequence[ToolDescription]) -> str:
+    return f"You have sent {len(said) + 1} messages in this conversation, as far as I can see back."
+
+
+def _greet(said: Sequence[str], tools: Sequence[ToolDescription]) -> str:
+    return f"Hello{' again' if said else ''}! {_abilities(tools)}"
+
+
+def _welcome(_: Sequence[str], __: Sequence[ToolDescription]) -> str:
+    return "You are welcome."
+
+
+def _help(_: Sequence[str], tools: Sequence[ToolDescription]) -> str:
+    return _abilities(tools)
+
+
+_INTENTS: Final[Sequence[tuple[re.Pattern[str], Callable[[Sequence[str], Sequence[ToolDescription]], str]]]] = (
+    (_FIRST, _first),
+    (_LAST, _last),
+    (_COUNT, _how_many),
+    (_HELP, _help),
+    (_GREETING, _greet),
+    (_THANKS, _welcome),
+)
+
+_ABILITIES: Final[Mapping[str, str]] = {
+    "calculate": '"what is 17*23"',
+    "current_time": '"what time is it"',
+    "remember_note": '"remember that my train leaves at nine"',
+    "recall_notes": '"what did I ask you to remember"',
+}
+
+
+def _abilities(tools: Sequence[ToolDescription]) -> str:
+    examples = [_ABILITIES[tool.name] for tool in tools if tool.name in _ABILITIES]
+    return "Try " + ", ".join([*examples, '"what did I say first"']) + "."
+
+
+def _introduced(request: ModelRequest, text: str) -> str:
+    """The first answer of a session says what is answering."""
+    return INTRODUCTION + text if request.conversation.is_first_turn else text
+
+
+def _without_tool(wish: _Wish) -> str:
+    return (
+        f"For that I would need the tool {wish.tool}, which this agent may not use or the tool gateway does not know."
+    )
+
+
+def _arguments(wish: _Wish, tool: ToolDescription) -> Mapping[str, Json]:
+    """The one argument, under the name the tool's own schema gives it."""
+    if not wish.argument:
+        return {}
+    required = tool.parameters.get("required")
+    properties = tool.parameters.get("properties")
+    names = [name for name in (required if isinstance(required, list) else ()) if isinstance(name, str)]
+    names += list(properties) if isinstance(properties, dict) else []
+    name = wish.usual_name if wish.usual_name in names or not names else names[0]
+    return {name: wish.argument}
+
+
+def _results(steps: Sequence[turn_pb2.StepBody]) -> list[tuple[turn_pb2.ToolCall, turn_pb2.ToolResult]]:
+    """The last calls of this turn with what they brought."""
+    if len(steps) < 2 or steps[-1].WhichOneof("body") != "tool_results":
+        return []
+    return list(zip(steps[-2].model_reply.tool_calls, steps[-1].tool_results.results, strict=True))
+
+
+def _phrase(pair: tuple[turn_pb2.ToolCall, turn_pb2.ToolResult]) -> str:
+    call, result = pair
+    if result.HasField("error"):
+        return f"The tool {call.tool} failed: {result.error.message}"
+    value = to_json(result.result)
+    given = next((str(argument) for argument in to_dict(call.arguments).values()), "")
+    match call.tool:
+        case "calculate":
+            return f"{given} = {_plain(value)}."
+        case "current_time":
+            return f"It is {_plain(value)}."
+        case "remember_note":
+            return f'I will remember: "{given}".'
+        case "recall_notes":
+            return _notes(value)
+        case _:
+            return f"{call.tool} answered: {_plain(value)}."
+
+
+def _notes(value: Json) -> str:
+    notes = _items(value)
+    if not notes:
+        return "You have not asked me to remember anything yet."
+    return "You asked me to remember: " + "; ".join(f'"{_plain(note)}"' for note in notes) + "."
+
+
+def _items(value: Json) -> list[Json]:
+    """The list in a result, bare or as the one list of an object."""
+    if isinstance(value, dict):
+        value = next((item for item in value.values() if isinstance(item, list)), None)
+    return value if isinstance(value, list) else []
+
+
+def _plain(value: Json) -> str:
+    """A result in a sentence: of an object, its first plain value."""
+    if isinstance(value, dict):
+        return next((_plain(item) for item in value.values() if not isinstance(item, dict | list)), "nothing")
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def _count_words(text: str) -> int:
+    return len(text.split())

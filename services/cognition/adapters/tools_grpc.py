@@ -1,0 +1,112 @@
+"""The tool gateway over gRPC (port `Tools`), with a short memory of what tools there are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from google.protobuf import struct_pb2
+from grpc import aio
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import message_pb2
+from soma.toolgw.v1 import tool_service_pb2 as toolgw
+from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
+
+from services.cognition.application.ports import Invocation, ToolDescription
+from services.cognition.domain.conversation import to_dict
+from soma_common.errors import Unavailable, from_rpc_error
+
+PAGE_SIZE: Final = 200
+LIST_TIMEOUT_S: Final = 5.0
+MEMORY_S: Final = 30.0
+"""How long a tenant's tools are taken from memory."""
+MEMORY_TENANTS: Final = 1024
+
+
+class GrpcTools:
+    """Asks the tool gateway on `channel`. For one event loop."""
+
+    def __init__(self, channel: aio.Channel, *, memory_s: float = MEMORY_S) -> None:
+        self._stub = toolgw_grpc.ToolServiceStub(channel)
+        self._memory_s = memory_s
+        self._known: OrderedDict[str, tuple[float, Mapping[str, ToolDescription]]] = OrderedDict()
+        self._asking: dict[str, asyncio.Task[Mapping[str, ToolDescription]]] = {}
+
+    async def describe(self, tenant: str) -> Mapping[str, ToolDescription]:
+        """The tenant's tools by name, from memory if it is fresh; many turns that ask at once make one call.
+
+        A gateway that does not answer is not noticed while there is a memory, even an old one: descriptions change
+        rarely, and a tool that is gone is refused when it is called. Raises SomaError.
+        """
+        entry = self._known.get(tenant)
+        if entry is not None and entry[0] > asyncio.get_running_loop().time():
+            self._known.move_to_end(tenant)
+            return entry[1]
+        asking = self._asking.get(tenant)
+        if asking is None:
+            asking = asyncio.create_task(self._list(tenant), name=f"list tools of {tenant}")
+            self._asking[tenant] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(tenant, None))
+        try:
+            return await asyncio.shield(asking)  # one turn's stop must not take the answer from the others
+        except Unavailable:
+            if entry is None:
+                raise
+            return entry[1]
+
+    async def invoke(
+        self, invocation: Invocation, timeout_s: float
+    ) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
+        """Runs a tool under its key. Raises SomaError if the gateway gave no answer."""
+        request = toolgw.InvokeToolRequest(
+            session=invocation.session,
+            tool=invocation.tool,
+            arguments=invocation.arguments,
+            idempotency_key=invocation.key,
+            turn_id=invocation.turn_id.hex(),
+            step=invocation.step,
+        )
+        try:
+            response = await self._stub.InvokeTool(request, timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        return response.result, response.error if response.HasField("error") else None
+
+    async def _list(self, tenant: str) -> Mapping[str, ToolDescription]:
+        tools: dict[str, ToolDescription] = {}
+        token = ""
+        while True:
+            request = toolgw.ListToolsRequest(parent=f"tenants/{tenant}", page_size=PAGE_SIZE, page_token=token)
+            try:
+                page = await self._stub.ListTools(request, timeout=LIST_TIMEOUT_S)
+            except aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            for tool in page.tools:
+                tools[tool.tool] = ToolDescription(tool.tool, tool.description, to_dict(tool.parameters))
+            token = page.next_page_token
+            if not token:
+                break
+        self._known[tenant] = (asyncio.get_running_loop().time() + self._memory_s, tools)
+        self._known.move_to_end(tenant)
+        if len(self._known) > MEMORY_TENANTS:
+            self._known.popitem(last=False)
+        return tools
+
+
+class NoTools:
+    """Stands in where no tool gateway is configured: there are no tools, and a call of one fails."""
+
+    async def describe(self, tenant: str) -> Mapping[str, ToolDescription]:
+        """No tools."""
+        return {}
+
+    async def invoke(
+        self, invocation: Invocation, timeout_s: float
+    ) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
+        """Always the error SERVICE_UNAVAILABLE, at once."""
+        return struct_pb2.Value(), message_pb2.Error(
+            reason=reasons.ERROR_REASON_SERVICE_UNAVAILABLE,
+            message="this brain has no tool gateway; set SOMA_TOOLGW_TARGET",
+        )

@@ -1,0 +1,111 @@
+"""Runs the tools of a journaled reply, all at once, each under the key that makes it happen at most once.
+
+Whatever goes wrong becomes a result that tells the model so: a tool that fails does not end the turn. Only two things
+are waited out here: a gateway that does not answer, or refuses for now, is asked again under the same key until the
+step's time is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from google.protobuf import struct_pb2
+from soma.cognition.v1 import cognition_service_pb2 as cognition
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import message_pb2, turn_pb2
+
+from services.cognition.application.ports import Invocation, Tools
+from services.cognition.application.retrying import Backoff, retrying
+from soma_common.errors import DeadlineExceeded, SomaError, class_of, to_proto
+from soma_common.ids import call_key
+
+
+class ToolCaller:
+    """Calls tools for turns. `max_result_bytes` bounds one result: the journal and the model's context hold all of
+    them."""
+
+    def __init__(self, tools: Tools, *, backoff: Backoff, max_result_bytes: int) -> None:
+        self._tools = tools
+        self._backoff = backoff
+        self._max_result_bytes = max_result_bytes
+
+    async def run(
+        self,
+        start: cognition.StartTurn,
+        step: int,
+        calls: Sequence[turn_pb2.ToolCall],
+        allowed: Sequence[str],
+        deadline: float,
+    ) -> turn_pb2.StepBody:
+        """Runs the calls of the reply journaled as `step`; returns the step with one result per call, in their
+        order."""
+        results = await asyncio.gather(*(self._run_one(start, step, call, allowed, deadline) for call in calls))
+        return turn_pb2.StepBody(format=1, tool_results=turn_pb2.ToolResults(results=results))
+
+    async def _run_one(
+        self,
+        start: cognition.StartTurn,
+        step: int,
+        call: turn_pb2.ToolCall,
+        allowed: Sequence[str],
+        deadline: float,
+    ) -> turn_pb2.ToolResult:
+        result = turn_pb2.ToolResult(index=call.index, call_id=call.call_id, tool=call.tool)
+        try:
+            _check(call, allowed)
+            value, error = await self._invoke(start, step, call, deadline)
+        except SomaError as failed:
+            error, value = to_proto(failed), struct_pb2.Value()
+        if error is None and value.ByteSize() > self._max_result_bytes:
+            error = _too_large(call.tool, value.ByteSize(), self._max_result_bytes)
+        if error is not None:
+            result.error.CopyFrom(error)
+        else:
+            result.result.CopyFrom(value)
+        return result
+
+    async def _invoke(
+        self, start: cognition.StartTurn, step: int, call: turn_pb2.ToolCall, deadline: float
+    ) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
+        loop = asyncio.get_running_loop()
+        invocation = Invocation(
+            session=start.session,
+            tool=call.tool,
+            arguments=call.arguments,
+            key=call_key(start.turn_id, step, call.index),
+            turn_id=start.turn_id,
+            step=step,
+        )
+
+        async def once(_: int) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
+            return await self._tools.invoke(invocation, max(0.001, deadline - loop.time()))
+
+        try:
+            return await retrying(once, backoff=self._backoff, deadline=deadline)
+        except DeadlineExceeded as late:
+            # Nobody knows whether the tool ran after we stopped waiting; to say "it failed" would invite a second try.
+            reason = reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN
+            raise class_of(reason)(
+                reason, f"{call.tool} did not answer in the time a step may take; it may have run or may still run"
+            ) from late
+
+
+def _check(call: turn_pb2.ToolCall, allowed: Sequence[str]) -> None:
+    """Refuses what needs no gateway to be refused; the same on every replay, as the spec and the journal are the
+    same."""
+    if call.tool not in allowed:
+        reason = reasons.ERROR_REASON_TOOL_NOT_FOUND
+        known = ", ".join(allowed) or "none"
+        raise class_of(reason)(reason, f"there is no tool {call.tool!r} for this agent; it may use: {known}")
+    if not call.HasField("arguments"):  # how a journaled call says that the model's arguments could not be read
+        reason = reasons.ERROR_REASON_TOOL_ARGUMENTS_INVALID
+        raise class_of(reason)(reason, f"the arguments of {call.tool} were not a JSON object; call it again with one")
+
+
+def _too_large(tool: str, size: int, bound: int) -> message_pb2.Error:
+    return message_pb2.Error(
+        reason=reasons.ERROR_REASON_CONTENT_TOO_LARGE,
+        message=f"{tool} answered {size} bytes, more than the {bound} a result may have; ask it for less",
+        metadata={"max_result_bytes": str(bound)},
+    )

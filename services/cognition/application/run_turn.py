@@ -1,0 +1,248 @@
+"""Runs one turn: think, propose, wait until it is journaled, act, think again.
+
+    StartTurn --replay--> Turn --CALL_MODEL--> Model --calls--> journal.record --> ToolCaller --> journal.record --+
+                           ^                     |                                                                 |
+                           |                     +--answer--> journal.end                                          |
+                           +---------------------------------------------------------------------------------------+
+
+Nothing is done that is not journaled first, and nothing is kept that is not in the journal: whatever dies, another
+brain
+gets the journal and goes on here. Every way out but a stop ends with a final or with a failure that has a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+from soma.cognition.v1 import cognition_service_pb2 as cognition
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import message_pb2, turn_pb2
+
+from services.cognition.application.call_tools import ToolCaller
+from services.cognition.application.ports import (
+    CallOrigin,
+    Journal,
+    ModelAnswer,
+    ModelRequest,
+    Models,
+    RequestedCall,
+    ToolDescription,
+    Tools,
+)
+from services.cognition.application.retrying import Backoff, retrying
+from services.cognition.application.stream_text import TextStream
+from services.cognition.domain.agent import Agent, read_agent
+from services.cognition.domain.conversation import Conversation
+from services.cognition.domain.turn import STEP_FORMAT, Next, Turn, read_step, replay
+from soma_common.errors import DeadlineExceeded, FailedPrecondition, SomaError, reason_name, to_proto
+from soma_common.failpoints import failpoint_async
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPolicy:
+    """Bounds that hold for every turn; the agent's own limits come with its spec."""
+
+    model_attempts: int = 3
+    """Tries of one model call, as long as nothing of its text was shown."""
+    model_backoff: Backoff = field(default_factory=lambda: Backoff(0.2, 5.0))
+    tool_backoff: Backoff = field(default_factory=lambda: Backoff(0.05, 1.0))
+    text_linger_s: float = 0.02
+    """Shortest time between two texts of a turn."""
+    max_reply_bytes: int = 256 * 1024
+    """Longest reply of a model, in UTF-8 bytes."""
+    max_result_bytes: int = 256 * 1024
+    """Largest result of a tool."""
+
+
+class TurnRunner:
+    """Runs turns with the models and tools of this brain. One for all turns."""
+
+    def __init__(self, models: Models, tools: Tools, policy: RunPolicy) -> None:
+        self._models = models
+        self._tools = tools
+        self._policy = policy
+        self._tool_caller = ToolCaller(tools, backoff=policy.tool_backoff, max_result_bytes=policy.max_result_bytes)
+
+    async def run(self, start: cognition.StartTurn, journal: Journal) -> None:
+        """Runs a turn from where its journal ends to its last step. Raises only what a defect raises, and a cancel.
+
+        A journal that has its last step already is handed to nobody: the turn is over and nothing is proposed.
+        """
+        steps: list[turn_pb2.StepBody] = []
+        try:
+            steps.extend(map(read_step, start.journal))
+            turn = replay(steps)
+            agent = read_agent(start.agent_spec)
+            conversation = Conversation(start.context, start.inputs, steps)
+            await self._live(start, journal, turn, agent, conversation)
+        except SomaError as error:
+            # A journal that cannot be read is left as it is: the failure goes behind it.
+            number = max(len(steps), len(start.journal)) + 1
+            _log.warning(
+                "turn.failed",
+                tenant=start.session.tenant,
+                turn=start.turn_id.hex(),
+                step=number,
+                reason=reason_name(error.reason),
+                message=error.message,
+            )
+            journal.end(number, turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error)), 0)
+
+    async def _live(
+        self, start: cognition.StartTurn, journal: Journal, turn: Turn, agent: Agent, conversation: Conversation
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        turn_deadline = loop.time() + agent.turn_timeout_s
+        while turn.next is not Next.NOTHING:
+            if turn.next is Next.RUN_TOOLS:
+                await failpoint_async("cognition.after_confirm_before_tool")
+                deadline = min(turn_deadline, loop.time() + agent.step_timeout_s)
+                step = await self._tool_caller.run(start, turn.steps, turn.calls, agent.tools, deadline)
+                await failpoint_async("cognition.after_tool_before_result")
+            else:
+                _check_limits(turn, agent, loop.time() >= turn_deadline)
+                answer = await self._think(start, journal, turn, agent, conversation, turn_deadline)
+                step = self._step_of(answer, turn, agent, conversation)
+            await failpoint_async("cognition.before_proposal")
+            if step.WhichOneof("body") == "final":
+                journal.end(turn.steps + 1, step, conversation.input_count)
+                return
+            await journal.record(turn.steps + 1, step)
+            turn.record(step)
+            conversation.steps.append(step)
+
+    async def _think(
+        self,
+        start: cognition.StartTurn,
+        journal: Journal,
+        turn: Turn,
+        agent: Agent,
+        conversation: Conversation,
+        turn_deadline: float,
+    ) -> ModelAnswer:
+        """One model call with its retries, its text shown as it comes, within the step's and the turn's time."""
+        model = self._models.of(agent.provider)
+        step = turn.steps + 1
+        step_deadline = asyncio.get_running_loop().time() + agent.step_timeout_s
+        deadline = min(step_deadline, turn_deadline)
+        text = TextStream(journal, step, self._policy.text_linger_s)
+
+        async def ask(attempt: int) -> ModelAnswer:
+            origin = CallOrigin(start.turn_id, step, start.dispatch, attempt, start.traceparent)
+            return await model.answer(
+                ModelRequest(
+                    model=agent.model,
+                    instructions=agent.instructions,
+                    conversation=conversation,
+                    tools=tools,
+                    temperature=agent.temperature,
+                    max_output_tokens=agent.max_output_tokens,
+                    origin=origin,
+                ),
+                text.add,
+            )
+
+        scope = asyncio.timeout_at(deadline)
+        try:
+            async with scope:
+                tools = await self._tools_of(agent, start.session.tenant, deadline) if agent.tools else ()
+                answer = await retrying(
+                    ask,
+                    backoff=self._policy.model_backoff,
+                    deadline=deadline,
+                    attempts=self._policy.model_attempts,
+                    # What was shown cannot be taken back within a dispatch, and a second answer would not fit to it.
+                    may_retry=lambda: not text.started,
+                )
+            text.finish()
+            return answer
+        except TimeoutError as late:
+            if not scope.expired():
+                raise
+            raise _too_late(agent, deadline < step_deadline) from late
+        finally:
+            text.close()
+
+    async def _tools_of(self, agent: Agent, tenant: str, deadline: float) -> Sequence[ToolDescription]:
+        """What the model is told of the agent's tools. One that the gateway does not know is left out."""
+        known = await retrying(
+            lambda _: self._tools.describe(tenant), backoff=self._policy.tool_backoff, deadline=deadline
+        )
+        return [known[name] for name in agent.tools if name in known]
+
+    def _step_of(self, answer: ModelAnswer, turn: Turn, agent: Agent, conversation: Conversation) -> turn_pb2.StepBody:
+        """The step an answer makes: a final, or a reply whose tools fit into what is left of the turn."""
+        _check_size(answer, self._policy.max_reply_bytes)
+        usage = turn_pb2.Usage(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+        model = answer.model or f"{agent.provider}/{agent.model}"
+        if not answer.calls:
+            message = message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, parts=[message_pb2.Part(text=answer.text)])
+            final = turn_pb2.FinalMessage(
+                message=message, usage=usage, model=model, inputs_seen=conversation.input_count
+            )
+            return turn_pb2.StepBody(format=STEP_FORMAT, final=final)
+        if not turn.has_room_for_tools(agent.max_steps):
+            raise _step_limit(agent)
+        calls = [_journaled_call(index, call) for index, call in enumerate(answer.calls)]
+        reply = turn_pb2.ModelReply(text=answer.text, tool_calls=calls, usage=usage, model=model)
+        return turn_pb2.StepBody(format=STEP_FORMAT, model_reply=reply)
+
+
+def _journaled_call(index: int, call: RequestedCall) -> turn_pb2.ToolCall:
+    """A call as it is journaled; arguments that are no JSON object, or hold what cannot be stored, are left unset."""
+    journaled = turn_pb2.ToolCall(index=index, call_id=call.call_id, tool=call.tool)
+    if call.arguments is not None:
+        try:
+            journaled.arguments.update(call.arguments)
+            journaled.arguments.SetInParent()
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            journaled.ClearField("arguments")
+    return journaled
+
+
+def _check_limits(turn: Turn, agent: Agent, late: bool) -> None:
+    if late:
+        raise _too_late(agent, of_turn=True)
+    if not turn.has_room(agent.max_steps):
+        raise _step_limit(agent)
+
+
+def _check_size(answer: ModelAnswer, bound: int) -> None:
+    # A code point has at most 4 bytes: most answers need no second look.
+    if len(answer.text) * 4 > bound and len(answer.text.encode()) > bound:
+        raise FailedPrecondition(
+            reasons.ERROR_REASON_MODEL_REJECTED,
+            f"the model's reply is longer than the {bound} bytes that are allowed; set the agent's max_output_tokens",
+            {"max_reply_bytes": str(bound)},
+        )
+    if not answer.text and not answer.calls:
+        raise FailedPrecondition(
+            reasons.ERROR_REASON_MODEL_REJECTED,
+            "the model answered with nothing; if it thinks before it speaks, raise the agent's max_output_tokens",
+        )
+
+
+def _step_limit(agent: Agent) -> SomaError:
+    return FailedPrecondition(
+        reasons.ERROR_REASON_STEP_LIMIT,
+        f"the turn would need more than the {agent.max_steps} steps its agent may take; raise the agent's max_steps",
+        {"max_steps": str(agent.max_steps)},
+    )
+
+
+def _too_late(agent: Agent, of_turn: bool) -> SomaError:
+    if of_turn:
+        reason, what, limit_s = reasons.ERROR_REASON_TURN_TIMEOUT, "turn", agent.turn_timeout_s
+    else:
+        reason, what, limit_s = reasons.ERROR_REASON_MODEL_TIMEOUT, "step", agent.step_timeout_s
+    milliseconds = round(limit_s * 1000)
+    return DeadlineExceeded(
+        reason,
+        f"the {what} took longer than {milliseconds} ms; raise the agent's {what}_timeout_ms",
+        {f"{what}_timeout_ms": str(milliseconds)},
+    )

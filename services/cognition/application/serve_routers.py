@@ -1,0 +1,404 @@
+"""Serves the routers' streams: who may run how many turns here, which dispatch of a turn counts, what ends what.
+
+    Brain                      all streams and all running turns of this process
+      RouterSession            one stream: its outbox, its credits, its turns
+        RunningTurn            one turn: a task, and the confirmation it waits for
+
+A turn runs at most once in a brain, whichever stream it came by: the highest dispatch wins. A turn ends here with its
+last
+proposal; a stop, a newer dispatch, the end of its stream or of the process cancel it without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from secrets import token_hex
+from typing import Final
+
+import structlog
+from soma.cognition.v1 import cognition_service_pb2 as cognition
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import turn_pb2
+
+from services.cognition.application.ports import Outbox
+from services.cognition.application.run_turn import TurnRunner
+from services.cognition.domain.turn import STEP_FORMAT, kind_of
+from soma_common.errors import (
+    FailedPrecondition,
+    Internal,
+    ResourceExhausted,
+    SomaError,
+    Unavailable,
+    reason_name,
+    to_proto,
+)
+from soma_common.gather import GatherClosed, GatherFull
+from soma_common.telemetry.trace import parse_traceparent, set_trace
+
+PROTOCOL: Final = 1
+"""The newest version of the RunTurns protocol this release speaks; it speaks no older one."""
+
+SILENT_INTERVALS: Final = 4
+"""A router that is silent for so many heartbeat intervals is taken for dead."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Brain:
+    """All streams and turns of this process.
+
+    `max_turns` bounds the turns that run at once; each of the `routers` that are expected gets an equal share as
+    credit,
+    one that comes when all is given gets its share as soon as another leaves. Ready for `drain` at any time.
+    """
+
+    def __init__(self, instance: str, runner: TurnRunner, *, max_turns: int, routers: int = 1) -> None:
+        # A brain that was restarted is another brain: what a router remembers of the old one does not hold for it.
+        self.name = f"{instance}-{token_hex(4)}"
+        self.runner = runner
+        self.max_turns = max_turns
+        self.draining = False
+        self.turns: dict[bytes, RunningTurn] = {}
+        self.unwinding: set[asyncio.Task[None]] = set()
+        self._share = max(1, max_turns // max(1, routers))
+        self._sessions: dict[str, RouterSession] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def connect(self, router: str, protocol: int, outbox: Outbox) -> RouterSession:
+        """Begins a router's stream, ending an older one of the same router: it connects again because that one is dead.
+
+        Raises PROTOCOL_VERSION, PROTOCOL_ORDER for a nameless router, DRAINING.
+        """
+        if protocol < PROTOCOL:
+            raise FailedPrecondition(
+                reasons.ERROR_REASON_PROTOCOL_VERSION,
+                f"the router speaks RunTurns up to version {protocol}, this brain speaks {PROTOCOL}: update the router",
+                {"protocol": str(PROTOCOL)},
+            )
+        if not router:
+            raise FailedPrecondition(reasons.ERROR_REASON_PROTOCOL_ORDER, "hello.router must name the router instance")
+        if self.draining:
+            raise _draining()
+        older = self._sessions.get(router)
+        if older is not None:
+            older.close(Unavailable(reasons.ERROR_REASON_SERVICE_UNAVAILABLE, f"{router} has connected again"))
+        session = RouterSession(self, router, outbox, min(self._share, self._free_credit()))
+        self._sessions[router] = session
+        _log.info("router.connected", router=router, credit=session.granted)
+        return session
+
+    def forget(self, session: RouterSession) -> None:
+        """Takes a closed stream out and gives its credits to streams that have less than their share."""
+        if self._sessions.get(session.router) is not session:
+            return
+        del self._sessions[session.router]
+        for other in self._sessions.values():
+            other.grant(min(self._share - other.granted, self._free_credit()))
+
+    def begin(self, turn: RunningTurn) -> None:
+        """Takes a turn in."""
+        self.turns[turn.turn_id] = turn
+        self._idle.clear()
+
+    def end(self, turn: RunningTurn) -> None:
+        """Takes a turn out, if it is still the one that counts."""
+        if self.turns.get(turn.turn_id) is turn:
+            del self.turns[turn.turn_id]
+        if not self.turns:
+            self._idle.set()
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new, lets turns finish for `grace_s` seconds, hands back the rest, ends the streams."""
+        self.draining = True
+        for session in list(self._sessions.values()):
+            session.send_control(cognition.RunTurnsResponse(draining=True))
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.info("brain.hands_back", turns=len(self.turns))
+        for turn in list(self.turns.values()):
+            turn.session.decline(turn.turn_id, turn.dispatch, _draining())
+            turn.cancel()
+        for session in list(self._sessions.values()):
+            session.close(None)
+        if self.unwinding:
+            await asyncio.wait(self.unwinding, timeout=1.0)
+
+    def _free_credit(self) -> int:
+        return max(0, self.max_turns - sum(session.granted for session in self._sessions.values()))
+
+
+class RouterSession:
+    """One router's stream. The adapter reads frames into it and writes what its outbox gathers; `close` is
+    idempotent."""
+
+    def __init__(self, brain: Brain, router: str, outbox: Outbox, granted: int) -> None:
+        self.router = router
+        self.granted = granted
+        """Turns this router may run here at once."""
+        self.failure: SomaError | None = None
+        """Why the stream was ended from this side; None: in order."""
+        self.closed = asyncio.Event()
+        self._brain = brain
+        self._outbox = outbox
+        self._running = 0
+        self._silent_ticks = 0
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits to be written that text should wait at its source."""
+        return len(self._outbox) > self._brain.max_turns
+
+    def take(self, frame: cognition.RunTurnsRequest) -> None:
+        """Takes a frame of the router. Never waits. Raises PROTOCOL_ORDER for a second hello."""
+        self._silent_ticks = 0
+        if frame.HasField("hello"):
+            raise FailedPrecondition(
+                reasons.ERROR_REASON_PROTOCOL_ORDER, "hello belongs in the first frame of RunTurns and only there"
+            )
+        for start in frame.starts:
+            self._start(start)
+        for confirm in frame.confirms:
+            turn = self._brain.turns.get(confirm.turn_id)
+            if turn is not None and turn.session is self:
+                turn.confirm(confirm.dispatch, confirm.step)
+        for stop in frame.stops:
+            turn = self._brain.turns.get(stop.turn_id)
+            if turn is not None and turn.session is self and turn.dispatch <= stop.dispatch:
+                turn.cancel()
+
+    def tick(self) -> None:
+        """Called once per heartbeat interval: sends a heartbeat, and ends the stream of a router that is silent too
+        long.
+
+        Intervals are counted, not seconds: a brain that was frozen itself finds frames waiting when it wakes up, and
+        must
+        not take everybody else for dead.
+        """
+        self._silent_ticks += 1
+        if self._silent_ticks > SILENT_INTERVALS:
+            self.close(
+                Unavailable(
+                    reasons.ERROR_REASON_SERVICE_UNAVAILABLE,
+                    f"no frame from {self.router} for {SILENT_INTERVALS} heartbeat intervals",
+                )
+            )
+        else:
+            self.send_control(cognition.RunTurnsResponse(heartbeat=True))
+
+    def grant(self, credit: int) -> None:
+        """Gives the router further credits."""
+        if credit > 0:
+            self.granted += credit
+            self.send_control(cognition.RunTurnsResponse(credit=credit))
+
+    def decline(self, turn_id: bytes, dispatch: int, error: SomaError) -> None:
+        """Says that a turn does not run here (any more)."""
+        self.send(cognition.StopTurn(turn_id=turn_id, dispatch=dispatch, error=to_proto(error)))
+
+    def send_control(self, frame: cognition.RunTurnsResponse) -> None:
+        """Sends a frame's worth of heartbeat, credit or draining notice."""
+        self.send(frame)
+
+    def send(
+        self, item: cognition.Proposal | cognition.TurnText | cognition.StopTurn | cognition.RunTurnsResponse
+    ) -> None:
+        """Gathers an item for the next frame. A router that lets more pile up than its credits explain is cut off."""
+        try:
+            self._outbox.put(item)
+        except GatherClosed:
+            pass  # the stream has ended; its turns are being cancelled
+        except GatherFull:
+            self.close(
+                ResourceExhausted(
+                    reasons.ERROR_REASON_QUEUE_FULL,
+                    f"{self.router} does not read what this brain sends",
+                    retry_delay_s=1,
+                )
+            )
+
+    def ended(self, turn: RunningTurn) -> None:
+        """A turn is over: its credit is free again."""
+        self._running -= 1
+        self._brain.end(turn)
+
+    def close(self, failure: SomaError | None) -> None:
+        """Cancels every turn of this stream and ends it; what is gathered is still written if the router reads."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        self.failure = failure
+        cancelled = 0
+        for turn in list(self._turns()):
+            turn.cancel()
+            cancelled += 1
+        self._outbox.close()
+        self._brain.forget(self)
+        why = reason_name(failure.reason) if failure else "in order"
+        _log.info("router.disconnected", router=self.router, turns_cancelled=cancelled, why=why)
+
+    def _turns(self) -> Iterator[RunningTurn]:
+        return (turn for turn in self._brain.turns.values() if turn.session is self)
+
+    def _start(self, start: cognition.StartTurn) -> None:
+        older = self._brain.turns.get(start.turn_id)
+        if older is not None:
+            if older.dispatch >= start.dispatch:
+                if older.session is not self:  # a router that lost the turn, or has not raised its dispatch
+                    self.decline(start.turn_id, start.dispatch, _outdated(start, older.dispatch))
+                return
+            older.cancel()
+        if self._brain.draining:
+            self.decline(start.turn_id, start.dispatch, _draining())
+        elif self._running >= self.granted:
+            self.decline(start.turn_id, start.dispatch, _full(self.granted))
+        else:
+            self._running += 1
+            turn = RunningTurn(self, start)
+            self._brain.begin(turn)
+            turn.launch(self._brain)
+
+
+class RunningTurn:
+    """One running turn and its voice towards the router (the port `Journal`)."""
+
+    __slots__ = ("_confirmed", "_over", "_proposed", "_start", "_task", "_unwinding", "dispatch", "session", "turn_id")
+
+    def __init__(self, session: RouterSession, start: cognition.StartTurn) -> None:
+        self.session = session
+        self.turn_id = start.turn_id
+        self.dispatch = start.dispatch
+        self._start = start
+        self._confirmed: asyncio.Future[None] | None = None
+        self._proposed = 0
+        self._over = False
+        self._task: asyncio.Task[None] | None = None
+        self._unwinding: set[asyncio.Task[None]] = set()
+
+    def launch(self, brain: Brain) -> None:
+        """Starts to run."""
+        self._unwinding = brain.unwinding
+        self._task = asyncio.create_task(self._run(brain.runner))
+
+    def confirm(self, dispatch: int, step: int) -> None:
+        """The router has journaled a step. What does not fit what was proposed is of another dispatch, or late:
+        ignored."""
+        confirmed = self._confirmed
+        if dispatch == self.dispatch and step == self._proposed and confirmed is not None and not confirmed.done():
+            confirmed.set_result(None)
+
+    def cancel(self) -> None:
+        """Stops at once and says nothing more; its credit is free."""
+        if self._over:
+            return
+        self._finish()
+        task = self._task
+        if task is not None and not task.done():
+            task.cancel()
+            # Unwinding may take a moment (a connection to a model is closed); nobody else holds the task until then.
+            self._unwinding.add(task)
+            task.add_done_callback(self._unwinding.discard)
+
+    async def record(self, step: int, body: turn_pb2.StepBody) -> None:
+        """Proposes a step and returns when it is journaled. However long that takes: the database may be away."""
+        calls = len(body.model_reply.tool_calls)
+        self._confirmed = asyncio.get_running_loop().create_future()
+        self._proposed = step
+        self._propose(
+            cognition.Proposal(
+                turn_id=self.turn_id,
+                dispatch=self.dispatch,
+                step=step,
+                kind=kind_of(body),
+                body=body.SerializeToString(),
+                call_count=calls,
+            )
+        )
+        await self._confirmed
+
+    def end(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> None:
+        """Proposes the last step and forgets the turn: if it is not journaled, the router starts the turn again."""
+        is_final = body.WhichOneof("body") == "final"
+        answer = body.final.message if is_final else body.failure
+        self._propose(
+            cognition.Proposal(
+                turn_id=self.turn_id,
+                dispatch=self.dispatch,
+                step=step,
+                kind=cognition.STEP_KIND_FINAL if is_final else cognition.STEP_KIND_FAILURE,
+                body=body.SerializeToString(),
+                answer=answer.SerializeToString(),
+                inputs_seen=inputs_seen,
+            )
+        )
+        if not self._over:
+            self._finish()
+
+    def show(self, step: int, offset: int, text: str) -> bool:
+        """Sends text of the running step; False if the router is behind and wants it later."""
+        if self._over:
+            return True
+        if self.session.behind:
+            return False
+        self.session.send(
+            cognition.TurnText(turn_id=self.turn_id, dispatch=self.dispatch, step=step, offset=offset, text=text)
+        )
+        return True
+
+    async def _run(self, runner: TurnRunner) -> None:
+        if self._start.traceparent:  # without one, the calls of this turn belong to the stream's trace
+            set_trace(parse_traceparent(self._start.traceparent))
+        try:
+            await runner.run(self._start, self)
+            if not self._over:  # nothing to do: the journal it was started with has its last step
+                self.session.decline(self.turn_id, self.dispatch, _has_ended())
+        except Exception:  # noqa: BLE001 - boundary: a defect ends its turn with a typed error, not the stream
+            _log.exception("turn.defect", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
+            if not self._over:
+                self.end(max(self._proposed, len(self._start.journal)) + 1, _defect(), 0)
+        finally:
+            if not self._over:
+                self._finish()
+
+    def _propose(self, proposal: cognition.Proposal) -> None:
+        if not self._over:
+            self.session.send(proposal)
+
+    def _finish(self) -> None:
+        self._over = True
+        self.session.ended(self)
+
+
+def _draining() -> SomaError:
+    return Unavailable(reasons.ERROR_REASON_DRAINING, "this brain is shutting down; start the turn on another one")
+
+
+def _full(granted: int) -> SomaError:
+    return ResourceExhausted(
+        reasons.ERROR_REASON_QUEUE_FULL,
+        f"all {granted} credits are in use; start a turn only while there is credit",
+        {"credit": str(granted)},
+        retry_delay_s=0.1,
+    )
+
+
+def _outdated(start: cognition.StartTurn, running: int) -> SomaError:
+    return FailedPrecondition(
+        reasons.ERROR_REASON_LEASE_LOST,
+        f"dispatch {start.dispatch} of the turn came after dispatch {running}, which another router started",
+        {"dispatch": str(running)},
+    )
+
+
+def _has_ended() -> SomaError:
+    return FailedPrecondition(
+        reasons.ERROR_REASON_INVALID_TRANSITION, "the journal the turn was started with has its last step: it is over"
+    )
+
+
+def _defect() -> turn_pb2.StepBody:
+    error = Internal(reasons.ERROR_REASON_INTERNAL, "the brain failed while it ran this turn; its log says more")
+    return turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error))

@@ -1,0 +1,131 @@
+"""What a model is given to read: the session so far, the inputs of the turn, and the turn's own steps.
+
+Messages arrive as bytes and are parsed only when a model asks for them: the echo model, which benchmarks the whole
+path,
+reads one message however long the context is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+from google.protobuf import struct_pb2
+from google.protobuf.message import DecodeError
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import message_pb2, turn_pb2
+
+from soma_common.errors import Internal
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+_EXACT_INTEGERS: Final = 2**53
+
+
+class Conversation:
+    """The material of one model call. `steps` grows with the turn; the rest stays as the router sent it."""
+
+    __slots__ = ("_context", "_inputs", "steps")
+
+    def __init__(self, context: Sequence[bytes], inputs: Sequence[bytes], steps: list[turn_pb2.StepBody]) -> None:
+        self._context = context
+        self._inputs = inputs
+        self.steps = steps
+        """The journaled steps of this turn, in order."""
+
+    @property
+    def is_first_turn(self) -> bool:
+        """Whether nothing was said in the session before this turn."""
+        return not self._context
+
+    @property
+    def input_count(self) -> int:
+        """How many messages this turn answers."""
+        return len(self._inputs)
+
+    def context(self) -> list[message_pb2.Message]:
+        """What was said before this turn, oldest first. Raises ITEM_CORRUPT."""
+        return [read_message(stored) for stored in self._context]
+
+    def inputs(self) -> list[message_pb2.Message]:
+        """The messages this turn answers. Raises ITEM_CORRUPT."""
+        return [read_message(stored) for stored in self._inputs]
+
+    def last_input(self) -> message_pb2.Message:
+        """The newest message this turn answers. Raises ITEM_CORRUPT if it cannot be read or there is none."""
+        if not self._inputs:
+            raise Internal(reasons.ERROR_REASON_ITEM_CORRUPT, "the turn was started without a message to answer")
+        return read_message(self._inputs[-1])
+
+
+def read_message(stored: bytes) -> message_pb2.Message:
+    """Reads a serialized message. Raises ITEM_CORRUPT."""
+    try:
+        return message_pb2.Message.FromString(stored)
+    except DecodeError as error:
+        raise Internal(reasons.ERROR_REASON_ITEM_CORRUPT, f"a stored message cannot be read: {error}") from error
+
+
+def text_of(message: message_pb2.Message) -> str:
+    """A message as a model reads it: texts as they are, data as JSON, files by name and address, a line each."""
+    if len(message.parts) == 1 and message.parts[0].WhichOneof("content") == "text":
+        return message.parts[0].text
+    return "\n".join(_part_text(part) for part in message.parts)
+
+
+def printable(text: str) -> str:
+    """Text as a message may hold it: U+0000 and lone surrogates, which models do produce, become U+FFFD. Same
+    length."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)
+
+
+def to_json(value: struct_pb2.Value) -> Json:
+    """A protobuf Value as plain JSON types. Whole numbers become integers again (a Value knows only doubles)."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            return to_number(value.number_value)
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return to_dict(value.struct_value)
+        case "list_value":
+            return [to_json(item) for item in value.list_value.values]
+        case _:
+            return None
+
+
+def to_dict(struct: struct_pb2.Struct) -> dict[str, Json]:
+    """A protobuf Struct as a plain dictionary, see `to_json`."""
+    return {key: to_json(value) for key, value in struct.fields.items()}
+
+
+def to_number(number: float) -> int | float:
+    """A double as JSON would have it written: whole numbers that a double holds exactly lose their point."""
+    return int(number) if math.isfinite(number) and number.is_integer() and abs(number) <= _EXACT_INTEGERS else number
+
+
+def result_text(result: turn_pb2.ToolResult) -> str:
+    """What a tool answered, as a model reads it: the result as JSON (text as it is), or the error in one line."""
+    if result.HasField("error"):
+        return f"error: {result.error.message}"
+    value = to_json(result.result)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _part_text(part: message_pb2.Part) -> str:
+    match part.WhichOneof("content"):
+        case "text":
+            return part.text
+        case "data":
+            return json.dumps(to_dict(part.data), ensure_ascii=False)
+        case "file":
+            name = part.file.name or "file"
+            return f"[{name} ({part.file.media_type or 'unknown type'}): {part.file.uri}]"
+        case _:
+            return ""

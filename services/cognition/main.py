@@ -1,0 +1,127 @@
+"""The brain's process: the only place where its parts are put together. `python -m services.cognition.main`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import httpx2
+import openai
+import structlog
+from soma.cognition.v1 import cognition_service_pb2_grpc as cognition_grpc
+
+from services.cognition.adapters.models.echo import EchoModel
+from services.cognition.adapters.models.offline import OfflineModel
+from services.cognition.adapters.models.openai_chat import OpenAIChat
+from services.cognition.adapters.models.registry import ModelRegistry
+from services.cognition.adapters.tools_grpc import GrpcTools, NoTools
+from services.cognition.adapters.turns_grpc import CognitionService
+from services.cognition.application.ports import Model, Tools
+from services.cognition.application.run_turn import RunPolicy, TurnRunner
+from services.cognition.application.serve_routers import Brain
+from services.cognition.settings import CognitionSettings
+from soma_common.authz.authorizer import Authorizer
+from soma_common.authz.tokens import load_token
+from soma_common.grpc.channel import open_channel
+from soma_common.grpc.server import GrpcServer
+from soma_common.lifecycle import Lifecycle, run_service
+from soma_common.settings import load_settings
+from soma_common.telemetry.admin import serve_admin
+
+SERVICE = "soma.cognition.v1.CognitionService"
+
+OPENAI_MISSING = (
+    "set SOMA_OPENAI_BASE_URL (any OpenAI-compatible endpoint) or SOMA_OPENAI_API_KEY (OpenAI's own), "
+    "or give the agent the model offline/assistant"
+)
+
+_log = structlog.get_logger(__name__)
+
+
+async def main(lifecycle: Lifecycle, settings: CognitionSettings) -> None:
+    """Starts the brain and registers how it stops: say so, drain the turns, stop the server, close the ways out."""
+    models = open_models(lifecycle, settings)
+    runner = TurnRunner(models, open_tools(lifecycle, settings), policy_of(settings))
+    brain = Brain(
+        settings.service_instance,
+        runner,
+        max_turns=settings.max_turns,
+        routers=max(1, len(settings.router_targets)),
+    )
+    server = GrpcServer(
+        settings,
+        Authorizer.from_settings(settings),
+        services=[
+            (
+                cognition_grpc.add_CognitionServiceServicer_to_server,
+                CognitionService(brain, settings.heartbeat_ms / 1000),
+                SERVICE,
+            )
+        ],
+    )
+    port = await server.start()
+    lifecycle.on_stop("grpc server", partial(server.stop, settings.drain_timeout_s), settings.drain_timeout_s + 1)
+    admin = await serve_admin(settings, lambda: not brain.draining)
+    lifecycle.on_stop("admin server", admin.stop, 1.0)
+    lifecycle.on_stop("turns", partial(brain.drain, settings.drain_grace_s), settings.drain_grace_s + 1.5)
+    lifecycle.on_stop("health", partial(server.set_serving, False), 1.0)
+    await server.set_serving(True)
+    lifecycle.ready(port=port, admin_port=admin.port, brain=brain.name)
+
+
+def open_models(lifecycle: Lifecycle, settings: CognitionSettings) -> ModelRegistry:
+    """The providers of models that this brain is configured for."""
+    models: dict[str, Model] = {
+        "echo": EchoModel(),
+        "offline": OfflineModel(settings.offline_word_delay_ms / 1000),
+    }
+    if settings.openai_base_url is None and settings.openai_api_key is None:
+        return ModelRegistry(models, {"openai": OPENAI_MISSING})
+    client = open_openai(settings)
+    lifecycle.on_stop("model endpoint", client.close, 1.0)
+    models["openai"] = OpenAIChat(client)
+    return ModelRegistry(models, {})
+
+
+def open_openai(settings: CognitionSettings) -> openai.AsyncOpenAI:
+    """A client of the configured endpoint that leaves retries to us: only the turn knows what was shown already."""
+    key = settings.openai_api_key
+    return openai.AsyncOpenAI(
+        api_key=key.get_secret_value() if key is not None else "none",
+        # Without an address the library's own default would be taken from OPENAI_BASE_URL: settings come from one
+        # place.
+        base_url=settings.openai_base_url or "https://api.openai.com/v1",
+        max_retries=0,
+        timeout=httpx2.Timeout(settings.openai_read_timeout_s, connect=settings.openai_connect_timeout_s),
+        http_client=openai.DefaultAsyncHttpxClient(
+            limits=httpx2.Limits(
+                max_connections=settings.openai_max_connections,
+                max_keepalive_connections=settings.openai_max_connections,
+            )
+        ),
+    )
+
+
+def open_tools(lifecycle: Lifecycle, settings: CognitionSettings) -> Tools:
+    """The tool gateway, if one is configured."""
+    if settings.toolgw_target is None:
+        _log.warning("tools.none", why="SOMA_TOOLGW_TARGET is not set: agents have no tools")
+        return NoTools()
+    token = load_token(settings.auth_service_token_file) if settings.auth_service_token_file is not None else None
+    channel = open_channel(settings.toolgw_target, token=token, service="toolgw")
+    lifecycle.on_stop("tool gateway", channel.close, 1.0)
+    return GrpcTools(channel)
+
+
+def policy_of(settings: CognitionSettings) -> RunPolicy:
+    """The bounds that hold for every turn."""
+    return RunPolicy(
+        model_attempts=settings.model_attempts,
+        text_linger_s=settings.text_linger_ms / 1000,
+        max_reply_bytes=settings.max_reply_bytes,
+        max_result_bytes=settings.max_result_bytes,
+    )
+
+
+if __name__ == "__main__":
+    _settings = load_settings(CognitionSettings)
+    run_service(lambda lifecycle: main(lifecycle, _settings), _settings)
