@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any, Final
 
+import grpc
+import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import SessionKey
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
@@ -30,6 +36,13 @@ from services.gateway.domain.refusal import Refused, protocol_order
 from soma_common import errors, ids
 from soma_common.failpoints import failpoint_async
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
+LONGEST_STREAM_S: Final = 30 * 24 * 3600.0
+"""A stream ends with UNAUTHENTICATED by then even if its token is good for longer."""
+
+_log = structlog.get_logger(__name__)
+
 
 class ChannelServicer(ChannelServiceServicer):
     """The handlers. Identity, tenant and request rules are checked before they run, items of a stream inside them."""
@@ -43,7 +56,7 @@ class ChannelServicer(ChannelServiceServicer):
         self._max_content_bytes = max_content_bytes
 
     async def Connect(
-        self, request_iterator: AsyncIterator[ConnectRequest], context: object
+        self, request_iterator: AsyncIterator[ConnectRequest], context: Context
     ) -> AsyncIterator[ConnectResponse]:
         """The stream of a channel adapter."""
         first = await anext(request_iterator, None)
@@ -53,7 +66,9 @@ class ChannelServicer(ChannelServiceServicer):
             stream = self._streams.open(first.hello)
         except Refused as refused:
             raise errors.from_proto(refused.error) from None
-        reader = asyncio.get_running_loop().create_task(_read(stream, first, request_iterator))
+        loop = asyncio.get_running_loop()
+        reader = loop.create_task(_read(stream, first, request_iterator))
+        expiry = loop.call_later(_token_seconds_left(context), lambda: stream.end(_expired()))
         try:
             yield ConnectResponse(welcome=self._welcome())
             while (frame := await stream.next_frame()) is not None:
@@ -63,12 +78,13 @@ class ChannelServicer(ChannelServiceServicer):
         except Refused as refused:
             raise errors.from_proto(refused.error) from None
         finally:
+            expiry.cancel()
             self._streams.leave(stream)
             reader.cancel()
             with suppress(asyncio.CancelledError):
                 await reader
 
-    async def SendMessage(self, request: SendMessageRequest, context: object) -> SendMessageResponse:
+    async def SendMessage(self, request: SendMessageRequest, context: Context) -> SendMessageResponse:
         """Accepts one message; the answer is the receipt."""
         submission = _submission(request, deliver=not request.no_delivery)
         try:
@@ -82,7 +98,7 @@ class ChannelServicer(ChannelServiceServicer):
             turn_name=str(ids.TurnName(session, ids.turn_id(session.id, message_id))),
         )
 
-    async def StreamTurn(self, request: StreamTurnRequest, context: object) -> AsyncIterator[StreamTurnResponse]:
+    async def StreamTurn(self, request: StreamTurnRequest, context: Context) -> AsyncIterator[StreamTurnResponse]:
         """Accepts one message and shows its turn."""
         try:
             async for event in self._stream_turn(_submission(request, deliver=request.deliver), request.message):
@@ -111,14 +127,31 @@ class ChannelServicer(ChannelServiceServicer):
 
 async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncIterator[ConnectRequest]) -> None:
     """Applies frames as they come; the stream's writer is the one to end the call."""
-    stream.receive_items(first)
     try:
+        stream.receive_items(first)
         async for frame in frames:
             stream.receive(frame)
     except Refused as refused:
         stream.end(refused)
+    except errors.SomaError as error:
+        stream.end(Refused.of(errors.to_proto(error)))
+    except Exception:  # noqa: BLE001 - boundary: the writer would wait for ever for a reader that is gone
+        _log.exception("connect.reader_failed", stream=stream.number)
+        stream.end(_defect())
     else:
         stream.half_close()
+
+
+def _token_seconds_left(context: Context) -> float:
+    """How long the caller's token is still good. The guard has verified the token, so its claims are read as they
+    are.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization" and isinstance(value, str):
+            claims = value.split(".")[1]
+            expires: float = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"]
+            return min(max(expires - time.time(), 0.0), LONGEST_STREAM_S)
+    return LONGEST_STREAM_S
 
 
 def _submission(request: SendMessageRequest | StreamTurnRequest, *, deliver: bool) -> Submission:
@@ -132,3 +165,13 @@ def _submission(request: SendMessageRequest | StreamTurnRequest, *, deliver: boo
         policy=request.policy,
         deliver=deliver,
     )
+
+
+def _expired() -> Refused:
+    return Refused(
+        ErrorReason.ERROR_REASON_UNAUTHENTICATED, "the token of this stream has expired: connect again with a new one"
+    )
+
+
+def _defect() -> Refused:
+    return Refused(ErrorReason.ERROR_REASON_INTERNAL, "the gateway has a defect; its log has the details")

@@ -174,10 +174,10 @@ class ServeStreams:
         instance = (stream.tenant, stream.channel, stream.instance)
         if self._instances.get(instance) is stream:
             del self._instances[instance]
-        of_tenant = self._tenants[stream.tenant]
-        del of_tenant[stream.number]
+        of_tenant = self._tenants.get(stream.tenant, {})
+        of_tenant.pop(stream.number, None)
         if not of_tenant:
-            del self._tenants[stream.tenant]
+            self._tenants.pop(stream.tenant, None)
         if not self._streams:
             self._empty.set()
         self._changed(stream)

@@ -1,0 +1,511 @@
+"""The stream of a channel adapter, kept alive: connect, send, get answers, acknowledge, come back after a loss.
+
+    async with ChannelClient("127.0.0.1:7400", token=token, tenant="demo", channel="line", instance="line-1") as client:
+        receipt = await client.send("assistant", "room-7", "what is 17*23")
+        async for event in client.events():
+            if isinstance(event, Delivery):
+                print(event.message.parts[0].text)
+                await client.ack(event)
+
+What it promises: an item is sent until it is answered, over as many streams as that takes, always with the same key
+and in the order given; a delivery is shown once, unless it was nacked; queues are bounded. What it does not: live
+events are dropped when they are not read, they hold nothing that the delivery does not.
+
+For thousands of messages a second use `post` (no future per message) and the callbacks `on_delivery` and `on_live`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+import structlog
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import Error, Message, Part, Role
+from soma.common.v1.turn_pb2 import ArrivalPolicy, Delivery, LiveEvent
+from soma.gateway.v1.channel_service_pb2 import (
+    Cancel,
+    ConnectRequest,
+    ConnectResponse,
+    Hello,
+    InboundMessage,
+    Nack,
+    Receipt,
+    Welcome,
+)
+from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
+
+from soma_common.client.inbox import Arrival, Inbox
+from soma_common.client.outbox import Answer, Outbox
+from soma_common.errors import (
+    DeadlineExceeded,
+    Internal,
+    ResourceExhausted,
+    SomaError,
+    Unavailable,
+    from_proto,
+    from_rpc_error,
+    to_proto,
+)
+from soma_common.grpc.channel import open_channel
+
+PROTOCOL: Final = 1
+MAX_FRAME_ITEMS: Final = 512
+"""The contract's bound."""
+MAX_FRAME_BYTES: Final = 2 * 1024 * 1024
+FIRST_BACKOFF_S: Final = 0.05
+LONGEST_BACKOFF_S: Final = 2.0
+WELCOME_TIMEOUT_S: Final = 10.0
+MAX_LIVE: Final = 4096
+"""Live events kept for `events()`; further ones are dropped until it is read."""
+
+_RETRYABLE: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
+"""Ends of a stream after which it is worth connecting again. All others need somebody to change something."""
+
+_log = structlog.get_logger(__name__)
+
+
+class ClientClosed(Exception):
+    """The client was closed; nothing more is sent."""
+
+
+class ChannelClient:
+    """One adapter instance's stream. An async context manager, for one event loop."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | Callable[[], str],
+        tenant: str,
+        channel: str,
+        instance: str,
+        live: bool = True,
+        credit: int = 256,
+        outbox: int = 8192,
+        on_delivery: Callable[[Delivery], None] | None = None,
+        on_live: Callable[[LiveEvent], None] | None = None,
+        grpc_channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        """`target` is `host:port` of a gateway, or several separated by commas.
+
+        `token` is a bearer token, or a function that returns the present one. `instance` is stable over restarts of
+        one adapter process and different for each. `credit` is how many deliveries may be unacknowledged at once;
+        0: only send. `outbox` bounds the items without an answer.
+
+        With `on_delivery`, deliveries go to it instead of `events()`: returning acknowledges, raising gives the
+        delivery back to come again. `on_live` likewise gets the live events. Both are called from the reader and
+        must not block.
+        """
+        self._token: Callable[[], str] = (lambda: token) if isinstance(token, str) else token
+        self._hello = Hello(
+            tenant=tenant, channel=channel, instance=instance, live=live, credit=credit, protocol=PROTOCOL
+        )
+        self._own_channel = grpc_channel is None
+        self._grpc = grpc_channel or open_channel(target, token=self._token, service="gateway")
+        self._stub: Any = ChannelServiceStub(self._grpc)
+        self._on_delivery = on_delivery
+        self._on_live = on_live
+        self._outbox = Outbox(outbox)
+        self._inbox = Inbox()
+        self._events: deque[Delivery | LiveEvent] = deque()
+        self._waiting_live = 0
+        self._acks: list[bytes] = []
+        self._nacks: list[Nack] = []
+        self._credit = 0
+        self._stream = 0
+        self._welcome: Welcome | None = None
+        self._hold = False
+        self._heard_at = self._wrote_at = 0.0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._news = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._closing = False
+        self._failure: SomaError | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Connects. Raises SomaError when the gateway refuses for a reason that waiting does not change."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="channel-client")
+        await self._connected.wait()
+        if self._failure is not None:
+            await self.close()
+            raise self._failure
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def welcome(self) -> Welcome | None:
+        """What the gateway said at the last connect; None while there is no stream."""
+        return self._welcome
+
+    @property
+    def streams(self) -> int:
+        """How many streams there have been; more than one: the client has reconnected."""
+        return self._stream
+
+    @property
+    def unanswered(self) -> int:
+        """Items without receipt or refusal."""
+        return len(self._outbox)
+
+    # Sending.
+
+    async def send(
+        self,
+        agent: str,
+        session: str,
+        content: str | Message,
+        *,
+        idempotency_key: str | None = None,
+        policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED,
+        traceparent: str = "",
+        patience_s: float = 30.0,
+    ) -> Receipt:
+        """Sends a message and returns its receipt: it is stored and will be answered.
+
+        Without a key a random one is used. A full queue or an unavailable bus is tried again with the same key for
+        `patience_s`. Messages of one session keep their order when each waits for the receipt of the one before.
+
+        Raises:
+            SomaError: of the class that says what to do; nothing is stored, except that Unavailable means "not known".
+            ClientClosed: the client was closed meanwhile.
+        """
+        message = text_message(content) if isinstance(content, str) else content
+        item = InboundMessage(
+            agent=agent,
+            session=session,
+            idempotency_key=idempotency_key or uuid.uuid4().hex,
+            message=message,
+            policy=policy,
+            traceparent=traceparent,
+        )
+        return await self._until_answered(item, patience_s)
+
+    async def cancel(
+        self,
+        agent: str,
+        session: str,
+        turn_id: bytes = b"",
+        *,
+        idempotency_key: str | None = None,
+        patience_s: float = 30.0,
+    ) -> Receipt:
+        """Stops a turn (16 bytes), or whatever runs in the session when the cancel is reached, after all messages
+        sent before.
+
+        Returns when the cancel is stored. Raises as `send`.
+        """
+        key = idempotency_key or uuid.uuid4().hex
+        return await self._until_answered(
+            Cancel(agent=agent, session=session, turn_id=turn_id, idempotency_key=key), patience_s
+        )
+
+    def post(self, item: InboundMessage | Cancel, answer: Answer) -> int:
+        """Queues a message or cancel and returns its ref; `answer` is called once with the message id or the error.
+        Never waits.
+
+        Refusals are not tried again here. The item belongs to the client from now on.
+
+        Raises:
+            ResourceExhausted: the outbox is full.
+            SomaError: the client has failed for good.
+            ClientClosed: the client is closed.
+        """
+        self._check_open()
+        if self._outbox.full:
+            raise ResourceExhausted(
+                ErrorReason.ERROR_REASON_QUEUE_FULL,
+                "the client's outbox is full: wait for answers",
+                {"bound": "client.outbox", "value": str(len(self._outbox))},
+            )
+        ref = self._outbox.add(item, answer)
+        self._wake.set()
+        return ref
+
+    # Receiving.
+
+    async def events(self) -> AsyncIterator[Delivery | LiveEvent]:
+        """Deliveries, to be acknowledged, and live events, in the order they came. Ends when the client is closed.
+
+        Raises SomaError when the gateway refuses the stream for a reason that waiting does not change.
+        """
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                self._waiting_live -= isinstance(event, LiveEvent)
+                yield event
+            if self._failure is not None:
+                raise self._failure
+            if self._closing:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    async def ack(self, delivery: Delivery) -> None:
+        """The delivery is processed; it will not come again. Goes out with the next frame."""
+        self._processed(delivery)
+
+    async def nack(self, delivery: Delivery, *, delay_s: float = 1.0, cause: str = "") -> None:
+        """The delivery could not be processed: it comes again after the delay, a bounded number of times."""
+        self._nacks.append(Nack(delivery_id=delivery.delivery_id, delay_ms=int(delay_s * 1000), cause=cause[:1024]))
+        self._credit += self._inbox.nack(delivery, self._stream)
+        self._wake.set()
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Sends what is queued, waits for its answers at most so long, and ends the stream. May be called again."""
+        task = self._task
+        if task is not None and not task.done() and not self._closing:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while len(self._outbox) and self._failure is None:
+                        self._room.clear()
+                        await self._room.wait()
+        self._closing = True
+        self._wake.set()
+        self._news.set()
+        if task is not None:
+            with suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(1.0):
+                    await asyncio.shield(task)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        self._outbox.fail(Error(reason=ErrorReason.ERROR_REASON_DRAINING, message="the client was closed"))
+        if self._own_channel:
+            await self._grpc.close()
+
+    # The stream.
+
+    async def _run(self) -> None:
+        """Keeps a stream until closed or refused for good."""
+        backoff = FIRST_BACKOFF_S
+        while not self._closing:
+            try:
+                await self._serve()
+                backoff = FIRST_BACKOFF_S
+            except SomaError as error:
+                if self._welcome is not None:
+                    backoff = FIRST_BACKOFF_S
+                if not isinstance(error, _RETRYABLE):
+                    self._fail(error)
+                    return
+                _log.info("channel_client.stream_lost", error=str(error), backoff_s=round(backoff, 3))
+            finally:
+                self._welcome = None
+                self._outbox.rewind()
+            if not self._closing:
+                await asyncio.sleep(random.uniform(backoff / 2, backoff))
+                backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+
+    async def _serve(self) -> None:
+        """One stream from hello to its end. Raises SomaError when it ends badly."""
+        call = self._stub.Connect()
+        writer: asyncio.Task[None] | None = None
+        try:
+            # The gateway acknowledges these for us; acks of the old stream mean nothing on the new one.
+            self._acks.clear()
+            self._nacks.clear()
+            self._credit = 0
+            self._stream += 1
+            self._hold = False
+            hello = Hello()
+            hello.CopyFrom(self._hello)
+            hello.processed.extend(self._inbox.processed())
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(ConnectRequest(hello=hello))
+                first = await call.read()
+            if first is grpc.aio.EOF:
+                return
+            self._welcome = first.welcome
+            self._heard_at = self._wrote_at = asyncio.get_running_loop().time()
+            self._connected.set()
+            writer = asyncio.get_running_loop().create_task(self._write(call), name="channel-client-writer")
+            while (frame := await call.read()) is not grpc.aio.EOF:
+                self._receive(frame)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.InvalidStateError as error:
+            raise _unavailable("the stream ended while it was opened") from error
+        except TimeoutError as error:
+            raise _unavailable("the gateway did not answer hello") from error
+        finally:
+            if writer is not None:
+                writer.cancel()
+                with suppress(asyncio.CancelledError):
+                    await writer
+            call.cancel()
+
+    async def _write(self, call: Any) -> None:
+        """Sends what has gathered, a heartbeat when nothing has; ends the stream when the gateway falls silent."""
+        welcome = self._welcome
+        assert welcome is not None
+        interval = welcome.heartbeat_ms / 1000
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                frame = self._next_frame(welcome.max_unanswered)
+                if frame is None:
+                    if self._closing or (self._hold and not self._outbox.in_flight):
+                        await call.done_writing()
+                        return
+                    if loop.time() - self._heard_at > 3 * interval:
+                        call.cancel()
+                        return
+                    if loop.time() - self._wrote_at < interval:
+                        await self._sleep_until(self._wrote_at + interval)
+                        continue
+                    frame = ConnectRequest(heartbeat=True)
+                await call.write(frame)
+                self._wrote_at = loop.time()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            _log.debug("channel_client.write_failed", error=repr(error))  # the reader learns how the stream ended
+
+    async def _sleep_until(self, when: float) -> None:
+        self._wake.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(when):
+                await self._wake.wait()
+
+    def _next_frame(self, max_unanswered: int) -> ConnectRequest | None:
+        """What has gathered; None: nothing."""
+        items = [] if self._hold else self._outbox.take(max_unanswered, MAX_FRAME_ITEMS, MAX_FRAME_BYTES)
+        if not (items or self._acks or self._nacks or self._credit):
+            return None
+        frame = ConnectRequest(acks=self._acks, nacks=self._nacks, credit=self._credit)
+        self._acks.clear()
+        self._nacks.clear()
+        self._credit = 0
+        for item in items:
+            if isinstance(item, InboundMessage):
+                frame.messages.append(item)
+            else:
+                frame.cancels.append(item)
+        return frame
+
+    def _receive(self, frame: ConnectResponse) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        outbox = self._outbox
+        for receipt in frame.receipts:
+            outbox.answer(receipt.ref, receipt.message_id, None)
+        for refusal in frame.refusals:
+            outbox.answer(refusal.ref, b"", refusal.error)
+        if frame.receipts or frame.refusals:
+            self._room.set()
+            self._wake.set()
+        for event in frame.live:
+            self._show_live(event)
+        for delivery in frame.deliveries:
+            self._show(delivery)
+        if frame.HasField("drain"):
+            self._drain(frame.drain.grace_ms / 1000)
+
+    def _show_live(self, event: LiveEvent) -> None:
+        if self._on_live is not None:
+            self._on_live(event)
+        elif self._waiting_live < MAX_LIVE:
+            self._waiting_live += 1
+            self._events.append(event)
+            self._news.set()
+
+    def _show(self, delivery: Delivery) -> None:
+        match self._inbox.arrive(delivery, self._stream):
+            case Arrival.PROCESSED:
+                self._acks.append(delivery.delivery_id)
+                self._credit += 1
+                self._wake.set()
+            case Arrival.IN_HAND:
+                pass
+            case Arrival.NEW if self._on_delivery is None:
+                self._events.append(delivery)
+                self._news.set()
+            case Arrival.NEW:
+                self._call_back(self._on_delivery, delivery)
+
+    def _call_back(self, on_delivery: Callable[[Delivery], None], delivery: Delivery) -> None:
+        try:
+            on_delivery(delivery)
+        except Exception as error:  # noqa: BLE001 - boundary: the application's own code
+            _log.exception("channel_client.on_delivery_failed")
+            self._nacks.append(Nack(delivery_id=delivery.delivery_id, delay_ms=1000, cause=repr(error)[:1024]))
+            self._credit += self._inbox.nack(delivery, self._stream)
+            self._wake.set()
+        else:
+            self._processed(delivery)
+
+    def _processed(self, delivery: Delivery) -> None:
+        self._acks.append(delivery.delivery_id)
+        self._credit += self._inbox.ack(delivery, self._stream)
+        self._wake.set()
+
+    def _drain(self, grace_s: float) -> None:
+        """The gateway goes away: no new items on this stream; when all are answered, or soon before the end, it is
+        closed.
+        """
+        self._hold = True
+        self._wake.set()
+        _log.info("channel_client.drain", grace_s=grace_s)
+
+    async def _until_answered(self, item: InboundMessage | Cancel, patience_s: float) -> Receipt:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience_s
+        while True:
+            while self._outbox.full and not self._closing and self._failure is None:
+                self._room.clear()
+                await self._room.wait()
+            answered: asyncio.Future[bytes] = loop.create_future()
+            ref = self.post(item, _settle(answered))
+            try:
+                return Receipt(ref=ref, message_id=await answered)
+            except (ResourceExhausted, Unavailable) as error:
+                if self._closing:
+                    raise ClientClosed from error
+                delay = error.retry_delay_s or FIRST_BACKOFF_S
+                if loop.time() + delay >= deadline:
+                    raise
+                await asyncio.sleep(delay)
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closing or self._task is None:
+            raise ClientClosed
+
+    def _fail(self, error: SomaError) -> None:
+        self._failure = error
+        self._outbox.fail(to_proto(error))
+        for event in (self._connected, self._news, self._room):
+            event.set()
+
+
+def text_message(text: str) -> Message:
+    """A user's message of plain text."""
+    return Message(role=Role.ROLE_USER, parts=[Part(text=text)])
+
+
+def _settle(future: asyncio.Future[bytes]) -> Answer:
+    def answer(message_id: bytes, error: Error | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(message_id)
+        else:
+            future.set_exception(from_proto(error))
+
+    return answer
+
+
+def _unavailable(message: str) -> Unavailable:
+    return Unavailable(ErrorReason.ERROR_REASON_SERVICE_UNAVAILABLE, message)
