@@ -63,19 +63,19 @@ class Undecodable:
 class FirstThenRest:
     """A request stream whose first message was read already. What follows comes straight from the source."""
 
-    __slots__ = ("__first", "_next")
+    __slots__ = ("_first", "_next")
 
     def __init__(self, first: Message, rest: AsyncIterator[Any]) -> None:
-        self.__first: Message | None = first
+        self._first: Message | None = first
         self._next = rest.__anext__
 
     def __aiter__(self) -> "FirstThenRest":
         return self
 
     def __anext__(self) -> Awaitable[Any]:
-        if self.__first is None:
+        if self._first is None:
             return self._next()
-        first, self.__first = self.__first, None
+        first, self._first = self._first, None
         return _resolved(first)
 
 

@@ -101,9 +101,11 @@ async def _apply(connection: Connection, schema: str, migrations: list[Migration
         await connection.execute("SELECT pg_advisory_lock($1)", key)
     except asyncpg.LockNotAvailableError as error:
         raise MigrationError(f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s") from error
+    if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
+        # Not `IF NOT EXISTS`: that asks for the right to create schemas even when there is nothing to create.
+        await connection.execute(f"CREATE SCHEMA {schema}")
     await connection.execute(
-        f"""CREATE SCHEMA IF NOT EXISTS {schema};
-        CREATE TABLE IF NOT EXISTS {schema}.schema_migrations (
+        f"""CREATE TABLE IF NOT EXISTS {schema}.schema_migrations (
             number integer PRIMARY KEY,
             name text NOT NULL,
             checksum text NOT NULL,

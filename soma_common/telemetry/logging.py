@@ -32,6 +32,7 @@ KEPT_FILES: Final = 3
 """Old log files kept beside the present one."""
 
 _DROPPED = counter("soma_log_lines_dropped_total", "Log lines dropped because the writer could not keep up.")
+_LEADING_KEYS = ("ts", "level", "service", "instance", "event")
 _NOISY_LOGGERS = ("asyncio", "grpc", "nats", "httpx", "openai")
 
 
@@ -114,8 +115,9 @@ def setup_logging(service: str, instance: str, log_file: Path | None = None, lev
     writer = LogWriter(log_file)
     atexit.register(writer.close)
 
-    def add_origin(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    def add_origin(logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event["service"], event["instance"] = service, instance
+        event.setdefault("logger", getattr(logger, "name", ""))
         if (trace := current_trace()) is not None:
             event.setdefault("trace_id", trace.trace_id)
         return event
@@ -132,7 +134,7 @@ def setup_logging(service: str, instance: str, log_file: Path | None = None, lev
     structlog.configure(
         processors=[*shared, _to_line],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=lambda *_args: _QueueLogger(writer),
+        logger_factory=lambda *names: _QueueLogger(writer, *names),
         cache_logger_on_first_use=True,
     )
     root = logging.getLogger()
@@ -144,13 +146,17 @@ def setup_logging(service: str, instance: str, log_file: Path | None = None, lev
 
 
 def _to_line(_logger: object, _method: str, event: MutableMapping[str, Any]) -> bytes:
-    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE)
+    # What a reader looks for first comes first.
+    line = {key: event.pop(key) for key in _LEADING_KEYS if key in event}
+    line.update(event)
+    return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE)
 
 
 class _QueueLogger:
     """The end of structlog's chain: every level hands the finished line to the writer."""
 
-    def __init__(self, writer: LogWriter) -> None:
+    def __init__(self, writer: LogWriter, name: str = "") -> None:
+        self.name = name
         self.debug = self.info = self.warning = self.error = self.critical = self.exception = self.msg = writer.offer
 
 

@@ -1,0 +1,126 @@
+"""Logs hold no secrets and hold nobody up; trace headers are read as the standard says."""
+
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soma_common.telemetry.logging import LogWriter
+from soma_common.telemetry.redaction import MAX_VALUE_CHARS, REDACTED, TRUNCATED, clean_event
+from soma_common.telemetry.trace import TraceContext, new_trace, parse_traceparent
+
+JWT = "eyJhbGciOiJFZDI1NTE5In0.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
+
+
+def clean(**event: Any) -> dict[str, Any]:
+    return dict(clean_event(None, "info", event))
+
+
+@pytest.mark.parametrize("key", ["authorization", "token", "admin_token", "password", "api_key", "apikey", "secret"])
+def test_values_of_telling_keys_are_redacted(key: str) -> None:
+    assert clean(**{key: "hunter2"}) == {key: REDACTED}
+    assert clean(headers={key: "hunter2"}) == {"headers": {key: REDACTED}}
+
+
+def test_counts_and_paths_under_telling_keys_stay() -> None:
+    event = {"input_tokens": 12, "token_file": "/etc/soma/admin.token", "tenant": "demo"}
+    assert clean(**event) == event
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sent Authorization: Bearer abcdefgh1234",
+        "postgresql://soma:hunter2@host/db",
+        "host=x password=hunter2 user=y",
+        f"token was {JWT}",
+        "key sk-abcdefghijklmn",
+    ],
+)
+def test_secrets_inside_text_are_redacted(text: str) -> None:
+    cleaned = clean(event=text)["event"]
+    assert REDACTED in cleaned
+    for secret in ("abcdefgh", "hunter2", JWT[:20]):
+        assert secret not in cleaned
+
+
+def test_payloads_are_cut() -> None:
+    event = clean(text="x" * 5000, data=b"\x01" * 5000, deep={"a": {"b": {"c": {"d": {"e": 1}}}}})
+    assert event["text"] == "x" * MAX_VALUE_CHARS + TRUNCATED
+    assert event["data"].endswith(TRUNCATED)
+    assert len(event["data"]) <= MAX_VALUE_CHARS + len(TRUNCATED)
+    assert TRUNCATED in json.dumps(event["deep"])
+
+
+def test_the_writer_writes_in_order_and_rotates(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "svc.log"
+    writer = LogWriter(path, max_bytes=1000, kept=2)
+    lines = [f"{n:04}{'.' * 95}\n".encode() for n in range(40)]
+    for line in lines:
+        writer.offer(line)
+    writer.close()
+    kept = b"".join((tmp_path / "logs" / name).read_bytes() for name in ("svc.log.2", "svc.log.1", "svc.log"))
+    assert kept == b"".join(lines[-len(kept) // 100 :])
+    assert 20 * 100 <= len(kept) <= 30 * 100
+    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["svc.log", "svc.log.1", "svc.log.2"]
+
+
+def test_a_writer_that_cannot_keep_up_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, stuck, entered = tmp_path / "svc.log", threading.Event(), threading.Event()
+    writer = LogWriter(path, queue_lines=10)
+    write = writer._write
+
+    def slow(line: bytes) -> None:
+        entered.set()
+        stuck.wait(5)
+        write(line)
+
+    monkeypatch.setattr(writer, "_write", slow)
+    for n in range(12):
+        writer.offer(b"%d\n" % n)
+        assert entered.wait(5)
+    stuck.set()
+    writer.offer(b"lost\n")
+    writer.close()
+    written = path.read_text()
+    assert re.match(r"0\n1\n2\n", written)
+    assert "11" not in written.splitlines()
+
+
+def test_a_drop_is_told_by_the_next_line_that_fits(tmp_path: Path) -> None:
+    path = tmp_path / "svc.log"
+    writer = LogWriter(path, queue_lines=10)
+    writer._dropped = 3
+    writer.offer(b"next\n")
+    writer.close()
+    told, line = path.read_text().splitlines()
+    assert json.loads(told) == {"level": "warning", "event": "log.lines_dropped", "count": 3}
+    assert line == "next"
+
+
+def test_trace_context_goes_round() -> None:
+    context = new_trace()
+    assert parse_traceparent(str(context)) == context
+    child = context.child()
+    assert child.trace_id == context.trace_id
+    assert child.span_id != context.span_id
+    sampled = parse_traceparent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    assert sampled == TraceContext("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", sampled=True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "00-x-y-01",
+        "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+        "00-4bf92f3577b34da6a3ce929d0e0e473g-00f067aa0ba902b7-01",
+    ],
+)
+def test_headers_that_say_nothing_are_ignored(header: str | None) -> None:
+    assert parse_traceparent(header) is None
