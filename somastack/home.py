@@ -30,6 +30,12 @@ HERE = ".somastack"
 class AlreadyRunning(PartFailed):
     """Another supervisor owns this home."""
 
+    def __init__(self, home: Path) -> None:
+        super().__init__(
+            f"a stack is already running in {home}",
+            f"talk to it (somastack status --home {home}), or stop it (somastack down --home {home})",
+        )
+
 
 @dataclass(frozen=True)
 class Home:
@@ -110,10 +116,7 @@ class Home:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise AlreadyRunning(
-                    f"a stack is already running in {self.path}",
-                    f"talk to it (somastack status --home {self.path}), or stop it (somastack down --home {self.path})",
-                ) from None
+                raise AlreadyRunning(self.path) from None
             yield
 
     def is_owned(self) -> bool:

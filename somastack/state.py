@@ -55,6 +55,10 @@ class StackState:
     port_base: int
     parts: list[PartState] = field(default_factory=list)
 
+    def targets(self, service: str) -> str:
+        """The gRPC addresses of the replicas of `service`, separated by commas."""
+        return ",".join(part.addresses["grpc"] for part in self.parts if part.name.rpartition("-")[0] == service)
+
     def save(self, path: Path) -> None:
         """Write the state in one step: a reader never sees half of it."""
         write_private(path, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")

@@ -7,16 +7,13 @@
 Roles are trusted without a password: whoever can reach the socket already is this user (or root), because the
 socket's directory is open to nobody else, and there is no TCP listener.
 
-PostgreSQL refuses to run as root. As root we run it in a user namespace that maps only root itself to an ordinary
-user: no account is made, no file changes its owner, no directory is opened to others. Where the kernel refuses user
-namespaces it runs as `nobody`, who is given the directories above, provided that `nobody` can reach them.
+PostgreSQL refuses to run as root; `identity` says as whom it runs then.
 """
 
 import asyncio
 import hashlib
 import importlib.util
 import os
-import pwd
 import signal
 import stat
 import subprocess
@@ -24,12 +21,12 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
+from soma_common.embedded.identity import give, server_identity
 from soma_common.embedded.process import (
     ChildProcess,
     PartFailed,
@@ -216,8 +213,9 @@ class PostgresServer:
         _refuse_strange_directory(self.socket_directory)
         for path in (self._config.directory, self.data_directory, self.log_directory, self.socket_directory):
             private_directory(path)
-        owned = (self._config.directory, self.socket_directory)
-        identity = _identity_for(owned)
+        identity = server_identity(self._config.directory, binary("postgres"))
+        for tree in (self._config.directory, self.socket_directory):
+            give(tree, identity)
         if not (self.data_directory / "PG_VERSION").exists():
             self._make_cluster(identity)
         include = self.data_directory / "postgresql.conf"
@@ -226,7 +224,8 @@ class PostgresServer:
                 file.write("\ninclude 'soma.conf'\n")
         write_private(self.data_directory / "soma.conf", self._settings())
         write_private(self.data_directory / "pg_hba.conf", "local all all trust\nlocal replication all trust\n")
-        _give(owned, self.data_directory.stat().st_uid, self.data_directory.stat().st_gid)
+        # The files written just now are root's.
+        give(self.data_directory, identity)
         return identity
 
     def _make_cluster(self, identity: str) -> None:
@@ -348,70 +347,6 @@ def _refuse_strange_directory(path: Path) -> None:
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or (os.geteuid() != 0 and status.st_uid != os.geteuid()):
         raise PartFailed(f"{path} belongs to somebody else", "remove it, or choose a home with a shorter path (--home)")
-
-
-def _identity_for(owned: tuple[Path, ...]) -> str:
-    """Who PostgreSQL runs as (see `launch`), with the trees `owned` given to that user."""
-    top = owned[0]
-    ours, owner = os.geteuid(), top.stat().st_uid
-    if ours != 0:
-        if owner != ours:
-            raise PartFailed(
-                f"{top} belongs to uid {owner}, and this is uid {ours}", "run as its owner, or choose another --home"
-            )
-        return "self"
-    nobody = next((user for user in pwd.getpwall() if user.pw_name == "nobody"), None)
-    if owner not in (0, nobody.pw_uid if nobody else 0):
-        raise PartFailed(f"{top} belongs to uid {owner}", "run as that user instead of root, or choose another --home")
-    namespace = _user_namespace()
-    if namespace is not None:
-        _give(owned, 0, 0)
-        return namespace
-    if nobody is None:
-        raise PartFailed(
-            "PostgreSQL refuses to run as root, and here are neither user namespaces nor a user `nobody`",
-            "run as an ordinary user",
-        )
-    for path in (top, binary("postgres")):
-        closed = first_closed_directory(path.parent, nobody.pw_uid, nobody.pw_gid)
-        if closed is not None:
-            raise PartFailed(
-                f"PostgreSQL refuses to run as root, user namespaces are refused, and `nobody` cannot enter {closed}",
-                f"run as an ordinary user, or let others pass through: chmod o+x {closed}",
-            )
-    _give(owned, nobody.pw_uid, nobody.pw_gid)
-    return f"setuid:{nobody.pw_uid}:{nobody.pw_gid}"
-
-
-def _user_namespace() -> str | None:
-    """The launcher's identity for a user namespace; None where the kernel refuses it (found out by trying)."""
-    # initdb looks its user up by name, so the uid inside must be one that the system knows.
-    inside = next((user.pw_uid for user in pwd.getpwall() if user.pw_uid != 0), None)
-    if sys.platform != "linux" or inside is None:
-        return None
-    identity = f"userns:{inside}"
-    command = launch_command([binary("postgres"), "--version"], identity=identity)
-    return identity if subprocess.run(command, cwd="/", capture_output=True, check=False).returncode == 0 else None
-
-
-def first_closed_directory(path: Path, uid: int, gid: int) -> Path | None:
-    """The first directory on the way down to `path` (itself included) that `uid` and `gid` may not enter."""
-    for directory in reversed([path, *path.parents]):
-        status = directory.stat()
-        bit = stat.S_IXUSR if status.st_uid == uid else stat.S_IXGRP if status.st_gid == gid else stat.S_IXOTH
-        if not status.st_mode & bit:
-            return directory
-    return None
-
-
-def _give(trees: Iterable[Path], uid: int, gid: int) -> None:
-    """Give `trees` to `uid` and `gid`; nothing happens to what is theirs already, and nothing unless we are root."""
-    if os.geteuid() != 0:
-        return
-    for tree in trees:
-        for entry in (tree, *tree.rglob("*")):
-            if entry.lstat().st_uid != uid:
-                os.lchown(entry, uid, gid)
 
 
 def _quoted(text: str) -> str:

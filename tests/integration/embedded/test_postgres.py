@@ -11,7 +11,8 @@ import asyncpg
 import pytest
 
 from soma_common.embedded import postgres as embedded
-from soma_common.embedded.postgres import PORT, PostgresConfig, PostgresServer, first_closed_directory, socket_directory
+from soma_common.embedded.identity import first_closed_directory
+from soma_common.embedded.postgres import PORT, PostgresConfig, PostgresServer, socket_directory
 from soma_common.embedded.process import ChildProcess, PartFailed, ProcessIdentity
 from soma_common.testing.embedded import Database, FaultyPostgres, soma_database
 
@@ -170,7 +171,7 @@ class TestAsRoot:
         server = FaultyPostgres(PostgresConfig(home / "postgres", durable=False))
         try:
             with monkeypatch.context() as refused:
-                refused.setattr(embedded, "_user_namespace", lambda: None)
+                refused.setattr("soma_common.embedded.identity.user_namespace", lambda _: None)
                 try:
                     await server.start()
                 except PartFailed as failure:

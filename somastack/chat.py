@@ -1,0 +1,133 @@
+"""Talking with an agent from a terminal: each message is one `StreamTurn` call, shown while it runs.
+
+Not `Connect`: who connects serves a whole channel and gets the answers of all its sessions, so two terminals on one
+channel would take each other's answers. A call that loses its gateway is made again with the same idempotency key, and
+goes on with the same turn.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import grpc
+from rich.console import Console
+from rich.text import Text
+from soma.common.v1.message_pb2 import SessionKey
+from soma.gateway.v1.channel_service_pb2 import StreamTurnRequest
+from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
+
+from soma_common.client.channel_client import text_message
+from soma_common.errors import ResourceExhausted, SomaError, Unavailable, from_rpc_error
+from soma_common.grpc.channel import open_channel
+from somastack.auth_material import AuthMaterial
+from somastack.home import Home
+from somastack.turn_view import TurnView
+
+if TYPE_CHECKING:
+    from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceAsyncStub
+
+PATIENCE_S = 30.0
+"""How long a message is tried again while the stack is not able to take it or show it."""
+RETRY_EVERY_S = 0.5
+
+
+def token_for(home: Home, tenant: str) -> str:
+    """The token of the tenant's channels; for a tenant that has none here, the administrator's."""
+    auth = AuthMaterial(home)
+    own = auth.tenant_token_file(tenant)
+    return (own if own.exists() else auth.admin_token_file).read_text(encoding="utf-8").strip()
+
+
+@dataclass
+class Chat:
+    """One session on a terminal. An async context manager."""
+
+    target: str
+    """Address of the gateway; several are separated by commas."""
+    token: str
+    session: SessionKey
+    console: Console
+    quiet: bool = False
+    """Show nothing but answers."""
+
+    async def __aenter__(self) -> Self:
+        self._channel = open_channel(self.target, token=lambda: self.token, service="gateway")
+        self._stub: ChannelServiceAsyncStub = ChannelServiceStub(self._channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def say(self, text: str) -> bool:
+        """Send one message and show its turn; True when the agent answered.
+
+        Raises:
+            SomaError: the message was refused, or what became of it could not be learned.
+        """
+        request = StreamTurnRequest(session=self.session, idempotency_key=uuid.uuid4().hex, message=text_message(text))
+        view = TurnView(self.console, quiet=self.quiet)
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                answered = await self._watch(request, view)
+                if answered is not None:
+                    return answered
+            except (Unavailable, ResourceExhausted):
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(RETRY_EVERY_S)
+
+    async def _watch(self, request: StreamTurnRequest, view: TurnView) -> bool | None:
+        """One call, to its end; None when it ended without the turn's outcome."""
+        call = self._stub.StreamTurn(request)
+        try:
+            async for event in call:
+                match event.WhichOneof("event"):
+                    case "live":
+                        view.show(event.live)
+                    case "outcome":
+                        return view.finish(event.outcome)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
+        return None
+
+
+def ask_once(chat: Chat, text: str) -> bool:
+    """One message; True when the agent answered. Raises SomaError."""
+
+    async def asked() -> bool:
+        async with chat:
+            return await chat.say(text)
+
+    return asyncio.run(asked())
+
+
+def converse(chat: Chat, read_line: Callable[[], str]) -> None:
+    """Read lines and show answers until the input ends. Ctrl-C while a turn runs leaves it; at the prompt it ends."""
+    with asyncio.Runner() as runner:
+        runner.run(chat.__aenter__())
+        try:
+            while True:
+                text = read_line().strip()
+                if not text:
+                    continue
+                chat.console.print(Text(f"{chat.session.agent}> ", style="bold cyan"), end="")
+                _say(runner, chat, text)
+        except (EOFError, KeyboardInterrupt):
+            chat.console.print()
+        finally:
+            runner.run(chat.__aexit__())
+
+
+def _say(runner: asyncio.Runner, chat: Chat, text: str) -> None:
+    try:
+        runner.run(chat.say(text))
+    except SomaError as error:
+        chat.console.print(Text(str(error), style="bold red"))
+    except KeyboardInterrupt:
+        chat.console.print("\n(no longer shown; the turn goes on)", style="dim")

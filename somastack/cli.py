@@ -1,0 +1,263 @@
+"""The command `somastack`: reads arguments, calls what does the work, turns failures into a line and an exit code."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from soma.common.v1.message_pb2 import SessionKey
+
+from soma_common.embedded.process import PartFailed
+from soma_common.errors import SomaError
+from somastack.chat import Chat, ask_once, converse, token_for
+from somastack.control import end_stack, needed_state, running_state
+from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate, tell_what_to_try
+from somastack.doctor import Verdict, diagnose
+from somastack.home import AlreadyRunning, Home
+from somastack.layout import DEFAULT_BASE, Layout
+from somastack.serve import replicas_from, serve, start_detached, until_ready
+from somastack.state import StackState
+from somastack.status import as_json, as_table, exit_code
+from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, worth_telling
+from somastack.supervisor import StackOptions, Supervisor
+
+app = typer.Typer(
+    name="somastack",
+    help="Run the whole of SomaStack on this machine, and talk to it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home",
+        file_okay=False,
+        show_default="$SOMASTACK_HOME, else ./.somastack if there is one, else ~/.somastack",
+        help="Where the stack keeps everything.",
+    ),
+]
+
+
+@app.command()
+def up(
+    home: HomeOption = None,
+    port_base: Annotated[int, typer.Option(help="First port; each part has a fixed place.")] = DEFAULT_BASE,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when all is ready; `down` stops it.")] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo/--no-demo", help="Make tenant `demo` with agent `assistant`, play a conversation.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Model of the demo agent, such as openai/NAME.")] = DEFAULT_MODEL,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option(help="Several of a service: --replicas router=2,gateway=2.", show_default="1 each"),
+    ] = None,
+) -> None:
+    """Start NATS, PostgreSQL and the five services; Ctrl-C stops them."""
+    options = StackOptions(Home.chosen(home), Layout(port_base, replicas_from(replicas or [])))
+    try:
+        if detach:
+            _up_detached(options, model if demo else None)
+        else:
+            _up_here(options, model if demo else None)
+    except AlreadyRunning:
+        state = running_state(options.home)
+        if state is not None:
+            tell_what_to_try(options.home, state, errors)
+        raise
+
+
+@app.command()
+def down(home: HomeOption = None) -> None:
+    """Stop the stack that runs in the home."""
+    chosen = Home.chosen(home)
+    began = time.monotonic()
+    if asyncio.run(end_stack(chosen)):
+        console.print(f"stopped {chosen.path} in {time.monotonic() - began:.1f} s")
+    else:
+        console.print(f"nothing is running in {chosen.path}")
+
+
+@app.command()
+def status(
+    home: HomeOption = None,
+    output: Annotated[
+        Literal["table", "json"], typer.Option("--output", "-o", help="For people or for programs.")
+    ] = "table",
+) -> None:
+    """Show every component: pid, state, since when, restarts, addresses.
+
+    Exit code 0: all is ready; 1: something is not; 3: nothing runs.
+    """
+    chosen = Home.chosen(home)
+    state = running_state(chosen)
+    if output == "json":
+        console.print(json.dumps(as_json(chosen, state), indent=2), markup=False)
+    elif state is None:
+        console.print(f"nothing is running in {chosen.path}; start it: somastack up --home {chosen.path}")
+    else:
+        console.print(f"{chosen.path}: {state.phase} since {state.since}, supervisor {state.supervisor.pid}")
+        console.print(as_table(state))
+    raise typer.Exit(exit_code(state))
+
+
+@app.command()
+def logs(
+    component: Annotated[
+        str | None, typer.Argument(help="For example router, router-0, nats, postgres, supervisor.", show_default="all")
+    ] = None,
+    home: HomeOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is added, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Show so many of the last lines.")] = 100,
+) -> None:
+    """Show what the components logged, in one story."""
+    chosen = Home.chosen(home)
+    tails = [Tail(source, from_start=True) for source in sources(chosen, _logged_by(chosen, component))]
+    past = sorted((line for tail in tails for line in tail.read()), key=lambda line: line.time)
+    for line in past[len(past) - min(lines, len(past)) :]:
+        console.print(line.rendered())
+    if follow:
+        story = Story(tails, lambda line: console.print(line.rendered()))
+        while True:
+            story.catch_up()
+            time.sleep(POLL_S)
+
+
+@app.command()
+def chat(
+    home: HomeOption = None,
+    tenant: Annotated[str, typer.Option(help="The tenant.")] = TENANT,
+    agent: Annotated[str, typer.Option(help="The agent that answers.")] = AGENT,
+    channel: Annotated[str, typer.Option(help="The channel the conversation belongs to.")] = "cli",
+    session: Annotated[
+        str | None, typer.Option(help="The conversation; name one to go on with it later.", show_default="a new one")
+    ] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Say only this; print the answer. Exit code 0: answered.")
+    ] = None,
+) -> None:
+    """Talk with an agent. Ctrl-D ends it."""
+    chosen = Home.chosen(home)
+    state = needed_state(chosen)
+    named = session or f"chat-{secrets.token_hex(4)}"
+    key = SessionKey(tenant=tenant, agent=agent, channel=channel, session=named)
+    talk = Chat(state.targets("gateway"), token_for(chosen, tenant), key, console, quiet=message is not None)
+    if message is not None:
+        raise typer.Exit(0 if ask_once(talk, message) else 1)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() line editing, where Python has it
+
+    console.print(f"session {named} with {agent} of tenant {tenant}; Ctrl-D ends it", style="dim")
+    converse(talk, lambda: console.input("[bold green]you> [/]"))
+
+
+@app.command()
+def doctor(
+    home: HomeOption = None,
+    port_base: Annotated[int, typer.Option(help="The ports to look at.")] = DEFAULT_BASE,
+) -> None:
+    """Look at everything a stack needs, and say what to do. Exit code 1: something is bad."""
+    findings = asyncio.run(diagnose(Home.chosen(home), Layout(port_base)))
+    marks = {Verdict.GOOD: ("✔", "green"), Verdict.DOUBTFUL: ("!", "yellow"), Verdict.BAD: ("✘", "bold red")}
+    for finding in findings:
+        mark, style = marks[finding.verdict]
+        console.print(Text.assemble((f"{mark} {finding.what:<16}", style), finding.seen))
+        if finding.advice:
+            console.print(Text(f"  {'':<16}→ {finding.advice}", style=style))
+    raise typer.Exit(1 if any(finding.verdict is Verdict.BAD for finding in findings) else 0)
+
+
+def main() -> NoReturn:
+    """Run the command; a failure that is no defect of ours is one line that says what to do."""
+    try:
+        app()
+    except PartFailed as failure:
+        _tell_failure(failure.message, failure.advice)
+    except SomaError as error:
+        _tell_failure(str(error), "")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(1)
+
+
+def _tell_failure(message: str, advice: str) -> None:
+    errors.print(Text(f"✘ {message}", style="bold red"))
+    if advice:
+        errors.print(Text(f"→ {advice}"))
+
+
+def _up_here(options: StackOptions, demo_model: str | None) -> None:
+    """Serve in this process; the story of the logs on the console. Without `demo_model` no demonstration."""
+    options.home.make()
+    names = [SUPERVISOR, "nats", "postgres", *(instance.name for instance in options.layout.instances())]
+    story = Story([Tail(source) for source in sources(options.home, names)], _tell)
+
+    async def when_ready(stack: Supervisor) -> None:
+        with story.hold():
+            if demo_model is not None:
+                await demonstrate(options.home, stack.state, console, demo_model)
+            else:
+                tell_what_to_try(options.home, stack.state, console)
+            console.print(f"\nserving from {options.home.path}; Ctrl-C stops it\n", style="bold")
+
+    async def told() -> None:
+        telling = asyncio.create_task(story.run())
+        try:
+            await serve(options, when_ready)
+        finally:
+            telling.cancel()
+            story.catch_up()
+
+    asyncio.run(told())
+
+
+def _up_detached(options: StackOptions, demo_model: str | None) -> None:
+    """Start a supervisor of its own and wait until it is ready."""
+
+    async def started() -> StackState:
+        state = await until_ready(options.home, start_detached(options))
+        if demo_model is not None:
+            await demonstrate(options.home, state, console, demo_model)
+        return state
+
+    if options.home.is_owned():
+        raise AlreadyRunning(options.home.path)
+    state = asyncio.run(started())
+    if demo_model is None:
+        tell_what_to_try(options.home, state, console)
+    console.print(
+        f"\nserving from {options.home.path}; stop it: somastack down --home {options.home.path}", style="bold"
+    )
+
+
+def _tell(line: Line) -> None:
+    if worth_telling(line):
+        console.print(line.rendered())
+
+
+def _logged_by(home: Home, component: str | None) -> list[str]:
+    """The parts whose logs are meant by `component`: one part, all replicas of a service, or everything.
+
+    Raises:
+        PartFailed: nothing of that name has logged anything here.
+    """
+    instances = sorted(path.stem for path in home.logs.glob("*.log") if path.stem != SUPERVISOR)
+    everything = [SUPERVISOR, "nats", "postgres", *instances]
+    chosen = [name for name in everything if component in (None, name, name.rpartition("-")[0])]
+    if not chosen:
+        raise PartFailed(f"there is no log of {component} in {home.path}", "name one of " + ", ".join(everything))
+    return chosen
+
+
+if __name__ == "__main__":
+    main()
