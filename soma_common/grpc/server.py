@@ -53,6 +53,8 @@ class GrpcServer:
         self._channelz: grpc.aio.Server | None = None
         self.port = 0
         """The port served on; 0 until started."""
+        self.channelz_port = 0
+        """The port that channelz is served on; 0 unless the settings ask for it."""
 
     async def start(self) -> int:
         """Start serving and return the port; raises AddressInUse."""
@@ -70,9 +72,9 @@ class GrpcServer:
         if self._settings.channelz_listen is not None:
             self._channelz = grpc.aio.server()
             channelz.add_channelz_servicer(self._channelz)
-            port = _bind(self._channelz, self._settings.channelz_listen)
+            self.channelz_port = _bind(self._channelz, self._settings.channelz_listen)
             await self._channelz.start()
-            _log.info("grpc.channelz", port=port)
+            _log.info("grpc.channelz", port=self.channelz_port)
         return self.port
 
     async def set_serving(self, serving: bool) -> None:

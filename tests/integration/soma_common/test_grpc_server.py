@@ -1,0 +1,352 @@
+"""The guard around every handler, seen from a client over a real connection."""
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest, RunTurnsResponse, StartTurn
+from soma.cognition.v1.cognition_service_pb2_grpc import CognitionServiceStub
+from soma.common.v1 import authz_pb2, error_reason_pb2
+from soma.router.v1.turn_service_pb2 import WatchTurnRequest
+from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
+from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest
+from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
+
+from soma_common.errors import NotFound, SomaError, Unavailable, from_rpc_error, reason_name
+from soma_common.grpc import guard
+from soma_common.grpc.channel import open_channel
+from soma_common.grpc.method import MissingAuthzRule
+from soma_common.grpc.server import AddressInUse, GrpcServer
+from soma_common.settings import ServiceSettings
+from soma_common.telemetry.metrics import REGISTRY
+from soma_common.testing.auth import Identities
+from soma_common.testing.eventually import eventually
+from tests.integration.soma_common.conftest import TURN, Stack
+
+DEMO = ListToolsRequest(parent="tenants/demo")
+
+
+async def refused(call: Any) -> SomaError:
+    """Return the error that `call` (a unary call or a coroutine) ends in."""
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call
+    return from_rpc_error(failed.value)
+
+
+async def test_an_allowed_call_reaches_the_handler_with_its_caller(stack: Stack) -> None:
+    async with stack.channel("demo", ["channel"], "adapter") as channel:
+        await ToolServiceStub(channel).ListTools(DEMO)
+    (seen,) = stack.tools.callers
+    assert (seen.subject, seen.tenant, seen.roles) == ("adapter", "demo", ("channel",))
+    assert stack.tools.traces[0] is not None
+
+
+async def test_without_a_token_nothing_is_served(stack: Stack) -> None:
+    async with open_channel(stack.address, token=None, service="toolgw") as channel:
+        error = await refused(ToolServiceStub(channel).ListTools(DEMO))
+        assert reason_name(error.reason) == "UNAUTHENTICATED"
+        call = CognitionServiceStub(channel).RunTurns()
+        assert reason_name((await refused(call.read())).reason) == "UNAUTHENTICATED"
+    assert stack.tools.requests == []
+
+
+async def test_another_tenants_data_is_denied_before_it_is_looked_for(stack: Stack) -> None:
+    async with stack.channel("demo", ["channel"]) as channel:
+        error = await refused(ToolServiceStub(channel).ListTools(ListToolsRequest(parent="tenants/other")))
+        assert reason_name(error.reason) == "PERMISSION_DENIED"
+        assert error.metadata["policy_reasons"] == "tenant_mismatch"
+        assert error.metadata["permission"] == "tools.read"
+    assert stack.tools.requests == []
+
+
+@pytest.mark.parametrize("parent", ["", "demo/x", "tenants/", "tenants/UPPER", "tenants//x", "tenant/demo", "*", "a\n"])
+async def test_a_field_that_names_no_tenant_is_an_invalid_request(stack: Stack, parent: str) -> None:
+    async with stack.channel() as channel:
+        error = await refused(ToolServiceStub(channel).ListTools(ListToolsRequest(parent=parent)))
+    assert reason_name(error.reason) == "INVALID_REQUEST"
+    assert [violation.field for violation in error.field_violations] == ["parent"]
+
+
+async def test_a_call_that_touches_no_tenant_needs_a_subject_of_all(stack: Stack) -> None:
+    async with stack.channel("demo", ["service"]) as channel:
+        call = CognitionServiceStub(channel).RunTurns()
+        await call.write(RunTurnsRequest())
+        error = await refused(call.read())
+    assert error.metadata["policy_reasons"] == "all_tenants_required"
+
+
+async def test_the_contracts_rules_are_checked_and_every_field_is_named(stack: Stack) -> None:
+    request = InvokeToolRequest(tool="", idempotency_key="x" * 129)
+    request.session.tenant = "demo"
+    async with stack.channel() as channel:
+        error = await refused(ToolServiceStub(channel).InvokeTool(request))
+    fields = {violation.field for violation in error.field_violations}
+    assert {"session.agent", "session.channel", "session.session", "tool", "idempotency_key"} <= fields
+
+
+async def test_bytes_that_are_no_message_are_an_invalid_request(stack: Stack) -> None:
+    async with stack.channel() as channel:
+        call = channel.unary_unary("/soma.toolgw.v1.ToolService/ListTools")
+        for garbage in (b"\x0a\x02\xff\xfe", b"\x0a\xff", b"\xff\xff\xff"):
+            error = await refused(call(garbage))
+            assert reason_name(error.reason) == "INVALID_REQUEST"
+        stream: Any = channel.stream_stream("/soma.cognition.v1.CognitionService/RunTurns")()
+        await stream.write(b"")
+        await stream.read()
+        await stream.write(b"\xff\xff")
+        assert reason_name((await refused(stream.read())).reason) == "INVALID_REQUEST"
+
+
+async def test_a_known_error_keeps_its_code_and_details(stack: Stack) -> None:
+    def fail() -> None:
+        raise NotFound(error_reason_pb2.ERROR_REASON_TENANT_NOT_FOUND, "no tenant demo", {"tenant": "demo"})
+
+    stack.tools.behave = fail
+    async with stack.channel() as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await ToolServiceStub(channel).ListTools(DEMO)
+    assert failed.value.code() == grpc.StatusCode.NOT_FOUND
+    error = from_rpc_error(failed.value)
+    assert (error.message, error.metadata) == ("no tenant demo", {"tenant": "demo"})
+
+
+async def test_an_unknown_error_is_counted_and_tells_the_caller_nothing(stack: Stack) -> None:
+    def fail() -> None:
+        raise RuntimeError("the password is hunter2")
+
+    stack.tools.behave = fail
+    labels = {"method": "/soma.toolgw.v1.ToolService/ListTools"}
+    before = REGISTRY.get_sample_value("soma_rpc_server_defects_total", labels) or 0
+    async with stack.channel() as channel:
+        error = await refused(ToolServiceStub(channel).ListTools(DEMO))
+    assert reason_name(error.reason) == "INTERNAL"
+    assert "hunter2" not in error.message
+    assert REGISTRY.get_sample_value("soma_rpc_server_defects_total", labels) == before + 1
+
+
+async def test_an_error_of_a_call_made_on_the_way_is_passed_on(stack: Stack) -> None:
+    async with stack.channel() as channel:
+        stub = ToolServiceStub(channel)
+
+        async def call_on() -> None:
+            stack.tools.behave = lambda: None
+            await stub.ListTools(ListToolsRequest(parent="tenants/demo", page_size=9999))
+
+        stack.tools.behave = call_on
+        error = await refused(stub.ListTools(DEMO))
+    assert reason_name(error.reason) == "INVALID_REQUEST"
+
+
+async def test_the_deadline_ends_the_handler(stack: Stack) -> None:
+    ended = asyncio.Event()
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.set()
+
+    stack.tools.behave = linger
+    async with stack.channel() as channel:
+        error = await refused(ToolServiceStub(channel).ListTools(DEMO, timeout=0.2))
+        assert reason_name(error.reason) == "DEADLINE_EXCEEDED"
+        await asyncio.wait_for(ended.wait(), 2)
+
+
+async def test_the_methods_own_timeout_holds_where_the_caller_gives_none(stack: Stack) -> None:
+    async with stack.channel() as channel:
+        await ToolServiceStub(channel).ListTools(DEMO)
+    left = stack.tools.time_left[0]
+    assert left is not None
+    assert 4 < left <= 5  # toolgw.json
+
+
+async def test_the_deadline_and_the_trace_go_on_to_the_next_call(stack: Stack) -> None:
+    async with stack.channel() as channel:
+        stub = ToolServiceStub(channel)
+
+        async def call_on() -> None:
+            stack.tools.behave = lambda: None
+            await stub.ListTools(DEMO)
+            # A task may outlive the call that started it: it is not bound by that call's deadline.
+            await asyncio.create_task(unbound())
+
+        async def unbound() -> None:
+            await stub.ListTools(DEMO)
+
+        stack.tools.behave = call_on
+        await stub.ListTools(DEMO, timeout=1)
+    first, second, third = (left or 0 for left in stack.tools.time_left)
+    assert first <= 1.01
+    assert second <= first + 0.01  # gRPC rounds what it sends
+    assert third > 4
+    traces = [trace.trace_id for trace in stack.tools.traces if trace is not None]
+    assert len(traces) == 3
+    assert len(set(traces)) == 1
+    assert len({trace.span_id for trace in stack.tools.traces if trace is not None}) == 3
+
+
+async def test_streams_pass_frames_in_order_after_the_first_was_checked(stack: Stack) -> None:
+    async with stack.channel("*", ["service"]) as channel:
+        call = CognitionServiceStub(channel).RunTurns()
+        for count in range(50):
+            await call.write(RunTurnsRequest(starts=[StartTurn() for _ in range(count)]))
+            frame = await call.read()
+            assert isinstance(frame, RunTurnsResponse)
+            assert frame.credit == count
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() == grpc.StatusCode.OK
+    assert stack.brain.frames == 50
+
+
+async def test_a_stream_without_a_first_message_is_a_protocol_error(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stack.channel() as channel:
+        closed = CognitionServiceStub(channel).RunTurns()
+        await closed.done_writing()
+        assert reason_name((await refused(closed.read())).reason) == "PROTOCOL_ORDER"
+        monkeypatch.setattr(guard, "FIRST_MESSAGE_TIMEOUT_S", 0.1)
+        silent = CognitionServiceStub(channel).RunTurns()
+        assert reason_name((await refused(silent.read())).reason) == "PROTOCOL_ORDER"
+
+
+async def test_a_server_stream_ends_well_or_in_its_error(stack: Stack) -> None:
+    async with stack.channel() as channel:
+        stub = TurnServiceStub(channel)
+        assert len([frame async for frame in stub.WatchTurn(WatchTurnRequest(name=TURN))]) == 3
+        failing = stub.WatchTurn(WatchTurnRequest(name=TURN[:-1] + "1"))
+        await failing.read()
+        error = await refused(failing.read())
+    assert (reason_name(error.reason), error.retry_delay_s) == ("QUEUE_FULL", 1)
+
+
+async def test_calls_are_counted_by_code(stack: Stack) -> None:
+    def count(code: str) -> float:
+        labels = {"method": "/soma.toolgw.v1.ToolService/ListTools", "code": code}
+        return REGISTRY.get_sample_value("soma_rpc_server_handled_total", labels) or 0
+
+    ok, bad = count("OK"), count("INVALID_ARGUMENT")
+    async with stack.channel() as channel:
+        await ToolServiceStub(channel).ListTools(DEMO)
+        await refused(ToolServiceStub(channel).ListTools(ListToolsRequest()))
+    assert (count("OK"), count("INVALID_ARGUMENT")) == (ok + 1, bad + 1)
+    assert (
+        REGISTRY.get_sample_value("soma_rpc_server_running", {"method": "/soma.toolgw.v1.ToolService/ListTools"}) == 0
+    )
+
+
+async def test_health_is_public_and_watchers_see_the_stop(stack: Stack) -> None:
+    seen: list[int] = []
+    async with grpc.aio.insecure_channel(stack.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "soma.toolgw.v1.ToolService"):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=""))
+
+        async def follow() -> None:
+            async for frame in watch:
+                seen.append(frame.status)  # noqa: PERF401 - read while the stream is still open
+
+        following = asyncio.create_task(follow())
+        await eventually(lambda: seen, what="the first state")
+        started = time.monotonic()
+        await stack.server.stop(5)
+        assert time.monotonic() - started < 1, "a watcher must not hold up the stop"
+        await asyncio.wait([following])
+        following.exception()
+    assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+async def test_reflection_is_public_and_complete(stack: Stack) -> None:
+    async with grpc.aio.insecure_channel(stack.address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type] # takes both kinds
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        answer = await call.read()
+        call.cancel()
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"soma.toolgw.v1.ToolService", "grpc.health.v1.Health"} <= names
+
+
+async def test_a_running_call_may_finish_after_the_stop_began(stack: Stack) -> None:
+    release = asyncio.Event()
+    stack.tools.behave = release.wait
+    async with stack.channel() as channel:
+        stub = ToolServiceStub(channel)
+        running = asyncio.ensure_future(stub.ListTools(DEMO))
+        await eventually(lambda: stack.tools.requests, what="the call arrived")
+        stopping = asyncio.create_task(stack.server.stop(5))
+        await asyncio.sleep(0.05)
+        error = await refused(stub.ListTools(DEMO, timeout=1))
+        assert isinstance(error, Unavailable) or reason_name(error.reason) == "DEADLINE_EXCEEDED"
+        release.set()
+        await running
+        await stopping
+
+
+async def test_a_taken_port_is_told(stack: Stack, identities: Identities) -> None:
+    settings = ServiceSettings(service_instance="toolgw-1", listen=stack.address)
+    second = Stack(identities, settings)
+    with pytest.raises(AddressInUse, match=stack.address):
+        await second.server.start()
+
+
+async def test_channelz_is_served_only_where_it_was_asked_for(identities: Identities) -> None:
+    settings = ServiceSettings(service_instance="toolgw-0", channelz_listen="127.0.0.1:0")
+    running = Stack(identities, settings)
+    await running.server.start()
+    try:
+        async with grpc.aio.insecure_channel(running.address) as channel:
+            method: Any = channel.unary_unary("/grpc.channelz.v1.Channelz/GetServers")
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await method(b"")
+            assert failed.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{running.server.channelz_port}") as channel:
+            method = channel.unary_unary("/grpc.channelz.v1.Channelz/GetServers")
+            assert await method(b"")
+    finally:
+        await running.server.stop(0)
+
+
+def _service_without_rule(name: str, rule: authz_pb2.AuthzRule | None) -> str:
+    file = descriptor_pb2.FileDescriptorProto(
+        name=f"tests/{name}.proto", package="tests.v1", syntax="proto3", dependency=["soma/common/v1/authz.proto"]
+    )
+    file.message_type.add(name=f"{name}Request").field.add(
+        name="count", number=1, type=descriptor_pb2.FieldDescriptorProto.TYPE_INT32
+    )
+    method = file.service.add(name=name).method.add(
+        name="Do", input_type=f".tests.v1.{name}Request", output_type=f".tests.v1.{name}Request"
+    )
+    if rule is not None:
+        method.options.Extensions[authz_pb2.authz].CopyFrom(rule)
+    descriptor_pool.Default().Add(file)
+    return f"tests.v1.{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("Unguarded", None),
+        ("Empty", authz_pb2.AuthzRule()),
+        ("WrongField", authz_pb2.AuthzRule(permission="x.y", tenant_field="tenant")),
+        ("NoText", authz_pb2.AuthzRule(permission="x.y", tenant_field="count")),
+    ],
+)
+def test_a_method_without_a_fitting_rule_keeps_the_server_from_starting(
+    identities: Identities, name: str, rule: authz_pb2.AuthzRule | None
+) -> None:
+    full_name = _service_without_rule(name, rule)
+    with pytest.raises(MissingAuthzRule, match=f"/{full_name}/Do"):
+        GrpcServer(
+            ServiceSettings(service_instance="toolgw-0"),
+            identities.authorizer(),
+            services=[(lambda _servicer, _server: None, object(), full_name)],
+        )
