@@ -38,7 +38,16 @@ _log = structlog.get_logger(__name__)
 
 
 async def main(lifecycle: Lifecycle, settings: CognitionSettings) -> None:
-    """Starts the brain and registers how it stops: say so, drain the turns, stop the server, close the ways out."""
+    """Starts the brain and says that it is ready."""
+    port, admin_port, brain = await start(lifecycle, settings)
+    lifecycle.ready(port=port, admin_port=admin_port, brain=brain.name)
+
+
+async def start(lifecycle: Lifecycle, settings: CognitionSettings) -> tuple[int, int, Brain]:
+    """Starts everything and registers how it stops: say so, drain the turns, stop the server, close the ways out.
+
+    Returns the gRPC port, the admin port and the brain.
+    """
     models = open_models(lifecycle, settings)
     runner = TurnRunner(models, open_tools(lifecycle, settings), policy_of(settings))
     brain = Brain(
@@ -65,7 +74,7 @@ async def main(lifecycle: Lifecycle, settings: CognitionSettings) -> None:
     lifecycle.on_stop("turns", partial(brain.drain, settings.drain_grace_s), settings.drain_grace_s + 1.5)
     lifecycle.on_stop("health", partial(server.set_serving, False), 1.0)
     await server.set_serving(True)
-    lifecycle.ready(port=port, admin_port=admin.port, brain=brain.name)
+    return port, admin.port, brain
 
 
 def open_models(lifecycle: Lifecycle, settings: CognitionSettings) -> ModelRegistry:

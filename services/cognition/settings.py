@@ -12,8 +12,8 @@ class CognitionSettings(ServiceSettings):
     """Settings of one brain process."""
 
     max_turns: int = Field(default=1024, ge=1, le=100_000)
-    """Turns that run at once in this process, over all routers (`SOMA_MAX_TURNS`). Routers share it equally, as many as
-    `SOMA_ROUTER_TARGETS` names."""
+    """Turns that run at once in this process, over all routers. Each router gets an equal share as credit, for as many
+    as `SOMA_ROUTER_TARGETS` names (one if it is unset)."""
     heartbeat_ms: int = Field(default=500, ge=50, le=60_000)
     """Interval of the heartbeats on RunTurns, in milliseconds. A router silent for four of them is taken for dead."""
     drain_grace_s: float = Field(default=2.5, ge=0)

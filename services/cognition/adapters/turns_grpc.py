@@ -138,9 +138,7 @@ def frames_of(items: list[Outgoing]) -> Iterator[cognition.RunTurnsResponse]:
         elif isinstance(item, cognition.StopTurn):
             frame.declined.append(item)
         else:
-            credit = frame.credit + item.credit
             frame.MergeFrom(item)
-            frame.credit = credit
         if size > FRAME_BYTES:
             yield frame
             frame, size = cognition.RunTurnsResponse(), 0

@@ -17,8 +17,7 @@ from soma.common.v1 import message_pb2, turn_pb2
 from services.cognition.domain.conversation import Conversation, Json
 
 Outgoing: TypeAlias = cognition.Proposal | cognition.TurnText | cognition.StopTurn | cognition.RunTurnsResponse
-"""What goes to a router: steps, text, declined turns, and control frames (credit, draining, heartbeat) to be merged
-in."""
+"""What goes to a router: steps, text, declined turns, and frames with a heartbeat or draining notice to merge in."""
 
 
 @dataclass(frozen=True, slots=True)

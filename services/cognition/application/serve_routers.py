@@ -48,9 +48,9 @@ _log = structlog.get_logger(__name__)
 class Brain:
     """All streams and turns of this process.
 
-    `max_turns` bounds the turns that run at once; each of the `routers` that are expected gets an equal share as
-    credit,
-    one that comes when all is given gets its share as soon as another leaves. Ready for `drain` at any time.
+    `max_turns` bounds the turns that run at once. Each router gets an equal share of it as credit, for as many
+    `routers` as are expected; if more come, as in a rolling update, none is starved, and the bound itself declines
+    what is too much.
     """
 
     def __init__(self, instance: str, runner: TurnRunner, *, max_turns: int, routers: int = 1) -> None:
@@ -84,18 +84,15 @@ class Brain:
         older = self._sessions.get(router)
         if older is not None:
             older.close(Unavailable(reasons.ERROR_REASON_SERVICE_UNAVAILABLE, f"{router} has connected again"))
-        session = RouterSession(self, router, outbox, min(self._share, self._free_credit()))
+        session = RouterSession(self, router, outbox, self._share)
         self._sessions[router] = session
         _log.info("router.connected", router=router, credit=session.granted)
         return session
 
     def forget(self, session: RouterSession) -> None:
-        """Takes a closed stream out and gives its credits to streams that have less than their share."""
-        if self._sessions.get(session.router) is not session:
-            return
-        del self._sessions[session.router]
-        for other in self._sessions.values():
-            other.grant(min(self._share - other.granted, self._free_credit()))
+        """Takes a closed stream out."""
+        if self._sessions.get(session.router) is session:
+            del self._sessions[session.router]
 
     def begin(self, turn: RunningTurn) -> None:
         """Takes a turn in."""
@@ -126,9 +123,6 @@ class Brain:
             session.close(None)
         if self.unwinding:
             await asyncio.wait(self.unwinding, timeout=1.0)
-
-    def _free_credit(self) -> int:
-        return max(0, self.max_turns - sum(session.granted for session in self._sessions.values()))
 
 
 class RouterSession:
@@ -189,12 +183,6 @@ class RouterSession:
         else:
             self.send_control(cognition.RunTurnsResponse(heartbeat=True))
 
-    def grant(self, credit: int) -> None:
-        """Gives the router further credits."""
-        if credit > 0:
-            self.granted += credit
-            self.send_control(cognition.RunTurnsResponse(credit=credit))
-
     def decline(self, turn_id: bytes, dispatch: int, error: SomaError) -> None:
         """Says that a turn does not run here (any more)."""
         self.send(cognition.StopTurn(turn_id=turn_id, dispatch=dispatch, error=to_proto(error)))
@@ -253,7 +241,7 @@ class RouterSession:
             older.cancel()
         if self._brain.draining:
             self.decline(start.turn_id, start.dispatch, _draining())
-        elif self._running >= self.granted:
+        elif self._running >= self.granted or len(self._brain.turns) >= self._brain.max_turns:
             self.decline(start.turn_id, start.dispatch, _full(self.granted))
         else:
             self._running += 1
@@ -379,7 +367,7 @@ def _draining() -> SomaError:
 def _full(granted: int) -> SomaError:
     return ResourceExhausted(
         reasons.ERROR_REASON_QUEUE_FULL,
-        f"all {granted} credits are in use; start a turn only while there is credit",
+        f"this brain runs as many turns as it can; start one only while there is credit (of {granted})",
         {"credit": str(granted)},
         retry_delay_s=0.1,
     )
