@@ -154,18 +154,30 @@ class Tail:
         if path is None:
             return []
         status = path.stat()
+        lines: list[Line] = []
         if (path, status.st_ino) != (self._path, self._inode) or status.st_size < self._position:
+            lines = self._rest_of_the_old()
             self._path, self._inode, self._position = path, status.st_ino, 0
-        if status.st_size == self._position:
+        return lines + self._added_to(path)
+
+    def _rest_of_the_old(self) -> list[Line]:
+        """What was added to the file before it was moved away; it has another name beside the new one now."""
+        old = self._path
+        if old is None:
+            return []
+        moved = [path for path in old.parent.glob(f"{old.name}*") if path.stat().st_ino == self._inode]
+        return [line for path in moved for line in self._added_to(path)]
+
+    def _added_to(self, path: Path) -> list[Line]:
+        if path.stat().st_size <= self._position:
             return []
         with open(path, "rb") as file:
             file.seek(self._position)
             new = file.read()
         complete = new[: new.rfind(b"\n") + 1]
         self._position += len(complete)
-        return [
-            read_line(self._source.who, raw) for raw in complete.decode(errors="replace").splitlines() if raw.strip()
-        ]
+        lines = complete.decode(errors="replace").splitlines()
+        return [read_line(self._source.who, raw) for raw in lines if raw.strip()]
 
 
 class Story:

@@ -1,0 +1,85 @@
+"""A turn on a terminal."""
+
+import io
+
+from google.protobuf.struct_pb2 import Struct, Value
+from rich.console import Console
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import Error, Message, Part
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome, TextDelta, ToolCall, ToolResult, TurnRestarted
+
+from somastack.turn_view import TurnView
+
+
+def text(offset: int, said: str, *, step: int = 1, dispatch: int = 1) -> LiveEvent:
+    return LiveEvent(dispatch=dispatch, step=step, text=TextDelta(offset=offset, text=said))
+
+
+def final(said: str) -> Delivery:
+    return Delivery(outcome=Outcome.OUTCOME_FINAL, message=Message(parts=[Part(text=said)]))
+
+
+class Screen:
+    """A console whose output can be read."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._out = io.StringIO()
+        self.view = TurnView(Console(file=self._out, no_color=True, soft_wrap=True), quiet=quiet)
+
+    @property
+    def shown(self) -> str:
+        return self._out.getvalue()
+
+
+def test_streamed_text_is_not_said_twice() -> None:
+    screen = Screen()
+    for event in (text(0, "Hel"), text(3, "lo "), text(0, "Hello "), text(6, "you")):
+        screen.view.show(event)
+    assert screen.view.finish(final("Hello you."))
+    assert screen.shown == "Hello you.\n"
+
+
+def test_dropped_pieces_are_made_good_by_the_answer() -> None:
+    screen = Screen()
+    screen.view.show(text(0, "Hello "))
+    screen.view.show(text(9, "lost"))
+    screen.view.finish(final("Hello all you lost"))
+    assert screen.shown == "Hello all you lost\n"
+
+
+def test_text_that_was_taken_back_is_followed_by_the_whole_answer() -> None:
+    screen = Screen()
+    screen.view.show(text(0, "I think"))
+    screen.view.show(LiveEvent(dispatch=2, step=1, restarted=TurnRestarted(from_step=1)))
+    screen.view.show(text(7, " stale", dispatch=1))
+    screen.view.show(text(0, "I know", dispatch=2))
+    screen.view.finish(final("I know"))
+    lines = screen.shown.splitlines()
+    assert lines[0] == "I think"
+    assert lines[-1] == "I know"
+    assert "stale" not in screen.shown
+
+
+def test_tool_calls_are_shown() -> None:
+    screen = Screen()
+    arguments = Struct()
+    arguments["expression"] = "17*23"
+    screen.view.show(LiveEvent(dispatch=1, step=1, tool_call=ToolCall(tool="calculate", arguments=arguments)))
+    result = ToolResult(tool="calculate", result=Value(number_value=391))
+    screen.view.show(LiveEvent(dispatch=1, step=2, tool_result=result))
+    assert 'calculate(expression="17*23")' in screen.shown
+    assert "391" in screen.shown
+
+
+def test_quiet_shows_the_answer_alone() -> None:
+    screen = Screen(quiet=True)
+    screen.view.show(text(0, "17*23"))
+    screen.view.finish(final("391 [b]"))
+    assert screen.shown == "391 [b]\n"
+
+
+def test_an_outcome_that_is_no_answer_says_why() -> None:
+    screen = Screen()
+    error = Error(reason=ErrorReason.ERROR_REASON_MODEL_UNAVAILABLE, message="the model does not answer")
+    assert not screen.view.finish(Delivery(outcome=Outcome.OUTCOME_ERROR, error=error))
+    assert screen.shown == "error: the model does not answer\n"
