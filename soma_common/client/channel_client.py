@@ -110,7 +110,7 @@ class ChannelClient:
         )
         self._own_channel = grpc_channel is None
         self._grpc = grpc_channel or open_channel(target, token=self._token, service="gateway")
-        self._stub: Any = ChannelServiceStub(self._grpc)
+        self._stub = ChannelServiceStub(self._grpc)
         self._on_delivery = on_delivery
         self._on_live = on_live
         self._outbox = Outbox(outbox)
@@ -312,7 +312,7 @@ class ChannelClient:
 
     async def _serve(self) -> None:
         """One stream from hello to its end. Raises SomaError when it ends badly."""
-        call = self._stub.Connect()
+        call: Any = self._stub.Connect()
         writer: asyncio.Task[None] | None = None
         try:
             # The gateway acknowledges these for us; acks of the old stream mean nothing on the new one.

@@ -26,7 +26,7 @@ from services.gateway.domain.stream_number import StreamNumbers
 
 PROTOCOL: Final = 1
 ANNOUNCE_S: Final = 1.0
-"""Routers take a gateway that is silent for three seconds for gone."""
+"""At least so often; routers take a gateway that is silent for three seconds for gone."""
 GATHER_S: Final = 0.005
 PROCESSED_S: Final = 3.0
 PROCESSED_PER_ANNOUNCEMENT: Final = 16384
@@ -134,14 +134,15 @@ class ServeStreams:
 
     async def run(self) -> None:
         """Announces and looks after the streams until cancelled."""
-        due = self._clock() + ANNOUNCE_S
+        interval = min(ANNOUNCE_S, self.bounds.heartbeat_s / 3)
+        due = self._clock() + interval
         while True:
             try:
                 async with asyncio.timeout(max(due - self._clock(), 0)):
                     await self._news.wait()
                 await asyncio.sleep(GATHER_S)
             except TimeoutError:
-                due = self._clock() + ANNOUNCE_S
+                due = self._clock() + interval
                 self._dirty.update(self._tenants)
                 for stream in list(self._streams.values()):
                     stream.tick()

@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from soma.common.v1.message_pb2 import Message, Part, Role
+from soma.common.v1.message_pb2 import Error, Message, Part, Role
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome
 from soma.controlplane.v1.agent_service_pb2 import Agent, AgentSpec
 from soma.controlplane.v1.config_service_pb2 import WatchConfigRequest, WatchConfigResponse
@@ -42,6 +43,9 @@ from soma_common.testing.auth import Identities
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
 
+if TYPE_CHECKING:
+    from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceAsyncStub
+
 TENANT, AGENT, CHANNEL = "demo", "echo", "line"
 PARTITIONS = 8
 
@@ -56,14 +60,10 @@ class ControlPlane(ConfigServiceServicer):
         self.agents = [Agent(name=f"tenants/{tenant}/agents/echo") for tenant in ("demo", "other", "asleep")]
         self.agents.append(Agent(name="tenants/demo/agents/paused", spec=AgentSpec(suspended=True)))
 
-    async def WatchConfig(  # type: ignore[override]
-        self, request: WatchConfigRequest, context: object
-    ) -> AsyncIterator[WatchConfigResponse]:
+    async def WatchConfig(self, request: WatchConfigRequest, context: object) -> AsyncIterator[WatchConfigResponse]:
         changes: asyncio.Queue[WatchConfigResponse] = asyncio.Queue()
         self._changes.append(changes)
-        yield WatchConfigResponse(
-            snapshot=True, complete=True, tenants=self.tenants, agents=self.agents, version=1
-        )
+        yield WatchConfigResponse(snapshot=True, complete=True, tenants=self.tenants, agents=self.agents, version=1)
         while True:
             yield await changes.get()
 
@@ -84,7 +84,6 @@ class Router:
         self.announced: list[tuple[str, Presence]] = []
         self.queries: list[WatchQuery] = []
         self.snapshot: WatchSnapshot | None = WatchSnapshot()
-        self.echo = False
         self.positions: dict[str, int] = {}
         self.seen: set[bytes] = set()
 
@@ -92,6 +91,10 @@ class Router:
         await self.nc.subscribe(f"soma.*.ack.{self.name}", cb=self._on_acks)
         await self.nc.subscribe("soma.*.presence.*", cb=self._on_presence)
         await self.nc.subscribe("soma.*.watch.*", cb=self._on_watch)
+        await self.nc.flush()
+
+    async def echo(self) -> None:
+        """From now on answers each message with its own text."""
         await self.nc.subscribe("soma.*.in.*", cb=self._on_inbound)
         await self.nc.flush()
 
@@ -113,7 +116,7 @@ class Router:
     async def stream(self, instance: str, tenant: str = TENANT) -> tuple[str, AdapterStream]:
         """The announced stream of an adapter instance, with its gateway: the newest, once there is one."""
 
-        def find() -> tuple[str, AdapterStream] | None:
+        def find() -> list[tuple[str, AdapterStream]]:
             found = [
                 (gateway, stream)
                 for (of, gateway), presence in self.presence.items()
@@ -121,9 +124,9 @@ class Router:
                 for stream in presence.streams
                 if stream.instance == instance
             ]
-            return max(found, key=lambda entry: entry[1].stream) if found else None
+            return sorted(found, key=lambda entry: entry[1].stream)
 
-        return await eventually(find)
+        return (await eventually(find))[-1]
 
     async def hand_over(self, gateway: str, stream: int, *deliveries: Delivery, tenant: str = TENANT) -> None:
         batch = OutBatch(router=self.name, deliveries=[Handover(stream=stream, delivery=d) for d in deliveries])
@@ -156,8 +159,6 @@ class Router:
 
     async def _on_inbound(self, message: Msg) -> None:
         """Answers each new message with its own text, to the newest stream of the channel."""
-        if not self.echo:
-            return
         batch = InBatch.FromString(message.data)
         streams = [
             (s.stream, gateway) for (t, gateway), p in self.presence.items() if t == batch.tenant for s in p.streams
@@ -187,11 +188,11 @@ class Router:
 class Adapter:
     """A raw Connect stream: frames out, frames in, nothing hidden."""
 
-    def __init__(self, stub: ChannelServiceStub, hello: Hello | None) -> None:
-        self.call = stub.Connect()  # type: ignore[call-arg, arg-type, misc]
+    def __init__(self, stub: "ChannelServiceAsyncStub", hello: Hello | None) -> None:
+        self.call: Any = stub.Connect()
         self._hello = hello
         self.receipts: dict[int, bytes] = {}
-        self.refusals: dict[int, "grpc.RpcError | object"] = {}
+        self.refusals: dict[int, Error] = {}
         self.order: list[int] = []
         self.deliveries: list[Delivery] = []
         self.live: list[LiveEvent] = []
@@ -210,24 +211,25 @@ class Adapter:
             await eventually(lambda: self.frames or self.ended)
 
     async def send(self, frame: ConnectRequest) -> None:
-        await self.call.write(frame)  # type: ignore[attr-defined]
+        await self.call.write(frame)
 
     async def say(self, *refs: int, session: str = "s", text: str = "hi", key: str | None = None) -> None:
-        await self.send(
-            ConnectRequest(messages=[inbound(ref, session, text, key=key or f"k{ref}") for ref in refs])
-        )
+        await self.send(ConnectRequest(messages=[inbound(ref, session, text, key=key or f"k{ref}") for ref in refs]))
+
+    async def send_many(self, messages: Iterable[InboundMessage]) -> None:
+        await self.send(ConnectRequest(messages=messages))
 
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
-        self.call.cancel()  # type: ignore[attr-defined]
+        self.call.cancel()
         await asyncio.gather(self._reader or asyncio.sleep(0), return_exceptions=True)
 
     async def _read(self) -> None:
         try:
             while True:
                 await self.paused.wait()
-                frame = await self.call.read()  # type: ignore[attr-defined]
+                frame = await self.call.read()
                 if frame is grpc.aio.EOF:
                     break
                 self._take(frame)
@@ -273,7 +275,7 @@ class World:
         nc = await nats.connect(
             self.nats_server.url,
             token=self.nats_server.token,
-            reconnect_time_wait=0.05,  # type: ignore[arg-type]
+            reconnect_time_wait=0.05,
             max_reconnect_attempts=-1,
             error_cb=_quiet,
         )
@@ -305,7 +307,7 @@ class World:
         port = await main(lifecycle, self.settings(instance, **changes))
         return f"127.0.0.1:{port}"
 
-    async def stub(self, target: str, tenant: str = TENANT, ttl_s: float = 3600) -> ChannelServiceStub:
+    async def stub(self, target: str, tenant: str = TENANT, ttl_s: float = 3600) -> "ChannelServiceAsyncStub":
         token = self.identities.token("adapter", tenant, ["channel"], ttl_s)
         channel = open_channel(target, token=lambda: token, service="gateway")
         self._stack.push_async_callback(channel.close)

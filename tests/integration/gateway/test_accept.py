@@ -58,7 +58,7 @@ async def test_each_bad_item_is_refused_with_its_reason_and_the_stream_goes_on(w
     for ref, (bad, _) in enumerate(REFUSED.values(), 1):
         item = inbound(ref)
         for field, value in bad.ListFields():
-            item.ClearField(field.name)  # type: ignore[arg-type]
+            item.ClearField(field.name)  # type: ignore[arg-type] # the fields of the same message type
             if field.message_type:
                 getattr(item, field.name).CopyFrom(value)
             else:
@@ -70,7 +70,7 @@ async def test_each_bad_item_is_refused_with_its_reason_and_the_stream_goes_on(w
         await adapter.send(ConnectRequest(messages=[item]))
     await adapter.say(99)
     await eventually(lambda: 99 in adapter.receipts)
-    told = {name: adapter.refusals[ref].reason for ref, name in enumerate(REFUSED, 1)}  # type: ignore[attr-defined]
+    told = {name: adapter.refusals[ref].reason for ref, name in enumerate(REFUSED, 1)}
     assert told == {name: reason for name, (_, reason) in REFUSED.items()}
     assert len(await world.router.stored()) == 1
 
@@ -117,9 +117,7 @@ async def test_over_max_unanswered_items_are_refused_and_acks_are_still_read(wor
     try:
         await adapter.say(*range(10))
         await eventually(lambda: len(adapter.refusals) == 6)
-        assert {error.reason for error in adapter.refusals.values()} == {  # type: ignore[attr-defined]
-            ErrorReason.ERROR_REASON_QUEUE_FULL
-        }
+        assert {error.reason for error in adapter.refusals.values()} == {ErrorReason.ERROR_REASON_QUEUE_FULL}
     finally:
         world.nats_server.sigcont()
     await eventually(lambda: len(adapter.receipts) == 4)
@@ -149,7 +147,7 @@ async def test_send_message_returns_the_names(world: World) -> None:
     stub = await world.stub(await world.gateway())
     key = SessionKey(tenant=TENANT, agent=AGENT, channel=CHANNEL, session="s")
     request = SendMessageRequest(session=key, idempotency_key="k", message=message("x"), no_delivery=True)
-    one, two = await asyncio.gather(stub.SendMessage(request), stub.SendMessage(request))  # type: ignore[arg-type]
+    one, two = await asyncio.gather(stub.SendMessage(request), stub.SendMessage(request))
     assert one == two
     message_id = ids.message_id(TENANT, AGENT, CHANNEL, "s", "k")
     assert one.message_id == message_id.hex()
@@ -166,9 +164,7 @@ async def test_send_message_returns_the_names(world: World) -> None:
         ("demo", "nobody", ErrorReason.ERROR_REASON_AGENT_NOT_FOUND),
     ],
 )
-async def test_unary_refusals_are_typed(
-    world: World, tenant: str, agent: str, reason: ErrorReason.ValueType
-) -> None:
+async def test_unary_refusals_are_typed(world: World, tenant: str, agent: str, reason: ErrorReason.ValueType) -> None:
     stub = await world.stub(await world.gateway(), tenant)
     key = SessionKey(tenant=tenant, agent=agent, channel=CHANNEL, session="s")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
