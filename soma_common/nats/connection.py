@@ -1,6 +1,7 @@
 """One way to connect to NATS: fast to notice a dead server, never giving up, bounded while it is away."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import nats.errors
@@ -79,7 +80,8 @@ async def connect_nats(url: str, token_file: Path | None, name: str) -> Client:
                 error_cb=failed,
             )
     except (OSError, TimeoutError, nats.errors.Error) as error:
-        await client.close()
+        with suppress(OSError):
+            await client.close()
         raise Unavailable(
             error_reason_pb2.ERROR_REASON_BUS_UNAVAILABLE,
             f"the message bus does not answer at {url} ({str(error) or type(error).__name__}): "

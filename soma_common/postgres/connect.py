@@ -1,7 +1,7 @@
 """One way to connect to PostgreSQL: no wait without an end, errors in the words of the error tree."""
 
 import asyncio
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 from soma.common.v1 import error_reason_pb2
@@ -30,8 +30,9 @@ CONNECTION_LOST = (
 unknown.
 """
 
-Connection = asyncpg.Connection[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
+# As text: asyncpg's classes are generic for the type checker only.
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 
 async def connect(

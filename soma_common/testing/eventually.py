@@ -4,14 +4,26 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
 async def eventually(
-    predicate: Callable[[], T | Awaitable[T]], timeout_s: float = 5.0, what: str = "", interval_s: float = 0.02
-) -> T:
+    predicate: Callable[[], Awaitable[T]], timeout_s: float = ..., what: str = ..., interval_s: float = ...
+) -> T: ...
+
+
+@overload
+async def eventually(
+    predicate: Callable[[], T], timeout_s: float = ..., what: str = ..., interval_s: float = ...
+) -> T: ...
+
+
+async def eventually(
+    predicate: Callable[[], Any], timeout_s: float = 5.0, what: str = "", interval_s: float = 0.02
+) -> Any:
     """Return the first true result of `predicate` (plain or async), asked every `interval_s` seconds.
 
     Raises AssertionError naming `what` and the last result, or the last AssertionError of the predicate itself,
@@ -20,7 +32,7 @@ async def eventually(
     deadline = time.monotonic() + timeout_s
     while True:
         failure: AssertionError | None = None
-        result: T | None = None
+        result: Any = None
         try:
             answer = predicate()
             result = await answer if inspect.isawaitable(answer) else answer

@@ -91,7 +91,7 @@ async def test_the_contracts_rules_are_checked_and_every_field_is_named(stack: S
 
 async def test_bytes_that_are_no_message_are_an_invalid_request(stack: Stack) -> None:
     async with stack.channel() as channel:
-        call = channel.unary_unary("/soma.toolgw.v1.ToolService/ListTools")
+        call: Any = channel.unary_unary("/soma.toolgw.v1.ToolService/ListTools")
         for garbage in (b"\x0a\x02\xff\xfe", b"\x0a\xff", b"\xff\xff\xff"):
             error = await refused(call(garbage))
             assert reason_name(error.reason) == "INVALID_REQUEST"
