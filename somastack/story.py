@@ -150,6 +150,12 @@ class Tail:
 
     def read(self) -> list[Line]:
         """The lines completed since the last call."""
+        try:
+            return self._read()
+        except FileNotFoundError:
+            return []  # Being rotated at this moment: the next call finds it.
+
+    def _read(self) -> list[Line]:
         path = self._source.newest()
         if path is None:
             return []
