@@ -86,6 +86,8 @@ class Router:
         self.snapshot: WatchSnapshot | None = WatchSnapshot()
         self.positions: dict[str, int] = {}
         self.seen: set[bytes] = set()
+        self.answers: list[Delivery] = []
+        self._deliver = True
 
     async def start(self) -> None:
         await self.nc.subscribe(f"soma.*.ack.{self.name}", cb=self._on_acks)
@@ -93,8 +95,9 @@ class Router:
         await self.nc.subscribe("soma.*.watch.*", cb=self._on_watch)
         await self.nc.flush()
 
-    async def echo(self) -> None:
-        """From now on answers each message with its own text."""
+    async def echo(self, *, deliver: bool = True) -> None:
+        """From now on answers each message with its own text; without `deliver` the test hands the answers over."""
+        self._deliver = deliver
         await self.nc.subscribe("soma.*.in.*", cb=self._on_inbound)
         await self.nc.flush()
 
@@ -158,16 +161,15 @@ class Router:
             await message.respond(self.snapshot.SerializeToString())
 
     async def _on_inbound(self, message: Msg) -> None:
-        """Answers each new message with its own text, to the newest stream of the channel."""
         batch = InBatch.FromString(message.data)
-        streams = [
-            (s.stream, gateway) for (t, gateway), p in self.presence.items() if t == batch.tenant for s in p.streams
-        ]
-        stream, gateway = max(streams)
         fresh = [item for item in batch.items if item.message_id not in self.seen]
         self.seen.update(item.message_id for item in fresh)
-        out = [self._answer(item) for item in fresh]
-        await self.hand_over(gateway, stream, *out, tenant=batch.tenant)
+        answers = [self._answer(item) for item in fresh]
+        self.answers += answers
+        if self._deliver:
+            streams = [(s.stream, g) for (t, g), p in self.presence.items() if t == batch.tenant for s in p.streams]
+            stream, gateway = max(streams)
+            await self.hand_over(gateway, stream, *answers, tenant=batch.tenant)
 
     def _answer(self, item: Inbound) -> Delivery:
         self.positions[item.session] = position = self.positions.get(item.session, 0) + 1
