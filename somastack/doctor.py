@@ -123,12 +123,15 @@ def _runs(what: str, program: Path) -> Finding:
 
 
 def _open_files() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < ENOUGH_FILES:
+    # The supervisor raises the soft limit itself.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < ENOUGH_FILES:
         return Finding(
-            "open files", Verdict.DOUBTFUL, f"at most {soft} per process", f"allow more: ulimit -n {ENOUGH_FILES}"
+            "open files", Verdict.DOUBTFUL, f"at most {hard} per process", f"allow more: ulimit -n {ENOUGH_FILES}"
         )
-    return Finding("open files", Verdict.GOOD, f"at most {'any number' if soft < 0 else soft} per process")
+    return Finding(
+        "open files", Verdict.GOOD, f"at most {'any number' if hard == resource.RLIM_INFINITY else hard} per process"
+    )
 
 
 def _home(home: Home) -> Finding:

@@ -16,7 +16,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from soma_common.embedded.nats import NatsConfig, NatsServer
-from soma_common.embedded.postgres import PostgresConfig, PostgresServer, ServiceRole
+from soma_common.embedded.postgres import SERVICE_ROLES, PostgresConfig, PostgresServer
 from soma_common.embedded.process import ChildProcess, PartFailed
 from soma_common.settings import EXIT_BAD_SETTINGS
 from somastack.auth_material import AuthMaterial
@@ -163,7 +163,6 @@ class Surroundings:
     def environment(self, instance: Instance) -> dict[str, str]:
         """The settings of one service (see `soma_common.settings`), over the environment of the supervisor."""
         service, layout = instance.service, self.layout
-        role = ServiceRole(service.name, schema=None)
         ours = {
             "SOMA_SERVICE_INSTANCE": instance.name,
             "SOMA_HOME": str(self.home.path),
@@ -171,8 +170,6 @@ class Surroundings:
             "SOMA_ADMIN_LISTEN": f"{HOST}:{layout.admin_port(instance)}",
             "SOMA_NATS_URL": self.nats.url,
             "SOMA_NATS_TOKEN_FILE": str(self.nats.token_file),
-            "SOMA_POSTGRES_DSN": self.postgres.dsn(role.user),
-            "SOMA_POSTGRES_OWNER_DSN": self.postgres.dsn(role.owner),
             "SOMA_CONTROLPLANE_TARGET": layout.targets("controlplane"),
             "SOMA_ROUTER_TARGETS": layout.targets("router"),
             "SOMA_COGNITION_TARGETS": layout.targets("cognition"),
@@ -185,6 +182,10 @@ class Surroundings:
             # What is left between the two is for flushing and closing.
             "SOMA_DRAIN_TIMEOUT_S": f"{service.stop_timeout_s * 0.6:.1f}",
         }
+        for role in SERVICE_ROLES:
+            if role.service == service.name and role.schema is not None:
+                ours["SOMA_POSTGRES_DSN"] = self.postgres.dsn(role.user)
+                ours["SOMA_POSTGRES_OWNER_DSN"] = self.postgres.dsn(role.owner)
         extra = {**self.overrides.get(service.name, {}), **self.overrides.get(instance.name, {})}
         return {**os.environ, **ours, **extra}
 

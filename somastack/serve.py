@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ DETACHED_READY_TIMEOUT_S = 180.0
 POLL_S = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_AT_ONCE = 130
+MANY_FILES = 10_240
+"""The most that macOS allows a process; plenty for a stack on one machine."""
 
 _log = structlog.get_logger()
 
@@ -42,6 +45,7 @@ async def serve(options: StackOptions, when_ready: WhenReady | None = None) -> N
         PartFailed: the stack could not start, or `when_ready` failed; everything is stopped again.
     """
     options.home.make()
+    _allow_many_files()
     logs = setup_logging(SUPERVISOR, SUPERVISOR, options.home.logs / f"{SUPERVISOR}.log")
     work = asyncio.create_task(_run(options, when_ready))
     asked: list[int] = []
@@ -54,7 +58,9 @@ async def serve(options: StackOptions, when_ready: WhenReady | None = None) -> N
         work.cancel()
 
     loop = asyncio.get_running_loop()
-    for number in STOP_SIGNALS:
+    # A signal that is ignored stays so: `nohup somastack up` outlives its terminal.
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heeded:
         loop.add_signal_handler(number, stop, number)
     try:
         await work
@@ -65,7 +71,7 @@ async def serve(options: StackOptions, when_ready: WhenReady | None = None) -> N
         _log.error("stack.failed", why=failure.message, advice=failure.advice)
         raise
     finally:
-        for number in STOP_SIGNALS:
+        for number in heeded:
             loop.remove_signal_handler(number)
         logs.close()
 
@@ -75,6 +81,14 @@ async def _run(options: StackOptions, when_ready: WhenReady | None) -> None:
         if when_ready is not None:
             await when_ready(stack)
         await stack.watch()
+
+
+def _allow_many_files() -> None:
+    """Raise our limit of open files, which the children inherit: a stream is a file, and shells allow as few as 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def start_detached(options: StackOptions) -> "subprocess.Popen[bytes]":
