@@ -1,0 +1,239 @@
+"""Tool calls, notes and runners in PostgreSQL, schema `toolgw`.
+
+The primary key (tenant, key) decides every race: of a claim and a tombstone, or of two claims, one is inserted and the
+other finds it. A statement that loses waits for the winner's commit, so what it reads next is decided.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import asyncpg
+import orjson
+from soma.common.v1.message_pb2 import Error
+
+from services.toolgw.adapters.postgres_errors import store_errors
+from services.toolgw.application.hold_lease import LEASE_S
+from services.toolgw.application.ports import Note
+from services.toolgw.domain.invocation import Call, Invocation, State
+from services.toolgw.domain.outcome import Failure, Outcome
+from services.toolgw.domain.tool import Effect
+from soma_common.postgres.connect import Pool
+
+RETENTION_H: Final = 48
+"""How long the end of a call is kept: longer than the longest turn, which may take 24 h."""
+
+PooledConnection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+
+# After a restart of the database no lease could be renewed for a while: nobody is held dead before each had the time
+# to.
+_ROW: Final = f"""
+    SELECT i.*, EXISTS (SELECT FROM toolgw.runners r WHERE r.runner = i.runner AND r.expire_time > clock_timestamp())
+             OR i.runner IS NOT NULL AND EXISTS (SELECT FROM toolgw.runners r WHERE r.runner = i.runner)
+                AND pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => {LEASE_S}) AS runner_alive
+    FROM toolgw.invocations i WHERE i.tenant = $1 AND i.key = $2"""
+
+
+class PostgresToolStore:
+    """The store on a pool of connections of the role `soma_toolgw`, for one process."""
+
+    def __init__(self, pool: Pool, instance: str) -> None:
+        self._pool = pool
+        self._instance = instance
+        self._runner = uuid.uuid4()
+
+    async def claim(self, call: Call, effect: Effect, claim: str, dead: Invocation | None) -> Invocation:
+        """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards."""
+        async with self._transaction(call.tenant) as connection:
+            if dead is None:
+                await connection.execute(
+                    "INSERT INTO toolgw.invocations"
+                    " (tenant, key, session_id, tool, digest, effect, state, claim, runner, attempt, turn_id, step)"
+                    " VALUES ($1, $2, $3, $4, $5, $6, 'running', $7, $8, 1, $9, $10) ON CONFLICT DO NOTHING",
+                    call.tenant,
+                    call.key,
+                    call.session_id,
+                    call.tool,
+                    call.digest,
+                    effect.value,
+                    uuid.UUID(claim),
+                    self._runner,
+                    call.turn_id,
+                    call.step,
+                )
+            else:
+                await connection.execute(
+                    "UPDATE toolgw.invocations SET claim = $4, runner = $5, attempt = attempt + 1"
+                    " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running'",
+                    call.tenant,
+                    call.key,
+                    uuid.UUID(dead.claim),
+                    uuid.UUID(claim),
+                    self._runner,
+                )
+            row = await connection.fetchrow(_ROW, call.tenant, call.key)
+        if row is None:  # Cleared away between the two statements: its time was over, and so is this call's.
+            return Invocation(
+                call.key, call.session_id, call.tool, call.digest, effect, State.UNKNOWN, "", 0, False, None
+            )
+        return _invocation(row)
+
+    async def find(self, tenant: str, key: str) -> Invocation | None:
+        """What is stored under a key."""
+        async with self._transaction(tenant) as connection:
+            row = await connection.fetchrow(_ROW, tenant, key)
+        return None if row is None else _invocation(row)
+
+    async def finish(self, call: Call, claim: str, outcome: Outcome) -> bool:
+        """Store the outcome of a claim, and the note that belongs to it, in one transaction."""
+        failure = outcome.failure
+        async with self._transaction(call.tenant) as connection:
+            done = await connection.fetchval(
+                "UPDATE toolgw.invocations SET state = 'done', result = $4, failure = $5, end_time = clock_timestamp()"
+                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running' RETURNING true",
+                call.tenant,
+                call.key,
+                uuid.UUID(claim),
+                orjson.dumps(outcome.value) if failure is None else None,
+                None if failure is None else _failure_bytes(failure),
+            )
+            if done and outcome.note is not None:
+                await connection.execute(
+                    "INSERT INTO toolgw.notes (tenant, key, session_id, note) VALUES ($1, $2, $3, $4)",
+                    call.tenant,
+                    call.key,
+                    call.session_id,
+                    outcome.note,
+                )
+            if not done:  # Perhaps this very claim ended it before and its commit was not heard of.
+                done = await connection.fetchval(
+                    "SELECT true FROM toolgw.invocations"
+                    " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'done'",
+                    call.tenant,
+                    call.key,
+                    uuid.UUID(claim),
+                )
+        return bool(done)
+
+    async def end_without_result(self, tenant: str, key: str, claim: str, state: State) -> bool:
+        """Move the RUNNING call of a claim to CANCELLED or UNKNOWN; False: it was decided otherwise in between."""
+        async with self._transaction(tenant) as connection:
+            moved = await connection.fetchval(
+                "UPDATE toolgw.invocations SET state = $4, end_time = clock_timestamp()"
+                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running' RETURNING true",
+                tenant,
+                key,
+                uuid.UUID(claim),
+                state.value,
+            )
+        return bool(moved)
+
+    async def abandon(self, tenant: str, key: str, claim: str) -> None:
+        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner."""
+        async with self._transaction(tenant) as connection:
+            await connection.execute(
+                "UPDATE toolgw.invocations SET runner = NULL"
+                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running'",
+                tenant,
+                key,
+                uuid.UUID(claim),
+            )
+
+    async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:
+        """Store a tombstone under a new key and return None; or return what is stored under it."""
+        async with self._transaction(tenant) as connection:
+            inserted = await connection.fetchval(
+                "INSERT INTO toolgw.invocations"
+                " (tenant, key, session_id, tool, effect, state, attempt, turn_id, step, end_time)"
+                " VALUES ($1, $2, $3, '', 'none', 'cancelled', 0, '', 0, clock_timestamp())"
+                " ON CONFLICT DO NOTHING RETURNING true",
+                tenant,
+                key,
+                session_id,
+            )
+            row = None if inserted else await connection.fetchrow(_ROW, tenant, key)
+        return None if row is None else _invocation(row)
+
+    async def notes(self, tenant: str, session_id: bytes) -> Sequence[Note]:
+        """All notes of a session, oldest first."""
+        async with self._transaction(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT note, create_time FROM toolgw.notes WHERE tenant = $1 AND session_id = $2"
+                " ORDER BY create_time, key",
+                tenant,
+                session_id,
+            )
+        return [Note(row["note"], row["create_time"]) for row in rows]
+
+    async def renew(self, lease_s: float) -> None:
+        """Say that this process lives for `lease_s` from now on."""
+        async with store_errors():
+            await self._pool.execute(
+                "INSERT INTO toolgw.runners (runner, instance, expire_time)"
+                " VALUES ($1, $2, clock_timestamp() + make_interval(secs => $3))"
+                " ON CONFLICT (runner) DO UPDATE SET expire_time = EXCLUDED.expire_time",
+                self._runner,
+                self._instance,
+                lease_s,
+            )
+
+    async def replace_predecessors(self) -> None:
+        """Say that earlier processes of this instance are dead: their calls need not wait for a lease to run out."""
+        async with store_errors():
+            await self._pool.execute(
+                "DELETE FROM toolgw.runners WHERE instance = $1 AND runner <> $2", self._instance, self._runner
+            )
+
+    async def release(self) -> None:
+        """Say that this process is gone."""
+        async with store_errors():
+            await self._pool.execute("DELETE FROM toolgw.runners WHERE runner = $1", self._runner)
+
+    async def forget(self) -> None:
+        """Remove ended calls whose time is over, and runners that have long been silent; run now and then."""
+        async with self._transaction("*") as connection:
+            await connection.execute(
+                "DELETE FROM toolgw.invocations WHERE end_time < clock_timestamp() - make_interval(hours => $1)",
+                RETENTION_H,
+            )
+            await connection.execute(
+                "DELETE FROM toolgw.runners WHERE expire_time < clock_timestamp() - interval '1 hour'"
+            )
+
+    @asynccontextmanager
+    async def _transaction(self, tenants: str) -> AsyncIterator[PooledConnection]:
+        """A transaction that row-level security lets see `tenants` only."""
+        async with store_errors(), self._pool.acquire() as connection, connection.transaction():
+            await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
+            yield connection
+
+
+def _invocation(row: asyncpg.Record) -> Invocation:
+    state = State(row["state"])
+    return Invocation(
+        key=row["key"],
+        session_id=row["session_id"],
+        tool=row["tool"],
+        digest=row["digest"],
+        effect=Effect(row["effect"]),
+        state=state,
+        claim=row["claim"].hex if row["claim"] is not None else "",
+        attempt=row["attempt"],
+        runner_alive=row["runner_alive"],
+        outcome=_outcome(row) if state is State.DONE else None,
+    )
+
+
+def _outcome(row: asyncpg.Record) -> Outcome:
+    if row["failure"] is None:
+        value: Any = orjson.loads(row["result"])
+        return Outcome(value=value)
+    error = Error.FromString(row["failure"])
+    return Outcome(failure=Failure(error.reason, error.message, dict(error.metadata)))
+
+
+def _failure_bytes(failure: Failure) -> bytes:
+    return Error(reason=failure.reason, message=failure.message, metadata=failure.metadata).SerializeToString()

@@ -1,0 +1,179 @@
+"""Tools behind HTTP endpoints, described by a file.
+
+A call is one POST with the body `{"tool", "arguments", "session", "turn_id", "step"}` and the headers
+`Idempotency-Key`, `Soma-Turn` and `Soma-Step`. An answer of 2xx is the result: JSON, or text. Any other answer is the
+tool's error. Whether a call whose answer never came had its effect is not known; only for tools that may run again is
+that an error like others.
+
+Connections are not kept open: a kept one that the endpoint closes just then would leave the outcome of a call unknown
+that it never got.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, Literal
+
+import httpx2
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, ValidationError, field_validator
+
+from services.toolgw.adapters.json_schema import check_schema
+from services.toolgw.domain.invocation import Call
+from services.toolgw.domain.outcome import MAX_RESULT_BYTES, TRUNCATED, Outcome, OutcomeUnknown, failed
+from services.toolgw.domain.tool import Effect, Json, ToolDefinition
+from soma_common.ids import is_slug
+
+CONNECT_TIMEOUT_S: Final = 2.0
+SHOWN_ERROR_BYTES: Final = 1000
+"""How much of an endpoint's error answer the model is shown."""
+
+_EFFECTS: Final = {
+    "read_only": Effect.NONE,
+    "idempotent": Effect.IDEMPOTENT,
+    "side_effectful": Effect.SIDE_EFFECTFUL,
+}
+_NEVER_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
+"""Errors before the first byte of the request has left."""
+
+
+class HttpToolsFileError(ValueError):
+    """The file of HTTP tools cannot be used; the text says where and what to change."""
+
+
+class HttpToolEntry(BaseModel):
+    """One tool in the file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tool: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """What a model calls it."""
+    description: str = Field(min_length=1, max_length=4096)
+    """What it does, for the model."""
+    parameters: dict[str, Json]
+    """JSON Schema (2020-12) of the arguments."""
+    side_effect: Literal["read_only", "idempotent", "side_effectful"]
+    """What running it does to the world."""
+    timeout_ms: int = Field(ge=1, le=600_000)
+    """Longest run."""
+    url: HttpUrl
+    """Where it is."""
+    tenants: frozenset[str] | None = None
+    """The only tenants that have it; left out: all."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, value: dict[str, Json]) -> dict[str, Json]:
+        check_schema(value)
+        return value
+
+    @field_validator("tenants")
+    @classmethod
+    def _check_tenants(cls, value: frozenset[str] | None) -> frozenset[str] | None:
+        wrong = sorted(tenant for tenant in value or () if not is_slug(tenant))
+        if wrong:
+            raise ValueError(f"{wrong} are no tenant ids")
+        return value
+
+
+class HttpTool:
+    """A tool behind an endpoint."""
+
+    def __init__(self, entry: HttpToolEntry, client: httpx2.AsyncClient) -> None:
+        self._url = str(entry.url)
+        self._client = client
+        self.definition = ToolDefinition(
+            name=entry.tool,
+            description=entry.description,
+            parameters=entry.parameters,
+            effect=_EFFECTS[entry.side_effect],
+            timeout_s=entry.timeout_ms / 1000,
+            tenants=entry.tenants,
+        )
+
+    async def run(self, call: Call) -> Outcome:
+        """Result: what the endpoint answered. The time limit of the whole is the caller's."""
+        session = {"tenant": call.tenant, "agent": call.agent, "channel": call.channel, "session": call.session}
+        body = {
+            "tool": call.tool,
+            "arguments": call.arguments,
+            "session": session,
+            "turn_id": call.turn_id,
+            "step": call.step,
+        }
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/plain;q=0.5",
+            "Accept-Encoding": "identity",  # A compressed answer could be small on the wire and huge in memory.
+            "Idempotency-Key": call.key,
+            "Soma-Turn": call.turn_id,
+            "Soma-Step": str(call.step),
+        }
+        try:
+            async with self._client.stream("POST", self._url, content=orjson.dumps(body), headers=headers) as response:
+                return await _outcome_of(response)
+        except _NEVER_SENT as error:
+            return failed(f"{call.tool} cannot be reached", cause=type(error).__name__)
+        except httpx2.TransportError as error:
+            if not self.definition.effect.may_run_again:
+                raise OutcomeUnknown(f"the connection was cut after the call was sent: {error!r}") from error
+            return failed(f"the connection to {call.tool} was cut", cause=type(error).__name__)
+
+
+def http_client() -> httpx2.AsyncClient:
+    """The client that all HTTP tools share: no redirects, no proxies from the environment, no kept connections."""
+    return httpx2.AsyncClient(
+        timeout=httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+def load_http_tools(file: Path, client: httpx2.AsyncClient) -> list[HttpTool]:
+    """The tools that `file` describes: a JSON list of `HttpToolEntry`.
+
+    Raises:
+        HttpToolsFileError: it cannot be read, or an entry is wrong.
+    """
+    try:
+        entries = TypeAdapter(list[HttpToolEntry]).validate_json(file.read_bytes())
+    except OSError as error:
+        raise HttpToolsFileError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        lines = [f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in problems]
+        raise HttpToolsFileError(f"{file}: " + "; ".join(lines)) from error
+    return [HttpTool(entry, client) for entry in entries]
+
+
+async def _outcome_of(response: httpx2.Response) -> Outcome:
+    content = await _read(response)
+    if not response.is_success:
+        shown = content[:SHOWN_ERROR_BYTES].decode(errors="replace")
+        cut = TRUNCATED if len(content) > SHOWN_ERROR_BYTES else ""
+        return failed(f"it answered HTTP {response.status_code}: {shown}{cut}", http_status=str(response.status_code))
+    if len(content) > MAX_RESULT_BYTES:
+        shown = content[:SHOWN_ERROR_BYTES].decode(errors="replace")
+        return failed(
+            f"the result has more than {MAX_RESULT_BYTES} bytes; it begins: {shown}{TRUNCATED}",
+            bound_bytes=str(MAX_RESULT_BYTES),
+        )
+    if not content:
+        return Outcome(value=None)
+    try:
+        if "json" in response.headers.get("content-type", ""):
+            return Outcome(value=orjson.loads(content))
+        return Outcome(value=content.decode())
+    except ValueError as error:
+        return failed(f"it answered what it did not announce: {error}", http_status=str(response.status_code))
+
+
+async def _read(response: httpx2.Response) -> bytes:
+    """The answer's content, at most a chunk more than the largest result."""
+    content = bytearray()
+    async for chunk in response.aiter_raw():
+        content += chunk
+        if len(content) > MAX_RESULT_BYTES:
+            break
+    return bytes(content)

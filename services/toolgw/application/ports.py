@@ -1,0 +1,113 @@
+"""What the tool gateway's use cases need from the outside, named by need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from services.toolgw.domain.invocation import Call, Invocation, State
+from services.toolgw.domain.outcome import Outcome
+from services.toolgw.domain.tool import Effect, Json, ToolDefinition
+
+
+class Tool(Protocol):
+    """Something that can be run."""
+
+    @property
+    def definition(self) -> ToolDefinition:
+        """What it is."""
+        ...
+
+    async def run(self, call: Call) -> Outcome:
+        """Run it once with arguments that fit its schema.
+
+        Raises:
+            OutcomeUnknown: it was cut off in the middle, and it may have had its effect.
+        """
+        ...
+
+
+class ArgumentRules(Protocol):
+    """Checks arguments against a tool's JSON Schema."""
+
+    def violations(self, parameters: Mapping[str, Json], arguments: Mapping[str, Json]) -> Sequence[str]:
+        """What does not fit, each with its place; empty when everything does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something a session was asked to remember."""
+
+    text: str
+    create_time: datetime
+
+
+class NoteReader(Protocol):
+    """The notes of sessions."""
+
+    async def notes(self, tenant: str, session_id: bytes) -> Sequence[Note]:
+        """All notes of a session, oldest first."""
+        ...
+
+
+class InvocationStore(Protocol):
+    """Calls under their keys, durable. Every method raises Unavailable (STORE_UNAVAILABLE) when the database does not
+    answer."""
+
+    async def claim(self, call: Call, effect: Effect, claim: str, dead: Invocation | None) -> Invocation:
+        """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards.
+
+        `dead` None: the key is new. Otherwise it is the RUNNING call whose dead runner is to be replaced. The caller
+        owns the call when the answer's claim is its own, and may repeat a claim whose outcome it did not learn.
+        """
+        ...
+
+    async def find(self, tenant: str, key: str) -> Invocation | None:
+        """What is stored under a key."""
+        ...
+
+    async def finish(self, call: Call, claim: str, outcome: Outcome) -> bool:
+        """Store the outcome of a claim, and the note that belongs to it, in one transaction.
+
+        False: the call was decided otherwise in between. May be repeated when its own outcome was not learned.
+        """
+        ...
+
+    async def end_without_result(self, tenant: str, key: str, claim: str, state: State) -> bool:
+        """Move the RUNNING call of a claim to CANCELLED or UNKNOWN; False: it was decided otherwise in between."""
+        ...
+
+    async def abandon(self, tenant: str, key: str, claim: str) -> None:
+        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner."""
+        ...
+
+    async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:
+        """Store a tombstone under a new key and return None; or return what is stored under it."""
+        ...
+
+
+class LeaseStore(Protocol):
+    """Where a runner shows that it lives."""
+
+    async def renew(self, lease_s: float) -> None:
+        """Say that this runner lives for `lease_s` from now on. Raises Unavailable."""
+        ...
+
+    async def replace_predecessors(self) -> None:
+        """Say that earlier processes of this instance are dead: their calls need not wait for a lease to run out."""
+        ...
+
+    async def release(self) -> None:
+        """Say that this runner is gone."""
+        ...
+
+
+class ToolAccess(Protocol):
+    """Which tools an agent may use."""
+
+    async def allows(self, tenant: str, agent: str, tool: str) -> bool:
+        """Whether the agent exists, is in use, and its spec names the tool."""
+        ...

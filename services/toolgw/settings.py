@@ -1,0 +1,29 @@
+"""What the tool gateway needs to know beside what every service needs (soma_common/settings.py). Environment:
+`SOMA_<FIELD>`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from soma_common.settings import ServiceSettings
+
+
+class ToolgwSettings(ServiceSettings):
+    """Settings of one tool gateway process."""
+
+    postgres_dsn: str
+    """The database as `soma_toolgw`."""
+    controlplane_target: str
+    """Address of the control plane, `host:port`: it says which tools an agent may use."""
+    auth_service_token_file: Path
+    """This service's own bearer token, shown to the control plane."""
+    toolgw_http_tools_file: Path | None = None
+    """JSON file that describes the HTTP tools (docs/guides/tools.md); unset: only the built-in tools."""
+    toolgw_max_runs: int = Field(default=64, ge=1, le=10_000)
+    """Tool calls that may run at once in this process."""
+    toolgw_max_runs_per_tenant: int = Field(default=16, ge=1, le=10_000)
+    """Tool calls of one tenant that may run at once in this process."""
+    postgres_pool_size: int = Field(default=8, ge=2, le=100)
+    """Connections to the database at most."""
