@@ -1,7 +1,8 @@
 """The gather list: what comes in while the last send is in flight goes out in the next.
 
-One producer side that never waits, one consumer that takes everything there is. It is a list and one future, because at thousands of
-items a second a queue object per hop costs more than the work itself. Frames, wake-ups and transactions cost; items are nearly free.
+One producer side that never waits, one consumer that takes everything there is. It is a list and one future, because
+at thousands of items a second a queue object per hop costs more than the work itself. Frames, wake-ups and
+transactions cost; items are nearly free.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class GatherClosed(Exception):
 class Gather(Generic[T]):
     """A bounded list with one taker, for one event loop.
 
-    `bound` is the most items held; `put` raises GatherFull above it and never blocks, so that a reader never waits for a writer.
+    `bound` is the most items held; `put` raises GatherFull above it and never blocks, so that a reader never waits
+    for a writer.
     """
 
     __slots__ = ("_bound", "_closed", "_items", "_waiter")
@@ -63,7 +65,9 @@ class Gather(Generic[T]):
         self._wake()
 
     async def take(self, limit: int = 512) -> list[T]:
-        """Waits until there is something and takes it all, at most `limit` items. Raises GatherClosed when closed and empty."""
+        """Waits until there is something and takes it all, at most `limit` items. Raises GatherClosed when closed and
+        empty.
+        """
         while not self._items:
             if self._closed:
                 raise GatherClosed

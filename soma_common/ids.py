@@ -1,9 +1,9 @@
 """Derived identifiers and resource names.
 
-Every id that two processes must agree on is a BLAKE2b digest over length-prefixed parts, so that ("a", "bc") and ("ab", "c") never
-meet (RFC 7693; the prefix is the part's length in 4 bytes, big endian). A retry therefore has the same message id wherever it arrives,
-and a session has the same partition in every process and release: `PARTITION_FUNCTION` names that function, and processes that are
-configured with another one refuse to work together.
+Every id that two processes must agree on is a BLAKE2b digest over length-prefixed parts, so that ("a", "bc") and
+("ab", "c") never meet (RFC 7693; the prefix is the part's length in 4 bytes, big endian). A retry therefore has the
+same message id wherever it arrives, and a session has the same partition in every process and release:
+`PARTITION_FUNCTION` names that function, and processes that are configured with another one refuse to work together.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def message_id(tenant: str, agent: str, channel: str, session: str, idempotency_
 def turn_id(session: bytes, message: bytes, generation: int = 0) -> bytes:
     """The 16-byte id of the turn whose first input is `message`.
 
-    `generation` counts replacements: crash recovery keeps the id, a turn that is started anew after a rollback gets the next
-    generation, so that its steps never meet results stored under the keys of the dropped one.
+    `generation` counts replacements: crash recovery keeps the id, a turn that is started anew after a rollback gets
+    the next generation, so that its steps never meet results stored under the keys of the dropped one.
     """
     return _digest(b"turn", session, message, generation.to_bytes(4, "big"))
 
@@ -64,7 +64,9 @@ def content_hash(content: bytes) -> bytes:
 
 
 def partition_of(session: bytes, partitions: int) -> int:
-    """The partition of a session id: its first 8 bytes, big endian, modulo the number of partitions (`PARTITION_FUNCTION`)."""
+    """The partition of a session id: its first 8 bytes, big endian, modulo the number of partitions
+    (`PARTITION_FUNCTION`).
+    """
     return int.from_bytes(session[:8], "big") % partitions
 
 
@@ -79,7 +81,7 @@ def call_key(turn: bytes, step: int, index: int) -> str:
 
 
 def is_slug(value: str) -> bool:
-    """Whether `value` can name a tenant, an agent or a channel: 1 to 63 lower-case letters, digits and inner hyphens."""
+    """Whether `value` can name a tenant, an agent or a channel: 1 to 63 of a-z, 0-9 and inner hyphens."""
     return _SLUG_RE.fullmatch(value) is not None
 
 

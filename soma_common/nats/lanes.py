@@ -1,8 +1,9 @@
 """The inbound lanes: the JetStream streams that carry accepted messages to the routers.
 
-A lane is read whole by every router that owns one of its partitions; subjects are few (one per tenant) because filtered consumers over
-many subjects collapse. Its bound is per subject, so per tenant: a tenant that is not drained fills its own share and is refused, and
-nobody else is. It has no age limit: what was acknowledged leaves only when every partition has it in PostgreSQL.
+A lane is read whole by every router that owns one of its partitions; subjects are few (one per tenant) because
+filtered consumers over many subjects collapse. Its bound is per subject, so per tenant: a tenant that is not drained
+fills its own share and is refused, and nobody else is. It has no age limit: what was acknowledged leaves only when
+every partition has it in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _NAME_IN_USE: Final = 10058
 
 
 class LaneMismatch(Exception):
-    """The lanes were made for another number of partitions or lanes, or another hash: this process must not take part."""
+    """The lanes were made for another number of partitions or lanes, or another hash: this process must not take
+    part.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ def lane_config(lane: int, layout: LaneLayout, tenant_bound: int, replicas: int 
 
 
 async def ensure_lanes(js: JetStreamContext, layout: LaneLayout, tenant_bound: int, replicas: int = 1) -> None:
-    """Makes the lanes that are missing and checks those that exist. Raises LaneMismatch when they were made for another layout."""
+    """Makes the lanes that are missing and checks those that exist. Raises LaneMismatch when they were made for
+    another layout.
+    """
     for lane in range(layout.lanes):
         try:
             info = await js.stream_info(stream_name(lane))
@@ -83,5 +88,5 @@ def check_layout(info: StreamInfo, layout: LaneLayout) -> None:
     if have != layout.metadata():
         raise LaneMismatch(
             f"stream {info.config.name} was made for {have}, this process is set to {layout.metadata()}: "
-            "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; changing them needs a stop, a drain and new streams"
+            "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; a change needs a stop, a drain and new streams"
         )

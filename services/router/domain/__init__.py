@@ -1,1 +1,3 @@
-"""Pure rules of the router: values and decisions, no I/O, no clock of its own."""
+"""The turn engine's rules: partitions, sessions, turns, fairness, adapters. Keys, positions and states, no content,
+no I/O.
+"""

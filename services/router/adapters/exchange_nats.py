@@ -1,0 +1,169 @@
+"""Core NATS: deliveries and live events out to gateways and watchers; acks, presence and watch queries in.
+
+Nothing sent here is promised to arrive: what must arrive is in PostgreSQL until it is acknowledged. A router whose
+lease is overdue says nothing at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from google.protobuf.message import DecodeError
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+from soma.router.v1.outbound_pb2 import AckBatch, LiveBatch, OutBatch, Presence, WatchQuery, WatchSnapshot
+
+from soma_common.nats import subjects
+from soma_common.telemetry.metrics import counter
+
+if TYPE_CHECKING:
+    from nats.aio.subscription import Subscription
+
+    from services.router.application.deliver_outcomes import DeliveryDesk
+
+_BATCH_ITEMS: Final = 256
+_BATCH_BYTES: Final = 512 * 1024
+
+log = structlog.get_logger(__name__)
+
+LOST = counter("soma_router_exchange_lost_total", "Batches that could not be handed to the bus.")
+
+
+class NatsOutbox:
+    """Gathers what goes to each gateway and each watched session, and publishes it with the loop's next turn."""
+
+    def __init__(self, client: Client, router: str, may_speak: Callable[[], bool]) -> None:
+        self._client = client
+        self._router = router
+        self._may_speak = may_speak
+        self._out: dict[tuple[str, str], OutBatch] = {}
+        self._live: dict[tuple[str, bytes], LiveBatch] = {}
+        self._wake = asyncio.Event()
+
+    def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
+        """Sends an outcome to an adapter stream."""
+        self._batch(tenant, gateway).deliveries.add(stream=stream, delivery=delivery)
+        self._wake.set()
+
+    def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
+        """Sends a live event to an adapter stream."""
+        self._batch(tenant, gateway).live.add(stream=stream, event=event)
+        self._wake.set()
+
+    def broadcast(self, tenant: str, session_id: bytes, event: LiveEvent) -> None:
+        """Sends a live event to all watchers of a session."""
+        batch = self._live.get((tenant, session_id))
+        if batch is None:
+            batch = self._live[tenant, session_id] = LiveBatch()
+        batch.events.append(event)
+        self._wake.set()
+
+    def _batch(self, tenant: str, gateway: str) -> OutBatch:
+        batch = self._out.get((tenant, gateway))
+        if batch is None:
+            batch = self._out[tenant, gateway] = OutBatch(router=self._router)
+        return batch
+
+    async def run(self) -> None:
+        """Publishes until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            out, self._out = self._out, {}
+            live, self._live = self._live, {}
+            if not self._may_speak():
+                continue
+            try:
+                for (tenant, gateway), batch in out.items():
+                    for part in _parts(batch):
+                        await self._client.publish(subjects.outbound(tenant, gateway), part.SerializeToString())
+                for (tenant, session_id), events in live.items():
+                    await self._client.publish(subjects.live(tenant, session_id), events.SerializeToString())
+            except (NatsError, OSError) as error:
+                LOST.inc()
+                log.warning("router.exchange_lost", error=str(error) or type(error).__name__)
+
+
+def _parts(batch: OutBatch) -> list[OutBatch]:
+    """A batch in pieces that fit the bus."""
+    if len(batch.deliveries) + len(batch.live) <= _BATCH_ITEMS and batch.ByteSize() <= _BATCH_BYTES:
+        return [batch]
+    parts = [OutBatch(router=batch.router)]
+    size = 0
+    for item in [*batch.deliveries, *batch.live]:
+        more = item.ByteSize()
+        if size and size + more > _BATCH_BYTES:
+            parts.append(OutBatch(router=batch.router))
+            size = 0
+        size += more
+        if item.DESCRIPTOR.name == "Handover":
+            parts[-1].deliveries.append(item)  # type: ignore[arg-type]
+        else:
+            parts[-1].live.append(item)  # type: ignore[arg-type]
+    return parts
+
+
+class NatsInbox:
+    """What gateways and watchers say to this router."""
+
+    def __init__(
+        self,
+        client: Client,
+        router: str,
+        desk: DeliveryDesk,
+        query: Callable[[str, int, WatchQuery], Awaitable[WatchSnapshot | None]],
+    ) -> None:
+        self._client = client
+        self._router = router
+        self._desk = desk
+        self._query = query
+        self._subscriptions: list[Subscription] = []
+
+    async def open(self) -> None:
+        """Subscribes. Watch queries come to every router; only the owner of the partition answers."""
+        for subject, handler in (
+            (subjects.acks("*", self._router), self._on_acks),
+            (subjects.presence("*", "*"), self._on_presence),
+            ("soma.*.watch.*", self._on_watch),
+        ):
+            self._subscriptions.append(await self._client.subscribe(subject, cb=handler))
+
+    async def close(self) -> None:
+        """Unsubscribes."""
+        for subscription in self._subscriptions:
+            try:
+                await subscription.unsubscribe()
+            except NatsError:
+                log.debug("router.unsubscribe_failed", subject=subscription.subject)
+
+    async def _on_acks(self, message: Msg) -> None:
+        try:
+            batch = AckBatch.FromString(message.data)
+        except DecodeError:
+            log.warning("router.undecodable", subject=message.subject)
+            return
+        self._desk.on_acks(subjects.tenant_of(message.subject), batch)
+
+    async def _on_presence(self, message: Msg) -> None:
+        try:
+            presence = Presence.FromString(message.data)
+        except DecodeError:
+            log.warning("router.undecodable", subject=message.subject)
+            return
+        self._desk.on_presence(subjects.tenant_of(message.subject), presence)
+
+    async def _on_watch(self, message: Msg) -> None:
+        try:
+            query = WatchQuery.FromString(message.data)
+            partition = int(message.subject.rsplit(".", 1)[1])
+        except (DecodeError, ValueError):
+            log.warning("router.undecodable", subject=message.subject)
+            return
+        answer = await self._query(subjects.tenant_of(message.subject), partition, query)
+        if answer is not None and message.reply:
+            await self._client.publish(message.reply, answer.SerializeToString())

@@ -1,0 +1,281 @@
+"""PostgreSQL: reads what was committed. A pool; every read sets the tenant it is for, and row-level security holds it
+to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from soma.common.v1.turn_pb2 import Delivery, StepBody
+
+from services.router.application.group import StoreLost
+from services.router.application.ports import StoredDelivery
+from services.router.application.read_sessions import MessageRow, SessionRow, StepRow, TurnRow
+from soma_common.errors import Unavailable
+from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
+
+_FINAL = 3
+_FAILURE = 4
+
+_SESSION_COLUMNS = (
+    "s.session_id, s.tenant, s.agent, s.channel, s.session, s.create_time, s.update_time, s.message_count,"
+    " s.turn_count, s.delivery_count, s.done_position, s.last_position,"
+    " (SELECT t.turn_id FROM router.turns t WHERE t.session_id = s.session_id AND t.number = s.turn_count + 1"
+    "  AND t.status <> 3) AS running_turn,"
+    " (SELECT count(*) FROM router.messages m WHERE m.session_id = s.session_id AND m.position > s.done_position"
+    "  AND m.kind <> 2) AS pending_count,"
+    " (SELECT count(*) FROM router.deliveries d WHERE d.session_id = s.session_id) AS undelivered_count"
+)
+_TURN_COLUMNS = (
+    "t.turn_id, t.session_id, t.number, t.status, t.outcome, t.dispatch, t.agent_revision, t.create_time, t.end_time,"
+    " s.tenant, s.agent, s.channel, s.session,"
+    " CASE t.status WHEN 3 THEN t.step_count"
+    "  ELSE (SELECT count(*)::int FROM router.steps p WHERE p.turn_id = t.turn_id) END AS step_count,"
+    " ARRAY(SELECT m.message_id FROM router.messages m WHERE m.session_id = t.session_id"
+    "  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind <> 2 ORDER BY m.position) AS message_ids,"
+    " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind IN (3, 4)) AS last_body"
+)
+
+
+class PostgresHistory:
+    """Reads of one router's API and of turns that are taken up again."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, dsn: str, name: str) -> PostgresHistory:
+        """Opens the pool. Raises Unavailable."""
+        return cls(await create_pool(dsn, max_size=4, application_name=f"{name} reader"))
+
+    async def close(self) -> None:
+        """Closes the pool."""
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def _as(self, tenant: str) -> AsyncIterator[Connection]:
+        try:
+            async with self._pool.acquire(timeout=3.0) as connection, connection.transaction(readonly=True):
+                await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenant)
+                yield connection  # type: ignore[misc]
+        except (*CONNECTION_LOST, Unavailable, asyncpg.PostgresError) as error:
+            raise StoreLost(str(error) or type(error).__name__) from error
+
+    # ---- for turns
+
+    async def contents(self, tenant: str, partition: int, positions: Sequence[int]) -> dict[int, bytes]:
+        """Contents of messages by position."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT position, content FROM router.messages WHERE partition = $1 AND position = ANY ($2::bigint[])",
+                partition,
+                list(positions),
+            )
+        return {row["position"]: row["content"] for row in rows}
+
+    async def journal(self, tenant: str, turn_id: bytes) -> list[tuple[int, bytes]]:
+        """(kind, body) of a turn's steps in order."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT kind, body FROM router.steps WHERE turn_id = $1 ORDER BY step", turn_id
+            )
+        return [(row["kind"], row["body"]) for row in rows]
+
+    async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
+        """The newest `limit` messages of ended turns, oldest first: inputs, and the answers that there were."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT t.number, ARRAY(SELECT m.content FROM router.messages m WHERE m.session_id = t.session_id"
+                " AND m.position BETWEEN t.first_position AND t.last_position AND m.kind <> 2"
+                " ORDER BY m.position) AS inputs,"
+                " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind = 3) AS final"
+                " FROM router.turns t WHERE t.session_id = $1 AND t.status = 3 ORDER BY t.number DESC LIMIT $2",
+                session_id,
+                limit,
+            )
+        said: list[bytes] = []
+        for row in reversed(rows):
+            said.extend(row["inputs"])
+            if row["final"] is not None:
+                said.append(StepBody.FromString(row["final"]).final.message.SerializeToString())
+        return said[-limit:]
+
+    async def agent_spec(self, tenant: str, agent: str, revision: str) -> bytes | None:
+        """The agent of a revision that some turn was started with."""
+        async with self._as(tenant) as connection:
+            spec: bytes | None = await connection.fetchval(
+                "SELECT spec FROM router.agent_revisions WHERE tenant = $1 AND agent = $2 AND revision = $3",
+                tenant,
+                agent,
+                revision,
+            )
+        return spec
+
+    async def deliveries(
+        self, tenant: str, partition: int, channel: str, after: int, limit: int
+    ) -> list[StoredDelivery]:
+        """Waiting outcomes of a channel in a partition beyond a position."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT position, session_id, payload FROM router.deliveries"
+                " WHERE partition = $1 AND tenant = $2 AND channel = $3 AND position > $4 ORDER BY position LIMIT $5",
+                partition,
+                tenant,
+                channel,
+                after,
+                limit,
+            )
+        return [StoredDelivery(*row) for row in map(tuple, rows)]
+
+    async def ended_turn(self, tenant: str, turn_id: bytes) -> tuple[Delivery, int, int] | None:
+        """The outcome of an ended turn, its last dispatch and its number of steps."""
+        turn = await self.turn(tenant, turn_id)
+        if turn is None or turn.status != 3:
+            return None
+        delivery = Delivery(
+            delivery_id=turn_id,
+            agent=turn.agent,
+            session=turn.session,
+            turn_id=turn_id,
+            outcome=turn.outcome,  # type: ignore[arg-type]
+            message_ids=turn.message_ids,
+            create_time_ms=int(turn.end_time.timestamp() * 1000) if turn.end_time else 0,
+        )
+        if turn.last_body is not None:
+            body = StepBody.FromString(turn.last_body)
+            if body.HasField("final"):
+                delivery.message.CopyFrom(body.final.message)
+            elif body.HasField("failure"):
+                delivery.error.CopyFrom(body.failure)
+        return delivery, turn.dispatch, turn.step_count
+
+    # ---- for the API
+
+    async def session(self, tenant: str, session_id: bytes) -> SessionRow | None:
+        """One session."""
+        async with self._as(tenant) as connection:
+            row = await connection.fetchrow(
+                f"SELECT {_SESSION_COLUMNS} FROM router.sessions s WHERE s.session_id = $1", session_id
+            )
+        return _session(row) if row else None
+
+    async def sessions(
+        self,
+        tenant: str,
+        agent: str | None,
+        channel: str | None,
+        busy: bool | None,
+        after: tuple[str, str, str],
+        limit: int,
+    ) -> list[SessionRow]:
+        """Sessions of a tenant by (agent, channel, session), beyond a place in that order."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                f"SELECT {_SESSION_COLUMNS} FROM router.sessions s"
+                " WHERE s.tenant = $1 AND ($2::text IS NULL OR s.agent = $2) AND ($3::text IS NULL OR s.channel = $3)"
+                " AND (s.agent, s.channel, s.session) > ($4, $5, $6)"
+                " AND ($7::boolean IS NULL OR $7 = EXISTS (SELECT FROM router.turns t WHERE t.session_id = s.session_id"
+                "      AND t.number = s.turn_count + 1 AND t.status <> 3))"
+                " ORDER BY s.agent, s.channel, s.session LIMIT $8",
+                tenant,
+                agent,
+                channel,
+                *after,
+                busy,
+                limit,
+            )
+        return [_session(row) for row in rows]
+
+    async def messages(self, tenant: str, session_id: bytes, after: int, limit: int) -> list[MessageRow]:
+        """Messages of a session beyond a position, in the order accepted."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT m.position, m.message_id, m.accept_ms, m.content,"
+                " (SELECT t.turn_id FROM router.turns t WHERE t.session_id = m.session_id"
+                "  AND m.position BETWEEN t.first_position AND t.last_position) AS turn_id"
+                " FROM router.messages m WHERE m.session_id = $1 AND m.position > $2 AND m.kind <> 2"
+                " ORDER BY m.position LIMIT $3",
+                session_id,
+                after,
+                limit,
+            )
+        return [MessageRow(*row) for row in map(tuple, rows)]
+
+    async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
+        """One turn."""
+        async with self._as(tenant) as connection:
+            row = await connection.fetchrow(
+                f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
+                " WHERE t.turn_id = $1",
+                turn_id,
+            )
+        return _turn(row) if row else None
+
+    async def session_turns(
+        self, tenant: str, session_id: bytes, status: int | None, after: int, limit: int
+    ) -> list[TurnRow]:
+        """Turns of a session in order, beyond a number."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
+                " WHERE t.session_id = $1 AND ($2::int IS NULL OR t.status = $2) AND t.number > $3"
+                " ORDER BY t.number LIMIT $4",
+                session_id,
+                status,
+                after,
+                limit,
+            )
+        return [_turn(row) for row in rows]
+
+    async def tenant_turns(
+        self, tenant: str, status: int | None, before: tuple[datetime, bytes] | None, limit: int
+    ) -> list[TurnRow]:
+        """Turns of a tenant, newest first, before a place in that order."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
+                " WHERE t.tenant = $1 AND ($2::int IS NULL OR t.status = $2)"
+                " AND ($3::timestamptz IS NULL OR (t.create_time, t.turn_id) < ($3, $4::bytea))"
+                " ORDER BY t.create_time DESC, t.turn_id DESC LIMIT $5",
+                tenant,
+                status,
+                before[0] if before else None,
+                before[1] if before else None,
+                limit,
+            )
+        return [_turn(row) for row in rows]
+
+    async def steps(self, tenant: str, turn_id: bytes, after: int, limit: int) -> list[StepRow]:
+        """Steps of a turn in order, beyond a number."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT step, dispatch, create_time, body FROM router.steps WHERE turn_id = $1 AND step > $2"
+                " ORDER BY step LIMIT $3",
+                turn_id,
+                after,
+                limit,
+            )
+        return [StepRow(*row) for row in map(tuple, rows)]
+
+    async def lane_floors(self, lanes: int) -> dict[int, int]:
+        """The lowest cursor of all partitions of each lane: what is below it is in the mailbox of everybody."""
+        try:
+            async with self._pool.acquire(timeout=3.0) as connection:
+                rows = await connection.fetch(
+                    "SELECT id % $1 AS lane, min(cursor_seq) AS floor FROM router.partitions GROUP BY 1", lanes
+                )
+        except (*CONNECTION_LOST, asyncpg.PostgresError) as error:
+            raise StoreLost(str(error) or type(error).__name__) from error
+        return {row["lane"]: row["floor"] for row in rows}
+
+
+def _session(row: Any) -> SessionRow:
+    return SessionRow(**dict(row))
+
+
+def _turn(row: Any) -> TurnRow:
+    return TurnRow(**dict(row))

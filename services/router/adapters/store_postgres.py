@@ -1,0 +1,303 @@
+"""PostgreSQL: the writer of groups, and the leases. One connection each, so that neither waits for the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+
+from services.router.application.group import FenceLost, Group, GroupRejected, GroupResult, SessionFacts, StoreLost
+from services.router.application.own_partitions import LEASE_S
+from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
+from soma_common.errors import Unavailable
+from soma_common.failpoints import failpoint
+from soma_common.postgres.connect import CONNECTION_LOST, Connection, connect
+
+_T = TypeVar("_T")
+
+FENCED: Final = "SM001"
+CONFLICT: Final = "SM002"
+_UNIQUE_VIOLATION: Final = "23505"
+
+_TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
+"""Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
+
+_PARAMETERS: Final = 76
+_COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
+
+# Plans are made once, on tables that may be empty then: say what is right for full ones.
+_WRITER_SETTINGS: Final = {
+    "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "idle_in_transaction_session_timeout": "1000",
+    "lock_timeout": "2000",
+}
+_LEASE_SETTINGS: Final = {"jit": "off", "idle_in_transaction_session_timeout": "1000", "lock_timeout": "2000"}
+
+
+class _Line:
+    """One connection that is made when it is needed, and made again after it was lost."""
+
+    def __init__(self, dsn: str, name: str, settings: dict[str, str]) -> None:
+        self._dsn = dsn
+        self._name = name
+        self._settings = settings
+        self._connection: Connection | None = None
+        self._lock = asyncio.Lock()
+
+    async def use(self, work: Callable[[Connection], Awaitable[_T]]) -> _T:
+        """Runs `work` with the connection. Raises StoreLost when it is gone or cannot be made."""
+        async with self._lock:
+            try:
+                if self._connection is None or self._connection.is_closed():
+                    self._connection = await connect(self._dsn, application_name=self._name, **self._settings)  # type: ignore[arg-type]
+                return await work(self._connection)
+            except (*CONNECTION_LOST, Unavailable) as error:
+                self.drop()
+                raise StoreLost(str(error) or type(error).__name__) from error
+            except asyncio.CancelledError:
+                self.drop()  # the statement may still run: nothing may follow it on this connection
+                raise
+
+    def drop(self) -> None:
+        """Gives the connection up at once."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+    async def close(self) -> None:
+        """Closes the connection in good order."""
+        if self._connection is not None and not self._connection.is_closed():
+            await self._connection.close(timeout=1.0)
+
+
+class PostgresGroupWriter:
+    """Writes groups with one prepared call on one connection."""
+
+    def __init__(self, dsn: str, name: str) -> None:
+        self._line = _Line(dsn, f"{name} writer", _WRITER_SETTINGS)
+        self._prepared: tuple[Connection, Any] | None = None
+
+    async def commit(self, group: Group) -> GroupResult:
+        """Writes the group. Raises FenceLost, or StoreLost when it is not known whether it was written."""
+        parameters = [",".join(group.tenants)]
+        for table in (
+            group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.steps,
+            group.ends, group.deliveries, group.acks, group.dead,
+        ):  # fmt: skip
+            parameters.extend(table)  # type: ignore[arg-type]
+
+        async def call(connection: Connection) -> GroupResult:
+            statement = await self._statement(connection)
+            try:
+                if failpoint_cut():
+                    return await self._cut(connection, statement, parameters)
+                row = await statement.fetchrow(*parameters)
+            except asyncpg.PostgresError as error:
+                raise _translate(error, group) from error
+            return _result(row)
+
+        return await self._line.use(call)
+
+    async def _statement(self, connection: Connection) -> Any:
+        if self._prepared is None or self._prepared[0] is not connection:
+            self._prepared = (connection, await connection.prepare(_COMMIT))
+        return self._prepared[1]
+
+    async def _cut(self, connection: Connection, statement: Any, parameters: list[Any]) -> GroupResult:
+        """Fault for tests: the call is sent and the connection cut before its answer."""
+        sent = asyncio.ensure_future(statement.fetchrow(*parameters))
+        await asyncio.sleep(0.05)
+        connection.terminate()
+        await asyncio.gather(sent, return_exceptions=True)
+        raise ConnectionResetError("cut by a failpoint after the call was sent")
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._line.close()
+
+
+def failpoint_cut() -> bool:
+    """Whether the failpoint router.commit_cut is due: it raises, which here means: cut the connection."""
+    from soma_common.failpoints import FailpointHit
+
+    try:
+        failpoint("router.commit_cut")
+    except FailpointHit:
+        return True
+    return False
+
+
+def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
+    if error.sqlstate in (FENCED, CONFLICT):
+        detail = getattr(error, "detail", None) or ""
+        lost = frozenset(int(part) for part in detail.split(",") if part)
+        return FenceLost(lost or frozenset(group.moves))
+    if error.sqlstate == _UNIQUE_VIOLATION:
+        # A step or turn that is there already: this memory is not what the store holds. Load everything again.
+        return FenceLost(frozenset(group.moves))
+    if error.sqlstate and error.sqlstate[:2] in _TRANSIENT_CLASSES:
+        return StoreLost(str(error))
+    return GroupRejected(f"{type(error).__name__}: {error}")
+
+
+def _result(row: Any) -> GroupResult:
+    inserted, inserted_partition, reused, reused_partition, sessions, turns, deliveries, done, started = row
+    if not inserted:
+        return GroupResult(frozenset(), frozenset(), {}, frozenset(started or ()))
+    return GroupResult(
+        frozenset(zip(inserted_partition, inserted, strict=True)),
+        frozenset(zip(reused_partition, reused, strict=True)) if reused else frozenset(),
+        {
+            id_: SessionFacts(turn_count, delivery_count, done_position)
+            for id_, turn_count, delivery_count, done_position in zip(sessions, turns, deliveries, done, strict=True)
+        },
+        frozenset(started or ()),
+    )
+
+
+class PostgresLeases:
+    """Leases and take-overs, on a connection of their own."""
+
+    def __init__(self, dsn: str, router: str) -> None:
+        self._line = _Line(dsn, f"{router} leases", _LEASE_SETTINGS)
+        self._router = router
+        self._ttl = timedelta(seconds=LEASE_S)
+
+    async def ensure_layout(self, layout: dict[str, str], partitions: int) -> dict[str, str]:
+        """Stores the layout if there is none yet, with a row per partition; returns the one that is stored."""
+
+        async def call(connection: Connection) -> dict[str, str]:
+            async with connection.transaction():
+                await connection.executemany(
+                    "INSERT INTO router.layout (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+                    sorted(layout.items()),
+                )
+                stored = {
+                    r["name"]: r["value"] for r in await connection.fetch("SELECT name, value FROM router.layout")
+                }
+                if stored == layout:
+                    for table, column in (("partitions", "id"), ("leases", "partition")):
+                        await connection.execute(
+                            f"INSERT INTO router.{table} ({column}) SELECT generate_series(0, $1::int - 1)"
+                            " ON CONFLICT DO NOTHING",
+                            partitions,
+                        )
+            return stored
+
+        return await self._line.use(call)
+
+    async def beat(self, terms: Sequence[UUID]) -> frozenset[int]:
+        """Renews the leases of `terms` and this router's presence; returns the partitions that are still held."""
+
+        async def call(connection: Connection) -> frozenset[int]:
+            rows = await connection.fetch(
+                "WITH here AS (INSERT INTO router.routers AS r (router, beat_at) VALUES ($1, clock_timestamp())"
+                " ON CONFLICT (router) DO UPDATE SET beat_at = clock_timestamp())"
+                " UPDATE router.leases SET expires_at = clock_timestamp() + $3"
+                " WHERE owner = $1 AND term = ANY ($2::uuid[]) RETURNING partition",
+                self._router,
+                list(terms),
+                self._ttl,
+            )
+            return frozenset(row["partition"] for row in rows)
+
+        return await self._line.use(call)
+
+    async def leases(self) -> tuple[list[LeaseRow], int]:
+        """All leases in order, and how many routers were heard lately."""
+
+        async def call(connection: Connection) -> tuple[list[LeaseRow], int]:
+            rows = await connection.fetch(
+                "SELECT partition, owner, term, expires_at < clock_timestamp() AS expired,"
+                " (SELECT count(*) FROM router.routers WHERE beat_at > clock_timestamp() - $1::interval) AS routers"
+                " FROM router.leases ORDER BY partition",
+                self._ttl,
+            )
+            return [LeaseRow(*row[:4]) for row in map(tuple, rows)], rows[0]["routers"] if rows else 0
+
+        return await self._line.use(call)
+
+    async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
+        """Takes a partition under a new term; None if somebody else has it. Waits for a commit in flight, at most 2
+        s.
+        """
+
+        async def call(connection: Connection) -> AcquiredRow | None:
+            try:
+                row = await connection.fetchrow(
+                    "SELECT * FROM router.acquire_partition($1, $2, $3, $4, $5)",
+                    partition,
+                    self._router,
+                    term,
+                    seen,
+                    self._ttl,
+                )
+            except asyncpg.LockNotAvailableError:
+                return None
+            return AcquiredRow(*tuple(row)) if row is not None else None
+
+        return await self._line.use(call)
+
+    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
+        """What is pending in a partition; raises FenceLost when the term is not current."""
+
+        async def call(connection: Connection) -> list[PendingRow]:
+            try:
+                rows = await connection.fetch(
+                    "SELECT position, message_id, kind, deliver, fault, target_turn, traceparent, session_id, tenant,"
+                    " agent, channel, session, turn_count, delivery_count, turn_id, status, dispatch, strikes,"
+                    " first_position, last_position, agent_revision FROM router.load_partition($1, $2, $3)",
+                    partition,
+                    term,
+                    int(strike),
+                    timeout=30.0,
+                )
+            except asyncpg.PostgresError as error:
+                if error.sqlstate == FENCED:
+                    raise FenceLost(frozenset({partition})) from error
+                raise
+            return [PendingRow(*row) for row in map(tuple, rows)]
+
+        return await self._line.use(call)
+
+    async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
+        """(tenant, channel) pairs with outcomes waiting."""
+
+        async def call(connection: Connection) -> list[tuple[str, str]]:
+            rows = await connection.fetch("SELECT tenant, channel FROM router.undelivered_channels($1)", partition)
+            return [(row["tenant"], row["channel"]) for row in rows]
+
+        return await self._line.use(call)
+
+    async def release(self, terms: Sequence[UUID]) -> None:
+        """Frees the leases of `terms`."""
+
+        async def call(connection: Connection) -> None:
+            await connection.execute(
+                "UPDATE router.leases SET owner = NULL, expires_at = '-infinity'"
+                " WHERE owner = $1 AND term = ANY ($2::uuid[])",
+                self._router,
+                list(terms),
+            )
+
+        await self._line.use(call)
+
+    async def leave(self) -> None:
+        """This router is not counted any more."""
+
+        async def call(connection: Connection) -> None:
+            await connection.execute("DELETE FROM router.routers WHERE router = $1", self._router)
+
+        await self._line.use(call)
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._line.close()

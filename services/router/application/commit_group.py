@@ -1,0 +1,143 @@
+"""Group commit: one writer, one connection, everything that has gathered in one call.
+
+While a group is being written the next one gathers. A group is one transaction: the fence rows of all partitions in
+it are moved first; if one of them is not ours any more, nothing is written, that partition is given up and the rest
+is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
+from services.router.application.ports import GroupWriter
+from soma_common.gather import Gather
+from soma_common.telemetry.metrics import SIZE_BUCKETS, counter, histogram
+
+_GROUP_LIMIT: Final = 1024
+_LINGER_S: Final = 0.002
+_LINGER_AFTER: Final = 8
+_LINGER_BELOW: Final = 32
+
+log = structlog.get_logger(__name__)
+
+GROUP_ITEMS = histogram("soma_router_group_items", "Items per group commit.", buckets=SIZE_BUCKETS)
+GROUP_SECONDS = histogram("soma_router_group_seconds", "Duration of a group commit in seconds.")
+FENCED = counter("soma_router_fenced_total", "Partitions found lost at a commit.")
+
+
+class GroupCommitter:
+    """Takes items from every use case and writes them in groups.
+
+    `compose` is called with each group's items just before it is written and may add more: the scheduler starts turns
+    there, so that a message and the start of its turn share a transaction. `on_fenced` and `on_store_lost` end terms.
+    """
+
+    def __init__(
+        self,
+        writer: GroupWriter,
+        compose: Callable[[list[CommitItem]], None],
+        on_fenced: Callable[[frozenset[int]], None],
+        on_store_lost: Callable[[], None],
+        bound: int = 200_000,
+    ) -> None:
+        self._writer = writer
+        self._compose = compose
+        self._on_fenced = on_fenced
+        self._on_store_lost = on_store_lost
+        self._gather: Gather[CommitItem | None] = Gather(bound)
+        self._nudged = False
+
+    def __len__(self) -> int:
+        return len(self._gather)
+
+    def put(self, item: CommitItem) -> None:
+        """Has an item written with the next group; at once abandoned if its partition is lost already."""
+        if item.partition.lost:
+            item.abandoned()
+            return
+        self._gather.put(item)
+
+    def nudge(self) -> None:
+        """Makes a group even if there is nothing but what `compose` adds."""
+        if not self._nudged:
+            self._nudged = True
+            self._gather.put(None)
+
+    async def run(self) -> None:
+        """Writes groups until cancelled."""
+        previous = 0
+        while True:
+            taken = await self._gather.take(_GROUP_LIMIT)
+            if previous >= _LINGER_AFTER and len(taken) < _LINGER_BELOW:
+                # Under load a little patience makes groups larger: transactions cost, items are nearly free.
+                await asyncio.sleep(_LINGER_S)
+                taken += self._gather.take_now(_GROUP_LIMIT)
+            self._nudged = False
+            items = [item for item in taken if item is not None]
+            self._compose(items)
+            previous = len(items)
+            if items:
+                GROUP_ITEMS.observe(len(items))
+                await self._write(items)
+
+    async def _write(self, items: list[CommitItem]) -> None:
+        """Writes items in one group; without those of partitions that turn out to be lost, until none is or all are."""
+        while live := self._still_held(items):
+            try:
+                result = await self._try(live)
+            except FenceLost as lost:
+                FENCED.inc(len(lost.partitions))
+                log.warning("router.fenced", partitions=sorted(lost.partitions))
+                self._on_fenced(lost.partitions)
+                items = live
+                continue
+            except GroupRejected as error:
+                await self._isolate(live, error)
+                return
+            except StoreLost as error:
+                log.warning("router.store_lost", error=str(error))
+                self._on_store_lost()
+                for item in live:
+                    item.abandoned()
+                return
+            for item in live:
+                # A term that ended while the group was written: it is in the store, and for the new owner to act on.
+                if item.partition.lost:
+                    item.abandoned()
+                else:
+                    item.committed(result)
+            return
+
+    def _still_held(self, items: list[CommitItem]) -> list[CommitItem]:
+        """Items whose partition is ours; the others are abandoned."""
+        live = []
+        for item in items:
+            if item.partition.lost:
+                item.abandoned()
+            else:
+                live.append(item)
+        return live
+
+    async def _try(self, items: list[CommitItem]) -> GroupResult:
+        group = Group()
+        for item in items:
+            item.write(group)
+        with GROUP_SECONDS.time():
+            result = await self._writer.commit(group)
+        group.settle()
+        return result
+
+    async def _isolate(self, items: list[CommitItem], error: GroupRejected) -> None:
+        """The database refuses something in the group: finds the item, so that the others do not wait for it."""
+        log.error("router.group_rejected", items=len(items), error=str(error))
+        if len(items) == 1:
+            self._on_fenced(frozenset({items[0].partition.id}))
+            items[0].abandoned()
+            return
+        for item in items:
+            await self._write([item])

@@ -1,0 +1,136 @@
+"""A group commit as columns: what many sessions want written, in one call.
+
+An item writes itself into the columns (`CommitItem.write`), is told when the group is durable (`committed`), or that
+its partition's term has ended (`abandoned`). Exactly one of the two is called, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from services.router.domain.partition import Cursor, Partition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class FenceLost(Exception):
+    """The caller does not hold these partitions any more. Nothing of the group was written."""
+
+    def __init__(self, partitions: frozenset[int]) -> None:
+        super().__init__(f"fenced off partitions {sorted(partitions)}")
+        self.partitions = partitions
+
+
+class GroupRejected(Exception):
+    """The database refused the group for what is in it. Nothing was written."""
+
+
+class StoreLost(Exception):
+    """The database connection is gone; it is not known whether the last group was written."""
+
+
+@dataclass(slots=True)
+class PartitionMove:
+    """Where a partition's row will be after the group."""
+
+    partition: Partition
+    head: int
+    mail_head: int
+    cursor: Cursor
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What the store knows of a session at its first new message."""
+
+    turn_count: int
+    delivery_count: int
+    done_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """What the group did: new messages by (partition, position), those of them with a reused key, sessions, started
+    turns.
+    """
+
+    inserted: frozenset[tuple[int, int]]
+    reused: frozenset[tuple[int, int]]
+    sessions: dict[bytes, SessionFacts]
+    started: frozenset[bytes]
+
+
+class CommitItem(Protocol):
+    """Something to write under a partition's fence."""
+
+    partition: Partition
+
+    def write(self, group: Group) -> None:
+        """Adds its rows to the group."""
+
+    def committed(self, result: GroupResult) -> None:
+        """The group is durable."""
+
+    def abandoned(self) -> None:
+        """The partition is not this router's any more; nothing was written."""
+
+
+def _columns(count: int) -> tuple[list[object], ...]:
+    return tuple([] for _ in range(count))
+
+
+@dataclass(slots=True)
+class Group:
+    """The columns of one call, in the order of the parameters of `router.commit_group`."""
+
+    tenants: set[str] = field(default_factory=set)
+    hashes: dict[bytes, bytes] = field(default_factory=dict)
+    """Content hash by message id of the messages in this group: the database does not see two of them differ."""
+    moves: dict[int, PartitionMove] = field(default_factory=dict)
+    messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(17))
+    turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(8))
+    revisions: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
+    dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
+    controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
+    steps: tuple[list[object], ...] = field(default_factory=lambda: _columns(6))
+    ends: tuple[list[object], ...] = field(default_factory=lambda: _columns(8))
+    deliveries: tuple[list[object], ...] = field(default_factory=lambda: _columns(6))
+    acks: tuple[list[object], ...] = field(default_factory=lambda: _columns(2))
+    dead: tuple[list[object], ...] = field(default_factory=lambda: _columns(7))
+
+    def move(self, partition: Partition) -> PartitionMove:
+        """The partition's place in this group; whoever takes a position moves it on."""
+        move = self.moves.get(partition.id)
+        if move is None:
+            move = PartitionMove(partition, partition.head, partition.mail_head, partition.cursor)
+            self.moves[partition.id] = move
+        return move
+
+    @staticmethod
+    def add(table: tuple[list[object], ...], row: Sequence[object]) -> None:
+        """Appends a row to the columns of a table."""
+        for column, value in zip(table, row, strict=True):
+            column.append(value)
+
+    def fence(self) -> tuple[list[object], ...]:
+        """The columns of the fence, in order of partition."""
+        columns = _columns(11)
+        for id_ in sorted(self.moves):
+            move = self.moves[id_]
+            p = move.partition
+            # The floor as it is before the group: it may lag, it may never lead.
+            floor = min(p.floor, p.mail_head + 1)
+            self.add(
+                columns,
+                (id_, p.term, p.head, move.head, p.mail_head, move.mail_head, floor)
+                + (p.cursor.seq, move.cursor.stream, move.cursor.seq, move.cursor.batch),
+            )
+        return columns
+
+    def settle(self) -> None:
+        """Takes the new places over after the commit."""
+        for move in self.moves.values():
+            p = move.partition
+            p.head, p.mail_head, p.cursor = move.head, move.mail_head, move.cursor

@@ -1,0 +1,176 @@
+"""Takes accepted messages from the lanes into the mailbox: each exactly once, in the order accepted, whatever they
+hold.
+
+Ingest is total: nothing in an item may stop a partition. What cannot be read goes to the dead letters, what cannot be
+answered ends with a typed error, and a retry changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+from google.protobuf.message import DecodeError
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.turn_pb2 import ArrivalPolicy
+from soma.router.v1.inbound_pb2 import InBatch, Inbound, InboundKind
+
+from services.router.application.group import CommitItem, GroupResult
+from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem
+from services.router.domain.partition import Cursor, Partition
+from services.router.domain.session import QueuedMessage, SessionKey
+from soma_common import ids
+from soma_common.nats.lanes import BATCH_FORMAT
+from soma_common.telemetry.metrics import counter
+
+if TYPE_CHECKING:
+    from services.router.application.commit_group import GroupCommitter
+    from services.router.application.run_turns import TurnRunner
+    from services.router.application.state import RouterState
+
+log = structlog.get_logger(__name__)
+
+INGESTED = counter("soma_router_messages_total", "Messages taken into the mailbox.")
+DUPLICATES = counter("soma_router_duplicates_total", "Accepted items that were known already.")
+UNREADABLE = counter("soma_router_unreadable_total", "Inbound items that could not be read.")
+
+
+class Ingest:
+    """Lane messages in, ingest items out."""
+
+    def __init__(self, state: RouterState, runner: TurnRunner, on_cancel: Callable[[Entry, Partition], None]) -> None:
+        self._state = state
+        self._runner = runner
+        self._on_cancel = on_cancel
+        self.backlog = 0
+        """Lane messages that are read and not committed; the reader asks for more only below its bound."""
+        self.committer: GroupCommitter
+
+    def on_message(self, lane: int, subject_tenant: str, stream: str, seq: int, batch_id: str, data: bytes) -> None:
+        """Takes one lane message, in order of `seq`; parts of it that were taken before are skipped."""
+        del lane
+        owned = self._state.partitions
+        cursor = Cursor(stream, seq, batch_id)
+        batch = InBatch()
+        try:
+            batch.ParseFromString(data)
+            problem = "" if batch.format == BATCH_FORMAT else f"batch format {batch.format} is not known"
+            reason = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
+        except DecodeError as error:
+            problem, reason = f"not an InBatch: {error}", ErrorReason.ERROR_REASON_ITEM_CORRUPT
+            batch.Clear()
+        if problem:
+            self._set_aside(subject_tenant, cursor, reason, problem, data)
+            return
+        entries: dict[int, list[Entry]] = {}
+        partitions = self._state.layout.partitions
+        for inbound in batch.items:
+            number = ids.partition_of(inbound.session_id, partitions)
+            partition = owned.get(number)
+            if partition is None or seq <= partition.read_seq:
+                continue
+            if _is_addressed(inbound):
+                entries.setdefault(number, []).append(self._entry(inbound, subject_tenant))
+            else:
+                # Nobody to answer: no session can be named.
+                UNREADABLE.inc()
+                entries.setdefault(number, [])
+                reason, problem = ErrorReason.ERROR_REASON_ITEM_CORRUPT, "the item names no valid session or message"
+                ref = inbound.message_id or batch_id.encode()
+                dead = DeadItem(partition, subject_tenant, ref, reason, problem, inbound.SerializeToString())
+                self.committer.put(dead)
+        for number, found in entries.items():
+            partition = owned[number]
+            partition.read_seq = seq
+            self.backlog += 1
+            self.committer.put(IngestItem(partition, cursor, found, self._ingested))
+
+    def _set_aside(self, tenant: str, cursor: Cursor, reason: int, problem: str, data: bytes) -> None:
+        """A whole lane message cannot be read: it goes to the dead letters of one partition of the lane, once."""
+        UNREADABLE.inc()
+        log.error("router.lane_message_unreadable", tenant=tenant, seq=cursor.seq, problem=problem)
+        for partition in sorted(self._state.partitions.values(), key=lambda p: p.id):
+            if partition.read_seq < cursor.seq:
+                partition.read_seq = cursor.seq
+                self.committer.put(DeadItem(partition, tenant, cursor.batch.encode(), reason, problem, data))
+                self.committer.put(CursorItem(partition, cursor))
+                return
+
+    def _entry(self, inbound: Inbound, tenant: str) -> Entry:
+        is_cancel = inbound.kind == InboundKind.INBOUND_KIND_CANCEL
+        fault = 0
+        if not is_cancel and inbound.kind != InboundKind.INBOUND_KIND_MESSAGE:
+            fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
+            inbound.kind = InboundKind.INBOUND_KIND_MESSAGE
+        if not 0 <= inbound.policy <= ArrivalPolicy.ARRIVAL_POLICY_REJECT:
+            fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
+            inbound.policy = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED
+        message = QueuedMessage(
+            0, inbound.message_id, inbound.deliver, int(fault), inbound.traceparent, inbound.content
+        )
+        return Entry(inbound, message, tenant, is_cancel)
+
+    def compose(self, items: list[CommitItem]) -> None:
+        """Adds turn starts to a group: those of its own messages whose session is idle, then those of waiting
+        sessions.
+        """
+        self._runner.open_group()
+        for item in list(items):
+            if isinstance(item, IngestItem) and not item.partition.lost:
+                for entry in item.entries:
+                    if entry.is_cancel:
+                        continue
+                    session = self._state.session(item.partition, entry.inbound.session_id)
+                    start = self._runner.start_now(session, entry.message)
+                    if start is not None:
+                        items.append(start)
+        items.extend(self._runner.start_waiting())
+
+    def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
+        partition = item.partition
+        self.backlog -= 1
+        if result is None:
+            return
+        for entry in item.entries:
+            place = (partition.id, entry.message.position)
+            if place not in result.inserted:
+                DUPLICATES.inc()
+                continue
+            INGESTED.inc()
+            if place in result.reused:
+                entry.message.fault = KEY_REUSED
+            partition.pending[entry.message.position] = None
+            self._enqueue(partition, entry, result)
+            if entry.is_cancel:
+                self._on_cancel(entry, partition)
+
+    def _enqueue(self, partition: Partition, entry: Entry, result: GroupResult) -> None:
+        inbound, message = entry.inbound, entry.message
+        session = self._state.session(partition, inbound.session_id)
+        if session is None:
+            facts = result.sessions[inbound.session_id]
+            key = SessionKey(entry.tenant, inbound.agent, inbound.channel, inbound.session)
+            session = self._state.add_session(
+                partition, inbound.session_id, key, facts.turn_count, facts.delivery_count
+            )
+        self._state.busy(session)
+        if entry.is_cancel:
+            return
+        if session.turn is not None and session.turn.inputs[0] is message and not message.fault:
+            return  # its turn was started in this very group
+        self._state.enqueue(session, message)
+        if session.turn is None:
+            self._state.scheduler.add(session)
+
+
+def _is_addressed(inbound: Inbound) -> bool:
+    """Whether an item can be stored: names and ids of the right form, no character that a text column refuses."""
+    return (
+        len(inbound.session_id) == ids.ID_BYTES
+        and len(inbound.message_id) == ids.ID_BYTES
+        and ids.is_slug(inbound.agent)
+        and ids.is_slug(inbound.channel)
+        and ids.is_session(inbound.session)
+        and "\0" not in inbound.traceparent
+    )

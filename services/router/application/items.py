@@ -1,0 +1,331 @@
+"""What can be in a group commit. Each item knows its rows and what changes in memory once they are durable.
+
+The rows go to tables in a fixed order, so an item may rely on rows of another item of the same group: a turn may
+start with the message it answers, and end with its last step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from soma.common.v1.turn_pb2 import Delivery
+
+from services.router.domain.partition import Cursor, Partition
+from services.router.domain.turn import Outcome, StepKind
+from soma_common.clock import now_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from soma.router.v1.inbound_pb2 import Inbound
+
+    from services.router.application.group import Group, GroupResult
+    from services.router.domain.session import QueuedMessage, Session, Turn
+
+KEY_REUSED: Final = 12
+"""ERROR_REASON_IDEMPOTENCY_KEY_REUSED, as router.commit_group writes it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One accepted item on its way into the mailbox."""
+
+    inbound: Inbound
+    message: QueuedMessage
+    tenant: str
+    is_cancel: bool
+
+
+@dataclass(slots=True)
+class IngestItem:
+    """What one lane message holds for one partition: items into the mailbox, the cursor past it. Both or neither."""
+
+    partition: Partition
+    cursor: Cursor
+    entries: list[Entry]
+    done: Callable[[IngestItem, GroupResult | None], None]
+    """Called once, with None if nothing came of it."""
+
+    def write(self, group: Group) -> None:
+        """Gives the entries their positions."""
+        move = group.move(self.partition)
+        move.cursor = self.cursor
+        for entry in self.entries:
+            move.mail_head += 1
+            message, inbound = entry.message, entry.inbound
+            message.position = move.mail_head
+            fault = message.fault
+            if group.hashes.setdefault(inbound.message_id, inbound.content_hash) != inbound.content_hash:
+                fault = message.fault = KEY_REUSED
+            group.tenants.add(entry.tenant)
+            group.add(
+                group.messages,
+                (self.partition.id, message.position, inbound.session_id, inbound.message_id, inbound.content_hash)
+                + (entry.tenant, inbound.kind, inbound.policy, inbound.deliver, fault, inbound.accept_time_ms)
+                + (inbound.cancel_turn_id or None, inbound.traceparent, inbound.content)
+                + (inbound.agent, inbound.channel, inbound.session),
+            )
+
+    def committed(self, result: GroupResult) -> None:
+        """Hands the new messages to their sessions."""
+        self.done(self, result)
+
+    def abandoned(self) -> None:
+        """The new owner reads the lane from the committed cursor."""
+        self.done(self, None)
+
+
+@dataclass(slots=True)
+class CursorItem:
+    """Moves the cursor of a partition for which a lane held nothing, so that the lane can be purged."""
+
+    partition: Partition
+    cursor: Cursor
+
+    def write(self, group: Group) -> None:
+        """Never moves a cursor back: an ingest of the same group may be further."""
+        move = group.move(self.partition)
+        if move.cursor.stream != self.cursor.stream or move.cursor.seq < self.cursor.seq:
+            move.cursor = self.cursor
+
+    def committed(self, result: GroupResult) -> None:
+        """Nothing follows."""
+
+    def abandoned(self) -> None:
+        """Nothing follows."""
+
+
+@dataclass(slots=True)
+class StartItem:
+    """The start of a turn: its inputs and the revision of its agent, before any brain sees it."""
+
+    partition: Partition
+    turn: Turn
+    spec: bytes | None
+    """The agent's spec if this router has not stored that revision yet."""
+    done: Callable[[StartItem, GroupResult], None]
+
+    def write(self, group: Group) -> None:
+        """Adds the turn and its agent's revision."""
+        group.move(self.partition)
+        write_turn(group, self.turn)
+        if self.spec is not None:
+            key = self.turn.session.key
+            group.add(group.revisions, (key.tenant, key.agent, self.turn.revision, self.spec))
+
+    def committed(self, result: GroupResult) -> None:
+        """The turn may run."""
+        self.done(self, result)
+
+    def abandoned(self) -> None:
+        """The end of the term has taken care of the turn."""
+
+
+@dataclass(slots=True)
+class DispatchItem:
+    """A further try of a running turn, raised durably before anybody runs it."""
+
+    partition: Partition
+    turn: Turn
+    done: Callable[[Turn], None]
+
+    def write(self, group: Group) -> None:
+        """Stores the dispatch number and the strikes."""
+        group.move(self.partition)
+        group.tenants.add(self.turn.session.key.tenant)
+        group.add(group.dispatches, (self.turn.id, self.turn.dispatch, self.turn.strikes))
+
+    def committed(self, result: GroupResult) -> None:
+        """The turn may run again."""
+        self.done(self.turn)
+
+    def abandoned(self) -> None:
+        """The new owner raises the number itself."""
+
+
+@dataclass(slots=True)
+class StepItem:
+    """A step into the journal."""
+
+    partition: Partition
+    turn: Turn
+    kind: StepKind
+    body: bytes
+    done: Callable[[StepItem], None]
+
+    def write(self, group: Group) -> None:
+        """Adds the step under the next number; a number that is there already fails the group."""
+        group.move(self.partition)
+        tenant = self.turn.session.key.tenant
+        group.tenants.add(tenant)
+        group.add(
+            group.steps, (self.turn.id, self.turn.step_count + 1, tenant, self.kind, self.turn.dispatch, self.body)
+        )
+
+    def committed(self, result: GroupResult) -> None:
+        """The brain may act on it."""
+        self.done(self)
+
+    def abandoned(self) -> None:
+        """The new owner goes on from the journal."""
+
+
+@dataclass(slots=True)
+class EndItem:
+    """The end of a turn: its last step, its outcome, and the delivery, in one transaction."""
+
+    partition: Partition
+    turn: Turn
+    outcome: Outcome
+    steps: list[tuple[StepKind, bytes]]
+    """Steps that end the turn; more than one when dangling calls are closed first."""
+    answer: Delivery
+    """Message or error of the outcome; completed here with everything that is known only when it is written."""
+    done: Callable[[EndItem], None]
+    is_new: bool = False
+    """True for a turn that ends as it starts, because no brain may run it."""
+    dead_letter: str = ""
+    """Why the turn goes to the dead letters too; empty: it does not."""
+    position: int = 0
+    """Place of the outcome in the partition, once written."""
+
+    def write(self, group: Group) -> None:
+        """Adds the last steps, the end and the delivery."""
+        turn, session = self.turn, self.turn.session
+        key = session.key
+        move = group.move(self.partition)
+        move.head += 1
+        group.tenants.add(key.tenant)
+        if self.is_new:
+            write_turn(group, turn)
+        for number, (kind, body) in enumerate(self.steps, turn.step_count + 1):
+            group.add(group.steps, (turn.id, number, key.tenant, kind, turn.dispatch, body))
+        deliveries = session.delivery_count + turn.deliver
+        group.add(
+            group.ends,
+            (turn.id, session.id, self.partition.id, self.outcome, turn.step_count + len(self.steps))
+            + (turn.inputs[-1].position, turn.number, deliveries),
+        )
+        self._complete(session, deliveries)
+        if turn.deliver:
+            group.add(
+                group.deliveries,
+                (self.partition.id, move.head, session.id, key.tenant, key.channel, self.answer.SerializeToString()),
+            )
+        if self.dead_letter:
+            group.add(
+                group.dead,
+                (key.tenant, "turn", self.partition.id, turn.id, self.answer.error.reason, self.dead_letter, b""),
+            )
+        self.position = move.head
+
+    def _complete(self, session: Session, deliveries: int) -> None:
+        answer, turn = self.answer, self.turn
+        answer.delivery_id = answer.turn_id = turn.id
+        answer.agent, answer.session = session.key.agent, session.key.session
+        answer.position = deliveries if turn.deliver else 0
+        answer.outcome = self.outcome.value  # type: ignore[assignment]
+        del answer.message_ids[:]
+        answer.message_ids.extend(message.message_id for message in turn.inputs)
+        answer.create_time_ms = now_ms()
+        answer.attempt = 1
+
+    def committed(self, result: GroupResult) -> None:
+        """The turn is over."""
+        self.done(self)
+
+    def abandoned(self) -> None:
+        """The new owner goes on from the journal."""
+
+
+@dataclass(slots=True)
+class CancelItem:
+    """A cancel reaches its session: the running turn converges from now on, durably."""
+
+    partition: Partition
+    session_id: bytes
+    tenant: str
+    position: int
+    turn: Turn | None
+    """The turn it stops; None: there was nothing to stop."""
+    done: Callable[[CancelItem], None]
+
+    def write(self, group: Group) -> None:
+        """Stores that the cancel was applied and what it stops."""
+        group.move(self.partition)
+        group.tenants.add(self.tenant)
+        group.add(group.controls, (self.session_id, self.position, self.turn.id if self.turn else None))
+
+    def committed(self, result: GroupResult) -> None:
+        """The turn is to be stopped."""
+        self.done(self)
+
+    def abandoned(self) -> None:
+        """The new owner applies it."""
+
+
+@dataclass(slots=True)
+class AckItem:
+    """A delivery is acknowledged, or set aside as a dead letter: it is not delivered again."""
+
+    partition: Partition
+    position: int
+    tenant: str
+    dead: Delivery | None = None
+    cause: str = ""
+
+    def write(self, group: Group) -> None:
+        """Removes the delivery; keeps it as a dead letter if asked."""
+        group.move(self.partition)
+        group.tenants.add(self.tenant)
+        group.add(group.acks, (self.partition.id, self.position))
+        if self.dead is not None:
+            group.add(
+                group.dead,
+                (self.tenant, "delivery", self.partition.id, self.dead.delivery_id, 46, self.cause)
+                + (self.dead.SerializeToString(),),
+            )
+
+    def committed(self, result: GroupResult) -> None:
+        """Nothing follows: the next delivery did not wait for this."""
+
+    def abandoned(self) -> None:
+        """The new owner delivers again; the adapter drops what it has processed."""
+
+
+@dataclass(slots=True)
+class DeadItem:
+    """An inbound item that cannot be read: set aside with its bytes, so that the partition goes on."""
+
+    partition: Partition
+    tenant: str
+    ref: bytes
+    reason: int
+    message: str
+    payload: bytes
+
+    def write(self, group: Group) -> None:
+        """Adds the dead letter."""
+        group.move(self.partition)
+        group.tenants.add(self.tenant)
+        group.add(
+            group.dead, (self.tenant, "inbound", self.partition.id, self.ref, self.reason, self.message, self.payload)
+        )
+
+    def committed(self, result: GroupResult) -> None:
+        """Nothing follows."""
+
+    def abandoned(self) -> None:
+        """The new owner reads the item again."""
+
+
+def write_turn(group: Group, turn: Turn) -> None:
+    """Adds the row of a turn that starts."""
+    session = turn.session
+    group.tenants.add(session.key.tenant)
+    group.add(
+        group.turns,
+        (turn.id, session.id, session.partition.id, session.key.tenant, turn.number)
+        + (turn.inputs[0].position, turn.inputs[-1].position, turn.revision),
+    )

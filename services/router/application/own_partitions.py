@@ -1,0 +1,256 @@
+"""Owns partitions: takes what is free or left behind, up to a fair share, and lets go when its time is over.
+
+Leases say when to take over; what may be written is decided by the term in the partition's row alone, so nothing here
+needs clocks to agree. A lease is taken over only when the database clock says it ran out *and* this router has itself
+seen it unrenewed for longer than a heartbeat: after a stall of the database nobody is robbed by whoever wakes first.
+A router that did not renew in time by its own monotonic clock (it was frozen, or cut off) ends its terms by itself
+before it says another word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, Protocol
+from uuid import UUID, uuid4
+
+import structlog
+from soma.router.v1.inbound_pb2 import InboundKind
+
+from services.router.application.group import FenceLost, StoreLost
+from services.router.domain.partition import Cursor, Partition
+from services.router.domain.session import QueuedMessage, SessionKey, Turn
+from services.router.domain.turn import TurnStatus
+from soma_common.clock import monotonic
+from soma_common.telemetry.metrics import counter, gauge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from services.router.application.deliver_outcomes import DeliveryDesk
+    from services.router.application.ports import AcquiredRow, LeaseRow, LeaseStore, PendingRow
+    from services.router.application.run_turns import TurnRunner
+    from services.router.application.state import RouterState
+
+LEASE_S: Final = 3.0
+BEAT_S: Final = 1.0
+_POLL_S: Final = 0.25
+_SEEN_FOR_S: Final = 1.5
+_RELEASE_PER_BEAT: Final = 2
+
+log = structlog.get_logger(__name__)
+
+OWNED = gauge("soma_router_partitions_owned", "Partitions this router owns.")
+TAKEN = counter("soma_router_partitions_taken_total", "Partitions taken, by why.", ["cause"])
+
+
+class LaneControl(Protocol):
+    """The lane readers, as far as ownership is concerned."""
+
+    async def attach(self, partition: Partition) -> None:
+        """Reads the partition's lane from its cursor on. Checks first that the lane is still the one the cursor was
+        made for.
+        """
+
+    def detach(self, partition: Partition) -> None:
+        """The partition is not ours any more."""
+
+
+class OwnPartitions:
+    """The lease keeper of this router."""
+
+    def __init__(
+        self,
+        state: RouterState,
+        store: LeaseStore,
+        lanes: LaneControl,
+        runner: TurnRunner,
+        desk: DeliveryDesk,
+        router: str,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._lanes = lanes
+        self._runner = runner
+        self._desk = desk
+        self._router = router
+        self._deadline = 0.0
+        self._held_before: set[int] = set()
+        """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
+        self._seen: dict[int, tuple[UUID | None, float]] = {}
+        self._releasing = False
+        self._store_back = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set once this router has looked at the leases for the first time."""
+
+    @property
+    def in_time(self) -> bool:
+        """Whether the lease was renewed recently enough that nobody else can have taken over: else say nothing."""
+        return monotonic() < self._deadline
+
+    async def run(self) -> None:
+        """Beats and takes partitions until cancelled."""
+        beat_at = 0.0
+        while True:
+            now = monotonic()
+            if self._state.partitions and now >= self._deadline:
+                log.warning("router.lease_overdue", partitions=sorted(self._state.partitions))
+                self.end_all("overdue")
+            try:
+                if now >= beat_at:
+                    await self._beat()
+                    beat_at = now + BEAT_S
+                if not self._releasing:
+                    await self._balance()
+            except StoreLost as error:
+                log.warning("router.lease_store_lost", error=str(error))
+            self.ready.set()
+            await asyncio.sleep(_POLL_S)
+
+    async def _beat(self) -> None:
+        terms = [partition.term for partition in self._state.partitions.values()]
+        asked = set(self._state.partitions)
+        before = monotonic()
+        held = await self._store.beat(terms)
+        self._deadline = before + LEASE_S
+        for number in asked - held:
+            partition = self._state.partitions.get(number)
+            if partition is not None and partition.term in terms:
+                self.end(partition, "lease gone")
+
+    async def _balance(self) -> None:
+        leases, routers = await self._store.leases()
+        now = monotonic()
+        share = math.ceil(len(leases) / max(routers, 1))
+        for lease in leases:
+            seen = self._seen.get(lease.partition)
+            if not lease.expired or seen is None or seen[0] != lease.term:
+                self._seen[lease.partition] = (lease.term, now)
+        for lease in leases:
+            if len(self._state.partitions) >= share:
+                break
+            if lease.partition not in self._state.partitions and self._free(lease, now):
+                await self._take(lease)
+        surplus = len(self._state.partitions) - share
+        for partition in list(self._state.partitions.values())[: min(max(surplus, 0), _RELEASE_PER_BEAT)]:
+            self.end(partition, "rebalance")
+            await self._store.release([partition.term])
+
+    def _free(self, lease: LeaseRow, now: float) -> bool:
+        if lease.owner is None or lease.owner == self._router:
+            return True
+        return lease.expired and now - self._seen[lease.partition][1] >= _SEEN_FOR_S
+
+    async def _take(self, lease: LeaseRow) -> None:
+        term = uuid4()
+        row = await self._store.acquire(lease.partition, term, lease.term)
+        if row is None:
+            return
+        strike = row.former is not None and lease.partition not in self._held_before
+        cause = "free" if row.former is None else "own" if row.former == self._router else "takeover"
+        # The load comes after the term is in the row: what a former owner committed until then is seen, and nothing
+        # comes after.
+        try:
+            pending = await self._store.load(lease.partition, term, strike)
+            channels = await self._store.undelivered_channels(lease.partition)
+        except FenceLost:
+            return  # somebody else was faster in the meantime
+        partition = self._restore(lease.partition, term, row, pending)
+        self._held_before.add(lease.partition)
+        self._state.partitions[partition.id] = partition
+        OWNED.set(len(self._state.partitions))
+        TAKEN.labels(cause).inc()
+        log.info(
+            "router.partition_taken", partition=partition.id, epoch=row.epoch, cause=cause, former=row.former,
+            pending=len(pending),
+        )  # fmt: skip
+        self._go_on(partition, pending)
+        self._desk.adopt(partition, channels)
+        await self._lanes.attach(partition)
+
+    def _restore(self, number: int, term: UUID, row: AcquiredRow, pending: Sequence[PendingRow]) -> Partition:
+        partition = Partition(
+            id=number,
+            term=term,
+            epoch=row.epoch,
+            head=row.head,
+            mail_head=row.mail_head,
+            cursor=Cursor(row.cursor_stream, row.cursor_seq, row.cursor_batch),
+            read_seq=row.cursor_seq,
+        )
+        partition.pending = OrderedDict((item.position, None) for item in pending)
+        return partition
+
+    def _go_on(self, partition: Partition, pending: Sequence[PendingRow]) -> None:
+        """Puts sessions, queues and running turns back as the store has them."""
+        for row in pending:
+            session = partition.sessions.get(row.session_id)
+            if session is None:
+                key = SessionKey(row.tenant, row.agent, row.channel, row.session)
+                session = self._state.add_session(partition, row.session_id, key, row.turn_count, row.delivery_count)
+            if row.kind == InboundKind.INBOUND_KIND_CANCEL:
+                continue
+            message = QueuedMessage(row.position, row.message_id, row.deliver, row.fault, row.traceparent, None)
+            turn_id, first, last = row.turn_id, row.first_position or 0, row.last_position or 0
+            if turn_id is None or not first <= row.position <= last:
+                self._state.enqueue(session, message)
+            elif session.turn is not None:
+                session.turn.inputs.append(message)
+            else:
+                session.turn = Turn(
+                    id=turn_id,
+                    session=session,
+                    number=session.turn_count + 1,
+                    inputs=[message],
+                    revision=row.agent_revision or "",
+                    dispatch=row.dispatch or 1,
+                    strikes=row.strikes or 0,
+                    status=TurnStatus(row.status or TurnStatus.RUNNING),
+                    journal_loaded=False,
+                )
+        for session in list(partition.sessions.values()):
+            if session.turn is not None:
+                self._runner.resume(session.turn)
+            elif session.queue:
+                self._state.scheduler.add(session)
+        for row in pending:
+            if row.kind == InboundKind.INBOUND_KIND_CANCEL:
+                self._runner.cancel(partition.sessions[row.session_id], row.position, row.target_turn)
+        self._runner.assign()
+
+    # ---- letting go
+
+    def end(self, partition: Partition, cause: str) -> None:
+        """Ends the term of one partition: nothing of it is written, sent or started any more."""
+        if partition.lost:
+            return
+        log.info("router.partition_ended", partition=partition.id, epoch=partition.epoch, cause=cause)
+        self._lanes.detach(partition)
+        self._runner.end_terms(self._state.forget_partition(partition))
+        self._desk.drop(partition)
+        OWNED.set(len(self._state.partitions))
+
+    def end_fenced(self, numbers: frozenset[int]) -> None:
+        """A commit found that these partitions are not ours."""
+        for number in numbers:
+            partition = self._state.partitions.get(number)
+            if partition is not None:
+                self.end(partition, "fenced")
+
+    def end_all(self, cause: str) -> None:
+        """The database connection is gone, or the lease is overdue: every term ends; they are taken again from what
+        the store has.
+        """
+        for partition in list(self._state.partitions.values()):
+            self.end(partition, cause)
+
+    async def release_all(self) -> None:
+        """Shutdown: others need not wait for the leases to run out."""
+        self._releasing = True
+        terms = [partition.term for partition in self._state.partitions.values()]
+        self.end_all("shutdown")
+        try:
+            await self._store.release(terms)
+        except StoreLost as error:
+            log.warning("router.release_failed", error=str(error))

@@ -1,0 +1,176 @@
+"""What the turn engine needs of the world, named by need. Adapters say with what technology."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from uuid import UUID
+
+from services.router.domain.session import BrainLink as SessionBrainLink
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from soma.cognition.v1.cognition_service_pb2 import StartTurn
+    from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+    from soma.controlplane.v1.agent_service_pb2 import Agent
+    from soma.controlplane.v1.tenant_service_pb2 import Tenant
+
+    from services.router.application.group import Group, GroupResult
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRow:
+    """A lease as last seen. `expired` is the database clock's opinion."""
+
+    partition: int
+    owner: str | None
+    term: UUID | None
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AcquiredRow:
+    """A partition's row just after it was taken. `former` is who held it before."""
+
+    epoch: int
+    head: int
+    mail_head: int
+    cursor_stream: str
+    cursor_seq: int
+    cursor_batch: str
+    former: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """A message without outcome, its session, and the session's running turn if it has one."""
+
+    position: int
+    message_id: bytes
+    kind: int
+    deliver: bool
+    fault: int
+    target_turn: bytes | None
+    traceparent: str
+    session_id: bytes
+    tenant: str
+    agent: str
+    channel: str
+    session: str
+    turn_count: int
+    delivery_count: int
+    turn_id: bytes | None
+    status: int | None
+    dispatch: int | None
+    strikes: int | None
+    first_position: int | None
+    last_position: int | None
+    agent_revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDelivery:
+    """An outcome that the channel has not acknowledged: its place in the partition and the serialized Delivery."""
+
+    position: int
+    session_id: bytes
+    payload: bytes
+
+
+class GroupWriter(Protocol):
+    """The one connection that writes groups."""
+
+    async def commit(self, group: Group) -> GroupResult:
+        """Writes a group in one round trip. Raises FenceLost (nothing was written) or StoreLost (not known)."""
+
+
+class LeaseStore(Protocol):
+    """Leases, on a connection of their own so that a heartbeat never waits for a commit. All raise StoreLost."""
+
+    async def beat(self, terms: Sequence[UUID]) -> frozenset[int]:
+        """Renews this router's leases of these terms and its own presence; returns the partitions that are still
+        held.
+        """
+
+    async def leases(self) -> tuple[list[LeaseRow], int]:
+        """All leases, and how many routers live."""
+
+    async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
+        """Takes a partition under a new term; None if somebody else has it."""
+
+    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
+        """What is pending in a partition just taken; raises the dispatch of its running turns, with a strike if
+        asked.
+        """
+
+    async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
+        """(tenant, channel) pairs that have outcomes waiting in a partition."""
+
+    async def release(self, terms: Sequence[UUID]) -> None:
+        """Gives leases up, so that others need not wait."""
+
+
+class HistoryStore(Protocol):
+    """Reads what was committed, on pooled connections. All raise StoreLost."""
+
+    async def contents(self, tenant: str, partition: int, positions: Sequence[int]) -> dict[int, bytes]:
+        """Contents of messages by position."""
+
+    async def journal(self, tenant: str, turn_id: bytes) -> list[tuple[int, bytes]]:
+        """(kind, body) of a turn's steps in order."""
+
+    async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
+        """The newest `limit` messages of a session's ended turns, oldest first, inputs and answers, each a serialized
+        Message.
+        """
+
+    async def agent_spec(self, tenant: str, agent: str, revision: str) -> bytes | None:
+        """The agent of a revision that a turn was started with."""
+
+    async def deliveries(
+        self, tenant: str, partition: int, channel: str, after: int, limit: int
+    ) -> list[StoredDelivery]:
+        """Waiting outcomes of a channel in a partition beyond a position, in order."""
+
+    async def ended_turn(self, tenant: str, turn_id: bytes) -> tuple[Delivery, int, int] | None:
+        """The outcome, the last dispatch and the number of steps of a turn that has ended; None if it has not."""
+
+
+class BrainLink(SessionBrainLink, Protocol):
+    """A live stream to one brain, as the use cases see it."""
+
+    def start(self, start: StartTurn) -> None:
+        """Runs a turn there; the caller has counted its credit down."""
+
+
+class ToolCanceller(Protocol):
+    """Makes sure that confirmed calls of a stopped turn have an end."""
+
+    async def settle(self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str]) -> bytes:
+        """The ToolResults body (serialized StepBody) for the calls of a serialized ModelReply body: results of what
+        ran, "cancelled" for what will never run. `key` is (agent, channel, session).
+        """
+
+
+class Outbox(Protocol):
+    """Hands things to gateways and watchers. Sending never waits and may be lost: the store has the truth."""
+
+    def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
+        """Sends an outcome to an adapter stream."""
+
+    def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
+        """Sends a live event to an adapter stream."""
+
+    def broadcast(self, tenant: str, session_id: bytes, event: LiveEvent) -> None:
+        """Sends a live event to all watchers of a session."""
+
+
+class Directory(Protocol):
+    """Tenants and agents as the control plane says they are now."""
+
+    def tenant(self, tenant: str) -> Tenant | None:
+        """The tenant, if it exists."""
+
+    def agent(self, tenant: str, agent: str) -> Agent | None:
+        """The agent, if it exists."""

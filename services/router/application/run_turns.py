@@ -1,0 +1,550 @@
+"""Runs turns: from the start of a turn to its outcome, over any number of brains that may die at any step.
+
+The rules of the turn protocol that live here: a brain is told to start only what is durable; it is confirmed only
+what is journaled; an item of an older dispatch or another link is ignored; a turn has one step on its way to the
+journal at a time; a stopped turn ends only when every call it was confirmed has a result or will never run (it has
+*converged*).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn, StopTurn, TurnText
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import Error
+from soma.common.v1.turn_pb2 import Delivery, StepBody
+
+from services.router.application.group import CommitItem, GroupResult, StoreLost
+from services.router.application.items import CancelItem, DispatchItem, EndItem, StartItem, StepItem
+from services.router.domain.session import QueuedMessage, Session, Turn
+from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnState, TurnStatus, after, replay
+from soma_common import ids
+from soma_common.clock import monotonic
+from soma_common.failpoints import failpoint
+from soma_common.telemetry.metrics import counter, gauge, histogram
+
+if TYPE_CHECKING:
+    from services.router.application.brains import BrainPool
+    from services.router.application.commit_group import GroupCommitter
+    from services.router.application.ports import BrainLink, HistoryStore, ToolCanceller
+    from services.router.application.state import RouterState
+    from services.router.application.watch_turns import LiveDesk
+
+STEP_FORMAT: Final = 1
+DEFAULT_CONTEXT: Final = 100
+_MAX_TEXT: Final = 1_000_000
+_REVISIONS_KNOWN: Final = 4096
+_CONVERGE_RETRY_S: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+TURNS = counter("soma_router_turns_total", "Turns ended, by outcome.", ["outcome"])
+RUNNING = gauge("soma_router_turns_running", "Turns that run in this router.")
+STALE = counter("soma_router_stale_items_total", "Items of brains that were ignored because their dispatch is over.")
+TURN_SECONDS = histogram("soma_router_turn_seconds", "From the start of a turn's last dispatch to its durable end.")
+_TURNS_BY_OUTCOME = {outcome: TURNS.labels(outcome.name.lower()) for outcome in Outcome}
+
+
+class TurnRunner:
+    """Starts, journals, ends, stops and restarts turns."""
+
+    def __init__(
+        self,
+        state: RouterState,
+        brains: BrainPool,
+        history: HistoryStore,
+        tools: ToolCanceller,
+        live: LiveDesk,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        on_ended: Callable[[EndItem], None],
+        *,
+        max_strikes: int,
+        stuck_after_s: float,
+    ) -> None:
+        self._state = state
+        self._brains = brains
+        self._history = history
+        self._tools = tools
+        self._live = live
+        self._spawn = spawn
+        self._on_ended = on_ended
+        self._max_strikes = max_strikes
+        self._stuck_after_s = stuck_after_s
+        self._orphans: deque[Turn] = deque()
+        """Turns that are durable and wait for a brain."""
+        self._revisions: dict[tuple[str, str, str], None] = {}
+        self._room = 0
+        self.committer: GroupCommitter
+
+    # ---- starting
+
+    def open_group(self) -> None:
+        """Called before each group: turns started in it may not be more than the brains take."""
+        self._room = self._brains.room() - len(self._orphans)
+
+    def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
+        """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
+        if session is None or not session.idle or message.fault or self._room <= 0:
+            return None
+        if not self._state.scheduler.may_start(session.key.tenant):
+            return None
+        if self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+            return None
+        self._state.busy(session)
+        self._room -= 1
+        return self._start(session, message)
+
+    def start_waiting(self) -> Iterable[CommitItem]:
+        """Starts turns of waiting sessions in fair order, as many as the brains take."""
+        for session in self._state.scheduler.pick(self._room):
+            message = self._state.dequeue(session)
+            reason: int = message.fault
+            if not reason and self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+                reason = ErrorReason.ERROR_REASON_AGENT_GONE
+            yield self._refuse(session, message, reason) if reason else self._start(session, message)
+
+    def _start(self, session: Session, message: QueuedMessage) -> StartItem:
+        key = session.key
+        agent = self._state.directory.agent(key.tenant, key.agent)
+        assert agent is not None, "the caller has looked"
+        turn = self._new_turn(session, message, agent.revision)
+        known = (key.tenant, key.agent, agent.revision)
+        spec = None if known in self._revisions else agent.spec.SerializeToString()
+        return StartItem(session.partition, turn, spec, self._started)
+
+    def _new_turn(self, session: Session, message: QueuedMessage, revision: str) -> Turn:
+        turn = Turn(ids.turn_id(session.id, message.message_id), session, session.turn_count + 1, [message], revision)
+        session.turn = turn
+        self._state.scheduler.started(session.key.tenant)
+        RUNNING.inc()
+        return turn
+
+    def _started(self, item: StartItem, result: GroupResult) -> None:
+        turn = item.turn
+        session = turn.session
+        if turn.id not in result.started:
+            # The message turned out to be a retry, or its key was used for something else: the mailbox knows, not
+            # this turn.
+            self._release(turn)
+            self._next(session)
+            return
+        if item.spec is not None:
+            key = session.key
+            self._revisions[key.tenant, key.agent, turn.revision] = None
+            while len(self._revisions) > _REVISIONS_KNOWN:
+                del self._revisions[next(iter(self._revisions))]
+        self._state.running[turn.id] = turn
+        failpoint("router.after_ingest_before_dispatch")
+        self._dispatch(turn)
+
+    def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
+        """Ends a turn as it starts: no brain can answer this message."""
+        turn = self._new_turn(session, message, "")
+        return self._failure(
+            turn,
+            Error(
+                reason=reason,  # type: ignore[arg-type]
+                message=_EXPLAIN.get(reason, "the message cannot be answered"),
+            ),
+            True,
+        )
+
+    # ---- dispatching
+
+    def resume(self, turn: Turn) -> None:
+        """Takes over a turn that the store says is running; its dispatch is already raised."""
+        self._state.running[turn.id] = turn
+        self._state.scheduler.started(turn.session.key.tenant)
+        RUNNING.inc()
+        if turn.status is TurnStatus.CONVERGING:
+            self._spawn(self._converge(turn))
+        elif turn.strikes >= self._max_strikes:
+            self._spawn(self._poisoned(turn))
+        else:
+            self._dispatch(turn)
+
+    def assign(self) -> None:
+        """Gives waiting turns to brains: called whenever a brain may have room."""
+        while self._orphans:
+            turn = self._orphans[0]
+            if not self._runs(turn):
+                self._orphans.popleft()
+                continue
+            link = self._brains.take()
+            if link is None:
+                return
+            self._orphans.popleft()
+            self._begin(turn, link)
+        if self._state.scheduler.waiting and self._brains.room() > 0:
+            self.committer.nudge()
+
+    def _dispatch(self, turn: Turn) -> None:
+        link = self._brains.take()
+        if link is None or self._orphans:
+            if link is not None:
+                link.credit += 1
+            self._orphans.append(turn)
+            self.assign()
+            return
+        self._begin(turn, link)
+
+    def _begin(self, turn: Turn, link: BrainLink) -> None:
+        turn.link = link
+        turn.progress_at = monotonic()
+        session = turn.session
+        if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
+            agent = self._state.directory.agent(session.key.tenant, session.key.agent)
+            if agent is not None and agent.revision == turn.revision:
+                self._send_start(
+                    turn, link, agent.spec.SerializeToString(), list(session.context), agent.spec.context_messages
+                )
+                return
+        self._spawn(self._load_and_start(turn, link, turn.dispatch))
+
+    async def _load_and_start(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
+        """Reads from the store what memory does not hold, then starts the turn."""
+        session, key = turn.session, turn.session.key
+        try:
+            if not turn.journal_loaded:
+                steps = await self._history.journal(key.tenant, turn.id)
+                turn.journal = [body for _, body in steps]
+                turn.state = replay([kind for kind, _ in steps])
+                turn.journal_loaded = True
+            missing = [m.position for m in turn.inputs if m.content is None]
+            if missing:
+                contents = await self._history.contents(key.tenant, session.partition.id, missing)
+                for message in turn.inputs:
+                    if message.content is None:
+                        message.content = contents[message.position]
+            spec = await self._spec(turn)
+            if spec is None:
+                self._end_unanswered(turn, dispatch, ErrorReason.ERROR_REASON_AGENT_GONE)
+                return
+            limit = DEFAULT_CONTEXT
+            agent = self._state.directory.agent(key.tenant, key.agent)
+            if agent is not None and agent.spec.context_messages:
+                limit = agent.spec.context_messages
+            if session.context is None:
+                context = await self._history.context(key.tenant, session.id, limit)
+            else:
+                context = list(session.context)
+        except StoreLost:
+            log.warning("router.load_failed", turn=turn.id.hex())
+            self._spawn(self._retry_later(turn, link, dispatch))
+            return
+        if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
+            self._send_start(turn, link, spec, context, limit)
+
+    async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
+        await asyncio.sleep(_CONVERGE_RETRY_S)
+        if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
+            await self._load_and_start(turn, link, dispatch)
+
+    async def _spec(self, turn: Turn) -> bytes | None:
+        key = turn.session.key
+        agent = self._state.directory.agent(key.tenant, key.agent)
+        if agent is not None and agent.revision == turn.revision:
+            return agent.spec.SerializeToString()
+        return await self._history.agent_spec(key.tenant, key.agent, turn.revision)
+
+    def _send_start(self, turn: Turn, link: BrainLink, spec: bytes, context: list[bytes], limit: int) -> None:
+        key = turn.session.key
+        start = StartTurn(
+            turn_id=turn.id,
+            dispatch=turn.dispatch,
+            agent_revision=turn.revision,
+            agent_spec=spec,
+            context=context[-(limit or DEFAULT_CONTEXT) :],
+            inputs=[message.content or b"" for message in turn.inputs],
+            journal=turn.journal,
+            traceparent=turn.inputs[0].traceparent,
+        )
+        session = start.session
+        session.tenant, session.agent, session.channel, session.session = (
+            key.tenant,
+            key.agent,
+            key.channel,
+            key.session,
+        )
+        if turn.dispatch > 1:
+            self._live.restarted(turn)
+        self._live.state(turn)
+        link.start(start)
+
+    # ---- what brains say
+
+    def on_proposals(self, link: BrainLink, proposals: Iterable[Proposal]) -> None:
+        """Takes steps into the journal, if they are what comes next in their turn."""
+        for proposal in proposals:
+            turn = self._state.running.get(proposal.turn_id)
+            if turn is None or turn.link is not link or turn.dispatch != proposal.dispatch:
+                STALE.inc()
+                continue
+            turn.progress_at = monotonic()
+            if turn.in_flight or proposal.step != turn.step_count + 1 or turn.status is not TurnStatus.RUNNING:
+                STALE.inc()
+                continue
+            self._take(turn, proposal)
+
+    def _take(self, turn: Turn, proposal: Proposal) -> None:
+        kind = int(proposal.kind)
+        try:
+            after(turn.state, kind)
+        except InvalidTransition as error:
+            log.error("router.invalid_transition", turn=turn.id.hex(), error=str(error))
+            self._stop(turn)
+            failed = Error(reason=ErrorReason.ERROR_REASON_INVALID_TRANSITION, message=str(error))
+            self.committer.put(self._failure(turn, failed))
+            return
+        if kind == StepKind.FINAL and proposal.inputs_seen < len(turn.inputs):
+            STALE.inc()  # it has not read every input: what it proposes is no answer to the turn
+            return
+        turn.in_flight = True
+        if kind in (StepKind.FINAL, StepKind.FAILURE):
+            answer = Delivery()
+            if kind == StepKind.FINAL:
+                answer.message.ParseFromString(proposal.answer)
+                outcome = Outcome.FINAL
+            else:
+                answer.error.ParseFromString(proposal.answer)
+                outcome = Outcome.ERROR
+            steps = [(StepKind(kind), proposal.body)]
+            self.committer.put(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
+        else:
+            self.committer.put(StepItem(turn.session.partition, turn, StepKind(kind), proposal.body, self._journaled))
+
+    def _journaled(self, item: StepItem) -> None:
+        turn = item.turn
+        failpoint("router.after_step_before_confirm")
+        turn.in_flight = False
+        turn.state = after(turn.state, item.kind)
+        turn.journal.append(item.body)
+        turn.text.clear()
+        turn.text_length = 0
+        self._live.step(turn, item.body)
+        if turn.status is TurnStatus.CONVERGING:
+            self._spawn(self._converge(turn))
+        elif turn.link is not None:
+            turn.link.confirm(turn.id, turn.dispatch, turn.step_count)
+
+    def on_texts(self, link: BrainLink, texts: Iterable[TurnText]) -> None:
+        """Passes live text on, if it continues what was shown of the running step."""
+        now = monotonic()
+        for text in texts:
+            turn = self._state.running.get(text.turn_id)
+            if turn is None or turn.link is not link or turn.dispatch != text.dispatch:
+                STALE.inc()
+                continue
+            turn.progress_at = now
+            if text.step != turn.step_count + 1 or text.offset != turn.text_length or turn.text_length > _MAX_TEXT:
+                continue
+            turn.text.append(text.text)
+            turn.text_length += len(text.text)
+            self._live.text(turn, text.offset, text.text)
+
+    def on_declined(self, link: BrainLink, declined: Iterable[StopTurn]) -> None:
+        """A brain does not run these turns (any more): they go elsewhere, without a strike."""
+        for item in declined:
+            turn = self._state.running.get(item.turn_id)
+            if turn is not None and turn.link is link and turn.dispatch == item.dispatch:
+                self._redispatch(turn, 0)
+
+    def on_link_down(self, link: BrainLink) -> None:
+        """A brain is gone: what it ran goes on elsewhere from the journal."""
+        self._brains.remove(link)
+        for turn in [turn for turn in self._state.running.values() if turn.link is link]:
+            self._redispatch(turn, 1)
+
+    def restart_stuck(self) -> None:
+        """Restarts turns of which nothing was heard for too long."""
+        horizon = monotonic() - self._stuck_after_s
+        for turn in list(self._state.running.values()):
+            if turn.link is not None and not turn.in_flight and turn.progress_at < horizon:
+                log.warning("router.turn_stuck", turn=turn.id.hex(), tenant=turn.session.key.tenant)
+                self._stop(turn)
+                self._redispatch(turn, 1)
+
+    def _redispatch(self, turn: Turn, strikes: int) -> None:
+        if turn.link is not None:
+            turn.link.credit += 1
+        turn.link = None
+        turn.dispatch += 1
+        turn.strikes += strikes
+        turn.text.clear()
+        turn.text_length = 0
+        if turn.status is TurnStatus.CONVERGING:
+            return
+        if turn.strikes >= self._max_strikes:
+            self._spawn(self._poisoned(turn))
+            return
+        self.committer.put(DispatchItem(turn.session.partition, turn, self._redispatched))
+
+    def _redispatched(self, turn: Turn) -> None:
+        if self._runs(turn) and turn.link is None and turn.status is TurnStatus.RUNNING:
+            self._dispatch(turn)
+
+    # ---- ending
+
+    def _failure(self, turn: Turn, error: Error, is_new: bool = False, dead_letter: str = "") -> EndItem:
+        turn.in_flight = True
+        body = StepBody(format=STEP_FORMAT, failure=error).SerializeToString()
+        answer = Delivery(error=error)
+        return EndItem(
+            turn.session.partition,
+            turn,
+            Outcome.ERROR,
+            [(StepKind.FAILURE, body)],
+            answer,
+            self._ended,
+            is_new,
+            dead_letter,
+        )
+
+    def _end_unanswered(self, turn: Turn, dispatch: int, reason: int) -> None:
+        if self._runs(turn) and turn.dispatch == dispatch and not turn.in_flight:
+            self._stop(turn)
+            self.committer.put(
+                self._failure(
+                    turn,
+                    Error(
+                        reason=reason,  # type: ignore[arg-type]
+                        message=_EXPLAIN.get(reason, ""),
+                    ),
+                )
+            )
+
+    async def _poisoned(self, turn: Turn) -> None:
+        if not await self._ensure_journal(turn):
+            return
+        text = f"the turn's brain or router died {turn.strikes} times while it ran; it is set aside as a dead letter"
+        error = Error(reason=ErrorReason.ERROR_REASON_TURN_POISONED, message=text)
+        if self._runs(turn) and not turn.in_flight:
+            self.committer.put(self._failure(turn, error, dead_letter=text))
+
+    def _ended(self, item: EndItem) -> None:
+        turn, session = item.turn, item.turn.session
+        failpoint("router.after_commit_before_delivery")
+        session.turn_count = turn.number
+        if turn.deliver:
+            session.delivery_count += 1
+        for message in turn.inputs:
+            session.partition.pending.pop(message.position, None)
+        said = [message.content for message in turn.inputs if message.content is not None]
+        if len(said) < len(turn.inputs):
+            session.context = None
+        else:
+            if item.outcome is Outcome.FINAL:
+                said.append(item.answer.message.SerializeToString())
+            session.remember(said)
+        if turn.link is not None and not item.is_new:
+            turn.link.confirm(turn.id, turn.dispatch, turn.step_count + len(item.steps))
+        TURN_SECONDS.observe(monotonic() - turn.progress_at if turn.progress_at else 0)
+        _TURNS_BY_OUTCOME[item.outcome].inc()
+        self._release(turn)
+        self._live.ended(turn, item.answer)
+        self._on_ended(item)
+        self._next(session)
+
+    def _release(self, turn: Turn) -> None:
+        """Frees the turn's place and the brain's credit."""
+        self._state.running.pop(turn.id, None)
+        self._state.scheduler.ended(turn.session.key.tenant)
+        RUNNING.dec()
+        turn.session.turn = None
+        if turn.link is not None:
+            turn.link.credit += 1
+            turn.link = None
+
+    def _next(self, session: Session) -> None:
+        if session.queue:
+            self._state.scheduler.add(session)
+        else:
+            self._state.idle(session)
+        if self._orphans:
+            self.assign()
+        elif self._state.scheduler.waiting:
+            self.committer.nudge()
+
+    # ---- stopping
+
+    def cancel(self, session: Session, position: int, target: bytes | None) -> None:
+        """A cancel reaches the session: stops its running turn, if it is meant and began before the cancel."""
+        turn = session.turn
+        if turn is not None and (turn.inputs[0].position > position or (target and target != turn.id)):
+            turn = None
+        if turn is not None:
+            turn.status = TurnStatus.CONVERGING
+            self._stop(turn)
+        self.committer.put(
+            CancelItem(session.partition, session.id, session.key.tenant, position, turn, self._cancel_stored)
+        )
+
+    def _cancel_stored(self, item: CancelItem) -> None:
+        item.partition.pending.pop(item.position, None)
+        turn = item.turn
+        if turn is not None and self._runs(turn) and not turn.in_flight:
+            self._spawn(self._converge(turn))
+
+    def _stop(self, turn: Turn) -> None:
+        if turn.link is not None:
+            turn.link.stop(turn.id, turn.dispatch)
+
+    async def _converge(self, turn: Turn) -> None:
+        """Closes the calls that the stopped turn was confirmed, then ends it: the transcript is valid for any model."""
+        if not await self._ensure_journal(turn):
+            return
+        steps: list[tuple[StepKind, bytes]] = []
+        key = turn.session.key
+        while turn.state is TurnState.TOOL_CALL and self._runs(turn):
+            try:
+                results = await self._tools.settle(
+                    key.tenant, turn.id, turn.step_count, turn.journal[-1], (key.agent, key.channel, key.session)
+                )
+            except ConnectionError as error:
+                log.warning("router.converge_waits", turn=turn.id.hex(), error=str(error))
+                await asyncio.sleep(_CONVERGE_RETRY_S)
+                continue
+            steps.append((StepKind.TOOL_RESULTS, results))
+            break
+        if self._runs(turn) and not turn.in_flight:
+            turn.in_flight = True
+            self.committer.put(EndItem(turn.session.partition, turn, Outcome.CANCELLED, steps, Delivery(), self._ended))
+
+    async def _ensure_journal(self, turn: Turn) -> bool:
+        while not turn.journal_loaded and self._runs(turn):
+            try:
+                steps = await self._history.journal(turn.session.key.tenant, turn.id)
+            except StoreLost:
+                await asyncio.sleep(_CONVERGE_RETRY_S)
+                continue
+            turn.journal = [body for _, body in steps]
+            turn.state = replay([kind for kind, _ in steps])
+            turn.journal_loaded = True
+        return self._runs(turn)
+
+    def end_terms(self, turns: Iterable[Turn]) -> None:
+        """Lets go of turns whose partition is not ours any more."""
+        for turn in turns:
+            self._stop(turn)
+            RUNNING.dec()
+            if turn.link is not None:
+                turn.link.credit += 1
+                turn.link = None
+
+    def _runs(self, turn: Turn) -> bool:
+        return self._state.running.get(turn.id) is turn and not turn.session.partition.lost
+
+
+_EXPLAIN: Final[dict[int, str]] = {
+    ErrorReason.ERROR_REASON_AGENT_GONE: "the agent was deleted after the message was accepted; send to another agent",
+    ErrorReason.ERROR_REASON_IDEMPOTENCY_KEY_REUSED: (
+        "the idempotency key was used in this session for a message with other content; use a new key for a new message"
+    ),
+    ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN: "the message has a schema version that this release does not know",
+    ErrorReason.ERROR_REASON_ITEM_CORRUPT: "the stored message cannot be read",
+}

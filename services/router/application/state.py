@@ -1,0 +1,105 @@
+"""What this router holds in memory: its partitions, their sessions, the turns it runs. All of it can be lost at any
+time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+from services.router.domain.scheduler import Scheduler
+from services.router.domain.session import Session, SessionKey
+
+if TYPE_CHECKING:
+    from services.router.application.ports import Directory
+    from services.router.domain.partition import Partition
+    from services.router.domain.session import QueuedMessage, Turn
+    from soma_common.nats.lanes import LaneLayout
+
+DEFAULT_TENANT_RUNNING: Final = 4096
+DEFAULT_WEIGHT: Final = 100
+QUEUED_CONTENT_BYTES: Final = 64 * 1024 * 1024
+"""Most content of waiting messages kept in memory; beyond it content is read from the store when its turn comes."""
+
+
+class RouterState:
+    """Partitions by number, running turns by id, the scheduler, and idle sessions in order of last use.
+
+    `max_idle` bounds the idle sessions kept, so that a session between two messages costs no memory in the long run.
+    """
+
+    def __init__(self, layout: LaneLayout, directory: Directory, max_running: int, max_idle: int) -> None:
+        self.layout = layout
+        self.directory = directory
+        self.partitions: dict[int, Partition] = {}
+        self.running: dict[bytes, Turn] = {}
+        self.scheduler = Scheduler(max_running, self._limits)
+        self._idle: OrderedDict[bytes, Session] = OrderedDict()
+        self._max_idle = max_idle
+        self._queued_bytes = 0
+
+    def session(self, partition: Partition, session_id: bytes) -> Session | None:
+        """A session that is in memory."""
+        return partition.sessions.get(session_id)
+
+    def add_session(
+        self, partition: Partition, id_: bytes, key: SessionKey, turn_count: int, delivery_count: int
+    ) -> Session:
+        """Takes a session into memory."""
+        session = Session(id_, key, partition, turn_count, delivery_count)
+        if turn_count == 0:
+            session.remember([])
+        partition.sessions[id_] = session
+        return session
+
+    def busy(self, session: Session) -> None:
+        """The session has something to do: it stays in memory."""
+        self._idle.pop(session.id, None)
+
+    def idle(self, session: Session) -> None:
+        """The session has nothing to do: it may be forgotten once enough others are idle too."""
+        self._idle[session.id] = session
+        self._idle.move_to_end(session.id)
+        while len(self._idle) > self._max_idle:
+            id_, old = self._idle.popitem(last=False)
+            if old.partition.sessions.get(id_) is old:
+                del old.partition.sessions[id_]
+
+    def enqueue(self, session: Session, message: QueuedMessage) -> None:
+        """Has a message wait for its turn; its content stays in memory only while there is room for it."""
+        content = message.content
+        if content is not None:
+            if self._queued_bytes + len(content) > QUEUED_CONTENT_BYTES:
+                message.content = None
+            else:
+                self._queued_bytes += len(content)
+        session.queue.append(message)
+
+    def dequeue(self, session: Session) -> QueuedMessage:
+        """Takes the session's first waiting message."""
+        message = session.queue.popleft()
+        self._queued_bytes -= len(message.content or b"")
+        return message
+
+    def forget_partition(self, partition: Partition) -> list[Turn]:
+        """Drops a partition whose term has ended; returns the turns that were running in it."""
+        partition.lost = True
+        if self.partitions.get(partition.id) is partition:
+            del self.partitions[partition.id]
+        turns = []
+        for session in partition.sessions.values():
+            self._idle.pop(session.id, None)
+            self._queued_bytes -= sum(len(message.content or b"") for message in session.queue)
+            if session.turn is not None:
+                turns.append(session.turn)
+                self.running.pop(session.turn.id, None)
+                self.scheduler.ended(session.key.tenant)
+        self.scheduler.drop(lambda session: session.partition is partition)
+        partition.sessions.clear()
+        return turns
+
+    def _limits(self, tenant: str) -> tuple[int, int]:
+        found = self.directory.tenant(tenant)
+        if found is None:
+            return DEFAULT_WEIGHT, DEFAULT_TENANT_RUNNING
+        return found.weight or DEFAULT_WEIGHT, found.max_running_turns or DEFAULT_TENANT_RUNNING

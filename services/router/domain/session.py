@@ -1,0 +1,140 @@
+"""A session as the owner of its partition holds it: the queue, the running turn, and where its deliveries are."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from services.router.domain.turn import TurnState, TurnStatus
+
+if TYPE_CHECKING:
+    from services.router.domain.partition import Partition
+
+
+class BrainLink(Protocol):
+    """A live stream to whoever runs turns. Sending never waits: what has gathered goes in the next frame."""
+
+    brain: str
+    credit: int
+    """Turns it can still take; whoever starts one counts it down."""
+
+    def confirm(self, turn_id: bytes, dispatch: int, step: int) -> None:
+        """Says that a step is journaled."""
+
+    def stop(self, turn_id: bytes, dispatch: int) -> None:
+        """Stops a turn there."""
+
+
+CONTEXT_MESSAGES: Final = 1000
+CONTEXT_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """Who talks with whom, where: the unit of ordering."""
+
+    tenant: str
+    agent: str
+    channel: str
+    session: str
+
+
+@dataclass(slots=True)
+class QueuedMessage:
+    """An accepted message that waits for its turn. `position` is given when it is written."""
+
+    position: int
+    message_id: bytes
+    deliver: bool
+    fault: int
+    traceparent: str
+    content: bytes | None
+    """None once memory is short: then it is read from the store when its turn comes."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A running turn. `link` is whoever runs it now; None while it waits to be dispatched."""
+
+    id: bytes
+    session: Session
+    number: int
+    inputs: list[QueuedMessage]
+    revision: str
+    dispatch: int = 1
+    strikes: int = 0
+    status: TurnStatus = TurnStatus.RUNNING
+    state: TurnState = TurnState.THINKING
+    journal: list[bytes] = field(default_factory=list)
+    journal_loaded: bool = True
+    in_flight: bool = False
+    """A proposed step is on its way to the journal."""
+    link: BrainLink | None = None
+    text: list[str] = field(default_factory=list)
+    """What the model has said in the running step, for watchers that come late."""
+    text_length: int = 0
+    """Code points in `text`."""
+    progress_at: float = 0.0
+    """Monotonic time of the last frame of the turn, in seconds."""
+
+    @property
+    def step_count(self) -> int:
+        """Journaled steps."""
+        return len(self.journal)
+
+    @property
+    def deliver(self) -> bool:
+        """Whether the outcome goes to the channel's adapters."""
+        return any(message.deliver for message in self.inputs)
+
+
+class Session:
+    """Everything the owner needs to know of a session between two messages. Idle ones may be dropped at any time."""
+
+    __slots__ = (
+        "context",
+        "context_bytes",
+        "delivery_count",
+        "id",
+        "key",
+        "partition",
+        "queue",
+        "ready",
+        "turn",
+        "turn_count",
+    )
+
+    def __init__(self, id_: bytes, key: SessionKey, partition: Partition, turn_count: int, delivery_count: int) -> None:
+        self.id = id_
+        self.key = key
+        self.partition = partition
+        self.turn_count = turn_count
+        self.delivery_count = delivery_count
+        self.queue: deque[QueuedMessage] = deque()
+        self.turn: Turn | None = None
+        self.ready = False
+        """True while the scheduler holds it."""
+        self.context: deque[bytes] | None = None
+        """What was said before, oldest first; None if it must be read from the store."""
+        self.context_bytes = 0
+
+    def remember(self, said: list[bytes]) -> None:
+        """Adds to what was said before; forgets all of it once it is more than the cache keeps (then the store is
+        read).
+        """
+        if self.context is None:
+            if self.turn_count:
+                return
+            self.context = deque()
+        self.context.extend(said)
+        self.context_bytes += sum(map(len, said))
+        while len(self.context) > CONTEXT_MESSAGES:
+            self.context_bytes -= len(self.context.popleft())
+        if self.context_bytes > CONTEXT_BYTES:
+            self.context, self.context_bytes = None, 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return self.turn is None and not self.queue

@@ -1,0 +1,233 @@
+"""The router: everything is wired here, and only here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+from soma.router.v1 import session_service_pb2_grpc, turn_service_pb2_grpc
+
+from services.router.adapters.api_grpc import SessionApi, TurnApi
+from services.router.adapters.brain_grpc import BrainConnector
+from services.router.adapters.exchange_nats import NatsInbox, NatsOutbox
+from services.router.adapters.history_postgres import PostgresHistory
+from services.router.adapters.inbound_nats import LaneReader, LaneReaders
+from services.router.adapters.store_postgres import PostgresGroupWriter, PostgresLeases
+from services.router.adapters.tools_grpc import GrpcToolCanceller
+from services.router.application.brains import BrainPool
+from services.router.application.commit_group import GroupCommitter
+from services.router.application.deliver_outcomes import DeliveryDesk
+from services.router.application.group import StoreLost
+from services.router.application.ingest_messages import Ingest
+from services.router.application.items import Entry
+from services.router.application.own_partitions import OwnPartitions
+from services.router.application.run_turns import TurnRunner
+from services.router.application.state import RouterState
+from services.router.application.watch_turns import LiveDesk
+from services.router.domain.partition import Partition
+from services.router.settings import RouterSettings
+from soma_common.authz.authorizer import Authorizer
+from soma_common.authz.tokens import load_token
+from soma_common.clock import monotonic
+from soma_common.config_feed import ConfigFeed
+from soma_common.grpc.channel import open_channel
+from soma_common.grpc.server import GrpcServer
+from soma_common.lifecycle import Lifecycle, run_service
+from soma_common.nats.connection import connect_nats
+from soma_common.nats.lanes import LaneLayout, LaneMismatch, ensure_lanes
+from soma_common.postgres.migrations import apply_migrations
+from soma_common.settings import load_settings
+from soma_common.telemetry.admin import serve_admin
+
+MIGRATIONS: Final = Path(__file__).parent / "adapters" / "migrations"
+_SWEEP_S: Final = 0.5
+_IDLE_CURSORS_S: Final = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Background:
+    """Tasks without an owner of their own; kept so that they are neither lost nor left behind."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs `work`; a failure is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("router.background_failed", exc_info=task.exception())
+
+    async def cancel(self) -> None:
+        """Cancels what runs."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
+    """Starts the router; returns once it serves."""
+    router = settings.service_instance
+    token = load_token(settings.auth_service_token_file)
+    layout = LaneLayout(settings.partitions, settings.lanes)
+    await apply_migrations(
+        settings.postgres_owner_dsn or settings.postgres_dsn, "router", MIGRATIONS, settings.postgres_migrate
+    )
+    leases = PostgresLeases(settings.postgres_dsn, router)
+    stored = await leases.ensure_layout(layout.metadata(), layout.partitions)
+    if stored != layout.metadata():
+        raise LaneMismatch(
+            f"the database was made for {stored}, this router is set to {layout.metadata()}:"
+            " set SOMA_PARTITIONS and SOMA_LANES to the database's values"
+        )
+    client = await connect_nats(settings.nats_url, settings.nats_token_file, router)
+    lifecycle.on_stop("bus", client.close)
+    js = client.jetstream(timeout=2.0)
+    await ensure_lanes(js, layout, settings.tenant_lane_batches)
+
+    background = Background()
+    control_channel = open_channel(settings.controlplane_target, token=token, service="controlplane")
+    feed = ConfigFeed(control_channel, router)
+    tool_channel = open_channel(settings.toolgw_target, token=token, service="toolgw")
+    history = await PostgresHistory.open(settings.postgres_dsn, router)
+    writer = PostgresGroupWriter(settings.postgres_dsn, router)
+
+    state = RouterState(layout, feed, settings.max_running_turns, settings.max_idle_sessions)
+    brains = BrainPool()
+    ownership: OwnPartitions
+
+    def may_speak() -> bool:
+        return ownership.in_time
+
+    outbox = NatsOutbox(client, router, may_speak)
+    desk = DeliveryDesk(
+        state,
+        history,
+        outbox,
+        background.spawn,
+        ack_wait_s=settings.ack_wait_s,
+        max_tries=settings.delivery_tries,
+        retry_s=settings.delivery_retry_s,
+    )
+    live = LiveDesk(state, history, outbox, desk.adapter_of)
+    runner = TurnRunner(
+        state,
+        brains,
+        history,
+        GrpcToolCanceller(tool_channel),
+        live,
+        background.spawn,
+        desk.add,
+        max_strikes=settings.max_strikes,
+        stuck_after_s=settings.stuck_after_s,
+    )
+
+    def on_cancel(entry: Entry, partition: Partition) -> None:
+        session = state.session(partition, entry.inbound.session_id)
+        if session is not None:
+            runner.cancel(session, entry.message.position, entry.inbound.cancel_turn_id or None)
+
+    ingest = Ingest(state, runner, on_cancel)
+    readers = [LaneReader(client, js, state, ingest, lane, settings.lane_backlog) for lane in range(layout.lanes)]
+    ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
+    committer = GroupCommitter(
+        writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("connection to the database lost")
+    )
+    runner.committer = ingest.committer = desk.committer = committer
+    for reader in readers:
+        reader.committer = committer
+    inbox = NatsInbox(client, router, desk, live.query)
+
+    server = GrpcServer(
+        settings,
+        Authorizer.from_settings(settings),
+        services=[
+            (
+                session_service_pb2_grpc.add_SessionServiceServicer_to_server,
+                SessionApi(history),
+                "soma.router.v1.SessionService",
+            ),
+            (
+                turn_service_pb2_grpc.add_TurnServiceServicer_to_server,
+                TurnApi(history, client, js, layout),
+                "soma.router.v1.TurnService",
+            ),
+        ],
+    )
+
+    async def stop() -> None:
+        await server.stop(settings.drain_timeout_s)
+        await inbox.close()
+        await ownership.release_all()
+        await background.cancel()
+
+    async def close_stores() -> None:
+        await leases.leave()
+        for closing in (leases.close(), writer.close(), history.close(), control_channel.close(), tool_channel.close()):
+            await closing
+
+    lifecycle.on_stop("stores", close_stores)
+    lifecycle.on_stop("partitions", stop)
+    lifecycle.spawn("config feed", feed.run())
+    await feed.ready.wait()
+    lifecycle.spawn("group commit", committer.run())
+    lifecycle.spawn("outbox", outbox.run())
+    await inbox.open()
+    for target in settings.cognition_targets:
+        connector = BrainConnector(target, token, router, brains, runner, may_speak)
+        lifecycle.spawn(f"brain {target}", connector.run())
+    for reader in readers:
+        lifecycle.spawn("lane reader", reader.run())
+    lifecycle.spawn("ownership", ownership.run())
+    lifecycle.spawn("sweep", _sweep(desk, live, runner))
+    lifecycle.spawn("lanes", _tend_lanes(history, readers, layout, settings.purge_every_s))
+    admin = await serve_admin(settings, lambda: {"leases": ownership.in_time, "bus": client.is_connected})
+    lifecycle.on_stop("admin", admin.stop)
+    port = await server.start()
+    await ownership.ready.wait()
+    await server.set_serving(True)
+    lifecycle.ready(port=port, admin_port=admin.port)
+
+
+async def _sweep(desk: DeliveryDesk, live: LiveDesk, runner: TurnRunner) -> None:
+    """What has to be looked at from time to time: late acknowledgements, old interest, turns that stand still."""
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        desk.sweep()
+        live.forget_old()
+        runner.restart_stuck()
+
+
+async def _tend_lanes(
+    history: PostgresHistory, readers: list[LaneReader], layout: LaneLayout, purge_every_s: float
+) -> None:
+    """Moves the cursors of partitions for which nothing comes, and purges the lanes of what every partition has."""
+    purge_at = monotonic() + purge_every_s
+    while True:
+        await asyncio.sleep(_IDLE_CURSORS_S)
+        for reader in readers:
+            await reader.move_idle_cursors()
+        if monotonic() < purge_at:
+            continue
+        purge_at = monotonic() + purge_every_s
+        try:
+            floors = await history.lane_floors(layout.lanes)
+            for lane, reader in enumerate(readers):
+                await reader.purge(floors.get(lane, 0))
+        except (StoreLost, NatsError, APIError, OSError, TimeoutError) as error:
+            log.warning("router.purge_failed", error=str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    loaded = load_settings(RouterSettings)
+    run_service(lambda lifecycle: main(lifecycle, loaded), loaded)

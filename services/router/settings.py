@@ -1,0 +1,43 @@
+"""Settings of the router."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from soma_common.settings import ServiceSettings
+
+
+class RouterSettings(ServiceSettings):
+    """What a router needs to know beside the shared settings; the first five are shared ones without which it cannot
+    run.
+    """
+
+    postgres_dsn: str
+    controlplane_target: str
+    toolgw_target: str
+    auth_keys_file: Path
+    auth_service_token_file: Path
+
+    tenant_lane_batches: int = Field(default=100_000, ge=100)
+    """Most batches a tenant may have in one inbound lane: the bound on what is accepted while PostgreSQL is down. Used
+    when this router is the one that makes the lanes."""
+    max_running_turns: int = Field(default=4096, ge=1)
+    """Most turns this router runs at once."""
+    max_idle_sessions: int = Field(default=1024, ge=0)
+    """Idle sessions kept in memory, so that their next message costs one transaction less."""
+    max_strikes: int = Field(default=8, ge=1)
+    """How often a turn's brain or router may die before the turn is set aside as a dead letter."""
+    stuck_after_s: float = Field(default=65.0, gt=0)
+    """A turn of which nothing is heard for so long is restarted. Above the longest step an agent may take."""
+    ack_wait_s: float = Field(default=30.0, gt=0)
+    """How long an adapter may keep a delivery unacknowledged before it is sent again."""
+    delivery_tries: int = Field(default=10, ge=1)
+    """Tries of a delivery before it becomes a dead letter."""
+    delivery_retry_s: float = Field(default=1.0, gt=0)
+    """Wait before a returned delivery is tried again, unless the adapter says otherwise."""
+    lane_backlog: int = Field(default=512, ge=16)
+    """Most lane messages that are read and not committed."""
+    purge_every_s: float = Field(default=5.0, gt=0)
+    """How often lanes are purged of what all partitions have."""
