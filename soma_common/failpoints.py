@@ -22,6 +22,9 @@ import structlog
 
 _log = structlog.get_logger(__name__)
 
+LAST_LINE_S = 0.05
+"""What a process that is about to die or freeze gives the log's writer thread for the line that says so."""
+
 _ACTIONS = frozenset({"kill", "stop", "sleep", "block", "raise"})
 
 
@@ -75,6 +78,8 @@ async def failpoint_async(name: str) -> None:
 
 def _hit(name: str, point: _Armed) -> None:
     _log.warning("failpoint.hit", point=name, action=point.action, reached=point.reached)
+    if point.action in {"kill", "stop"}:
+        time.sleep(LAST_LINE_S)
     match point.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)

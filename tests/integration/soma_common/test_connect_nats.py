@@ -13,17 +13,21 @@ from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
 
 
+def connected(name: str) -> float | None:
+    return REGISTRY.get_sample_value("soma_nats_connected", {"name": name})
+
+
 async def test_a_lost_connection_is_made_again(nats_server: FaultyNats) -> None:
     client = await connect_nats(nats_server.url, nats_server.token_file, "test-0")
     subscription = await client.subscribe("soma.test")
     await nats_server.kill9()
     await eventually(lambda: not client.is_connected, what="the loss is noticed")
-    assert REGISTRY.get_sample_value("soma_nats_connected", {"name": "test-0"}) == 0
+    await eventually(lambda: connected("test-0") == 0, what="the loss is shown")
     await nats_server.restart()
     await eventually(lambda: client.is_connected, what="the connection is back")
     await client.publish("soma.test", b"again")
     assert (await subscription.next_msg(timeout=2)).data == b"again"
-    assert REGISTRY.get_sample_value("soma_nats_connected", {"name": "test-0"}) == 1
+    await eventually(lambda: connected("test-0") == 1, what="the connection is shown")
     assert REGISTRY.get_sample_value("soma_nats_reconnects_total", {"name": "test-0"}) == 1
     await client.close()
 
