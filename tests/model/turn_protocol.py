@@ -1,7 +1,7 @@
 """Check the turn protocol over all interleavings within small bounds.
 
     python -m tests.model.turn_protocol --quick     what `make test` runs, about half a minute
-    python -m tests.model.turn_protocol             larger bounds, about five minutes; for a change of the protocol
+    python -m tests.model.turn_protocol             larger bounds, about eight minutes; for a change of the protocol
     python -m tests.model.turn_protocol --trace     print the steps that break a promise when a guard is missing
 
 Every scenario must hold with all guards, in every state that can be reached; every guard that is needed must be found
