@@ -57,10 +57,13 @@ class TurnMerge:
         return shown
 
     def snapshot(self, events: Iterable[LiveEvent]) -> list[LiveEvent]:
-        """Where the turn stands; returns what was not shown yet, then the held live events that go on from there."""
+        """Where the turn stands; returns what was not shown yet, then the held live events that go on from there.
+
+        The events may come in any order of steps.
+        """
         shown: list[LiveEvent] = []
         self.gap = False
-        for event in events:
+        for event in sorted(events, key=_place):
             if not self.ended and not self._foreign(event):
                 self._advance(event, shown, jump=True)
         held, self._held = self._held, []
@@ -202,3 +205,7 @@ class TurnMerge:
     def _miss(self, event: LiveEvent) -> None:
         self.gap = True
         self._hold(event)
+
+
+def _place(event: LiveEvent) -> tuple[bool, int, int]:
+    return event.WhichOneof("event") == "ended", event.dispatch, event.step
