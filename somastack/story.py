@@ -64,13 +64,14 @@ class Line:
         text.append(self.event, style=style or "bold")
         for name, value in self.facts.items():
             text.append(f"  {name}=", style="dim")
-            text.append(
-                value if len(value) <= MAX_VALUE_CHARS else value[:MAX_VALUE_CHARS] + "[truncated]", style=style
-            )
+            text.append(_cut(value), style=style)
         return text
 
 
 def _cut(value: str) -> str:
+    """One line of bounded length; of several lines the last, which in a traceback says what happened."""
+    first, *others = value.strip().splitlines() or [""]
+    value = f"... {others[-1]}" if others else first
     return value if len(value) <= MAX_VALUE_CHARS else value[:MAX_VALUE_CHARS] + TRUNCATED
 
 

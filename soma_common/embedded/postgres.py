@@ -372,6 +372,8 @@ def _schemas_sql(database: str) -> str:
         if role.schema:
             statements += [
                 f'GRANT CONNECT ON DATABASE "{database}" TO {role.user}, {role.owner}',
+                # A migration may say CREATE SCHEMA IF NOT EXISTS, which asks for this right even when there is one.
+                f'GRANT CREATE ON DATABASE "{database}" TO {role.owner}',
                 f"CREATE SCHEMA IF NOT EXISTS {role.schema} AUTHORIZATION {role.owner}",
                 f"GRANT USAGE ON SCHEMA {role.schema} TO {role.user}",
             ]
