@@ -12,8 +12,8 @@ class CognitionSettings(ServiceSettings):
     """Settings of one brain process."""
 
     max_turns: int = Field(default=1024, ge=1, le=100_000)
-    """Turns that run at once in this process, over all routers. Each router gets an equal share as credit, for as many
-    as `SOMA_ROUTER_TARGETS` names (one if it is unset)."""
+    """Turns that run at once in this process, over all routers. Each router gets an equal share as credit, for as
+    many as `SOMA_ROUTER_TARGETS` names (one if it is unset)."""
     heartbeat_ms: int = Field(default=500, ge=50, le=60_000)
     """Interval of the heartbeats on RunTurns, in milliseconds. A router silent for four of them is taken for dead."""
     drain_grace_s: float = Field(default=2.5, ge=0)
@@ -30,8 +30,8 @@ class CognitionSettings(ServiceSettings):
     """Tries of one model call when the endpoint limits the rate or fails, within the step's time."""
 
     openai_base_url: str | None = None
-    """Address of an OpenAI-compatible endpoint, with its version, such as `http://127.0.0.1:8000/v1`. Unset with a key
-    set: OpenAI's own."""
+    """Address of an OpenAI-compatible endpoint, with its version, such as `http://127.0.0.1:8000/v1`. Unset with a
+    key set: OpenAI's own."""
     openai_api_key: SecretStr | None = None
     """Key for the endpoint; unset with an address set: none is needed."""
     openai_connect_timeout_s: float = Field(default=5.0, gt=0)

@@ -2,10 +2,9 @@
 called.
 
 Tests use it in two ways. As a counterpart: `script(...)` says how the next calls are answered, failures included (a
-status, a hang, a
-connection cut in the middle of a stream, garbage). As an outside witness: every call is recorded with its headers, so
-that a test can
-count calls by (turn, step, dispatch) without believing anything the stack says about itself.
+status, a hang, a connection cut in the middle of a stream, garbage). As an outside witness: every call is recorded
+with its headers, so that a test can count calls by (turn, step, dispatch) without believing anything the stack says
+about itself.
 
     async with ModelServer() as server:
         server.script(CallTools(ToolRequest("calculate", {"expression": "17*23"})), Say("It is 391."))
@@ -13,8 +12,7 @@ count calls by (turn, step, dispatch) without believing anything the stack says 
         assert set(server.calls_by_step().values()) == {1}
 
 What is not scripted is answered by `rule`. The protocol is the part of `POST /v1/chat/completions` (plain and
-streamed) and
-`GET /v1/models` that clients use; `GET /witness/calls` tells another process what was recorded.
+streamed) and `GET /v1/models` that clients use; `GET /witness/calls` tells another process what was recorded.
 """
 
 from __future__ import annotations

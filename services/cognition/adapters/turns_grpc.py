@@ -3,8 +3,7 @@
     router's frames -> _read -> RouterSession.take ... turns ... -> Gather -> RunTurns yields -> router
 
 Reading and writing are two tasks that never wait for each other: what is to be sent gathers while a frame is written
-and
-goes out in the next one. So a router that does not read cannot keep its own confirmations from being read.
+and goes out in the next one. So a router that does not read cannot keep its own confirmations from being read.
 """
 
 from __future__ import annotations

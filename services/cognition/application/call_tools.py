@@ -38,8 +38,7 @@ class ToolCaller:
         allowed: Sequence[str],
         deadline: float,
     ) -> turn_pb2.StepBody:
-        """Runs the calls of the reply journaled as `step`; returns the step with one result per call, in their
-        order."""
+        """Runs the calls of the reply journaled as `step`; returns the step that holds their results, in order."""
         results = await asyncio.gather(*(self._run_one(start, step, call, allowed, deadline) for call in calls))
         return turn_pb2.StepBody(format=1, tool_results=turn_pb2.ToolResults(results=results))
 

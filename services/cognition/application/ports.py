@@ -1,7 +1,7 @@
 """What the use cases need from the outside, named by need. Adapters implement these; tests pass their own.
 
-All of them run on one event loop. Errors are `SomaError`s: `Unavailable` and `ResourceExhausted` may pass with a retry,
-everything else will not.
+All of them run on one event loop. Errors are `SomaError`s: `Unavailable` and `ResourceExhausted` may pass with a
+retry, everything else will not.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class Models(Protocol):
     """The providers this brain knows."""
 
     def of(self, provider: str) -> Model:
-        """The provider's adapter. Raises MODEL_REJECTED for an unknown one, MODEL_UNAVAILABLE for one not
-        configured."""
+        """The provider's adapter. Raises MODEL_REJECTED for an unknown, MODEL_UNAVAILABLE for an unconfigured one."""
         ...
 
 

@@ -37,8 +37,8 @@ async def retrying(
     """Calls `attempt` with 1, 2, ... until one succeeds.
 
     Gives up with the last error when it is not of a kind that may pass (`Unavailable`, `ResourceExhausted`), after
-    `attempts` tries, when `may_retry` says no, or when the next wait would reach `deadline` (the loop's clock). It does
-    not cut an attempt short: the caller owns the timeout.
+    `attempts` tries, when `may_retry` says no, or when the next wait would reach `deadline` (the loop's clock). It
+    does not cut an attempt short: the caller owns the timeout.
     """
     number = 1
     while True:

@@ -6,8 +6,8 @@
                            +---------------------------------------------------------------------------------------+
 
 Nothing is done that is not journaled first, and nothing is kept that is not in the journal: whatever dies, another
-brain
-gets the journal and goes on here. Every way out but a stop ends with a final or with a failure that has a typed error.
+brain gets the journal and goes on here. Every way out but a stop ends with a final or with a failure that has a typed
+error.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Serves the routers' streams: who may run how many turns here, which dispatch of a turn counts, what ends what.
 
-    Brain                      all streams and all running turns of this process
-      RouterSession            one stream: its outbox, its credits, its turns
-        RunningTurn            one turn: a task, and the confirmation it waits for
+    Brain                all streams and all running turns of this process
+      RouterSession      one stream: its outbox, its credits, its turns
+        RunningTurn      one turn (running_turn.py)
 
 A turn runs at most once in a brain, whichever stream it came by: the highest dispatch wins. A turn ends here with its
-last
-proposal; a stop, a newer dispatch, the end of its stream or of the process cancel it without a word.
+last proposal; a stop, a newer dispatch, the end of its stream or of the process cancel it without a word.
 """
 
 from __future__ import annotations
@@ -19,14 +18,12 @@ from typing import Final
 import structlog
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.common.v1 import error_reason_pb2 as reasons
-from soma.common.v1 import turn_pb2
 
-from services.cognition.application.ports import Outbox
+from services.cognition.application.ports import Outbox, Outgoing
 from services.cognition.application.run_turn import TurnRunner
-from services.cognition.domain.turn import STEP_FORMAT, kind_of
+from services.cognition.application.running_turn import RunningTurn
 from soma_common.errors import (
     FailedPrecondition,
-    Internal,
     ResourceExhausted,
     SomaError,
     Unavailable,
@@ -34,7 +31,6 @@ from soma_common.errors import (
     to_proto,
 )
 from soma_common.gather import GatherClosed, GatherFull
-from soma_common.telemetry.trace import parse_traceparent, set_trace
 
 PROTOCOL: Final = 1
 """The newest version of the RunTurns protocol this release speaks; it speaks no older one."""
@@ -67,7 +63,8 @@ class Brain:
         self._idle.set()
 
     def connect(self, router: str, protocol: int, outbox: Outbox) -> RouterSession:
-        """Begins a router's stream, ending an older one of the same router: it connects again because that one is dead.
+        """Begins a router's stream, ending an older one of the same router: it connects again because that one is
+        dead.
 
         Raises PROTOCOL_VERSION, PROTOCOL_ORDER for a nameless router, DRAINING.
         """
@@ -110,7 +107,7 @@ class Brain:
         """Takes nothing new, lets turns finish for `grace_s` seconds, hands back the rest, ends the streams."""
         self.draining = True
         for session in list(self._sessions.values()):
-            session.send_control(cognition.RunTurnsResponse(draining=True))
+            session.send(cognition.RunTurnsResponse(draining=True))
         try:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
@@ -147,30 +144,35 @@ class RouterSession:
         return len(self._outbox) > self._brain.max_turns
 
     def take(self, frame: cognition.RunTurnsRequest) -> None:
-        """Takes a frame of the router. Never waits. Raises PROTOCOL_ORDER for a second hello."""
+        """Takes a frame of the router. Never waits. Raises PROTOCOL_ORDER for a second hello.
+
+        Stops come first, as they make room for starts; a turn that is started and stopped in one frame does not run.
+        """
         self._silent_ticks = 0
         if frame.HasField("hello"):
             raise FailedPrecondition(
                 reasons.ERROR_REASON_PROTOCOL_ORDER, "hello belongs in the first frame of RunTurns and only there"
             )
+        stopped: dict[bytes, int] = {}
+        for stop in frame.stops:
+            stopped[stop.turn_id] = stop.dispatch
+            turn = self._brain.turns.get(stop.turn_id)
+            if turn is not None and turn.session is self and turn.dispatch <= stop.dispatch:
+                turn.cancel()
         for start in frame.starts:
-            self._start(start)
+            if stopped.get(start.turn_id, 0) < start.dispatch:
+                self._start(start)
         for confirm in frame.confirms:
             turn = self._brain.turns.get(confirm.turn_id)
             if turn is not None and turn.session is self:
                 turn.confirm(confirm.dispatch, confirm.step)
-        for stop in frame.stops:
-            turn = self._brain.turns.get(stop.turn_id)
-            if turn is not None and turn.session is self and turn.dispatch <= stop.dispatch:
-                turn.cancel()
 
     def tick(self) -> None:
         """Called once per heartbeat interval: sends a heartbeat, and ends the stream of a router that is silent too
         long.
 
         Intervals are counted, not seconds: a brain that was frozen itself finds frames waiting when it wakes up, and
-        must
-        not take everybody else for dead.
+        must not take everybody else for dead.
         """
         self._silent_ticks += 1
         if self._silent_ticks > SILENT_INTERVALS:
@@ -181,19 +183,13 @@ class RouterSession:
                 )
             )
         else:
-            self.send_control(cognition.RunTurnsResponse(heartbeat=True))
+            self.send(cognition.RunTurnsResponse(heartbeat=True))
 
     def decline(self, turn_id: bytes, dispatch: int, error: SomaError) -> None:
         """Says that a turn does not run here (any more)."""
         self.send(cognition.StopTurn(turn_id=turn_id, dispatch=dispatch, error=to_proto(error)))
 
-    def send_control(self, frame: cognition.RunTurnsResponse) -> None:
-        """Sends a frame's worth of heartbeat, credit or draining notice."""
-        self.send(frame)
-
-    def send(
-        self, item: cognition.Proposal | cognition.TurnText | cognition.StopTurn | cognition.RunTurnsResponse
-    ) -> None:
+    def send(self, item: Outgoing) -> None:
         """Gathers an item for the next frame. A router that lets more pile up than its credits explain is cut off."""
         try:
             self._outbox.put(item)
@@ -232,6 +228,8 @@ class RouterSession:
         return (turn for turn in self._brain.turns.values() if turn.session is self)
 
     def _start(self, start: cognition.StartTurn) -> None:
+        if self.closed.is_set():  # it was cut off in the middle of this frame
+            return
         older = self._brain.turns.get(start.turn_id)
         if older is not None:
             if older.dispatch >= start.dispatch:
@@ -247,117 +245,7 @@ class RouterSession:
             self._running += 1
             turn = RunningTurn(self, start)
             self._brain.begin(turn)
-            turn.launch(self._brain)
-
-
-class RunningTurn:
-    """One running turn and its voice towards the router (the port `Journal`)."""
-
-    __slots__ = ("_confirmed", "_over", "_proposed", "_start", "_task", "_unwinding", "dispatch", "session", "turn_id")
-
-    def __init__(self, session: RouterSession, start: cognition.StartTurn) -> None:
-        self.session = session
-        self.turn_id = start.turn_id
-        self.dispatch = start.dispatch
-        self._start = start
-        self._confirmed: asyncio.Future[None] | None = None
-        self._proposed = 0
-        self._over = False
-        self._task: asyncio.Task[None] | None = None
-        self._unwinding: set[asyncio.Task[None]] = set()
-
-    def launch(self, brain: Brain) -> None:
-        """Starts to run."""
-        self._unwinding = brain.unwinding
-        self._task = asyncio.create_task(self._run(brain.runner))
-
-    def confirm(self, dispatch: int, step: int) -> None:
-        """The router has journaled a step. What does not fit what was proposed is of another dispatch, or late:
-        ignored."""
-        confirmed = self._confirmed
-        if dispatch == self.dispatch and step == self._proposed and confirmed is not None and not confirmed.done():
-            confirmed.set_result(None)
-
-    def cancel(self) -> None:
-        """Stops at once and says nothing more; its credit is free."""
-        if self._over:
-            return
-        self._finish()
-        task = self._task
-        if task is not None and not task.done():
-            task.cancel()
-            # Unwinding may take a moment (a connection to a model is closed); nobody else holds the task until then.
-            self._unwinding.add(task)
-            task.add_done_callback(self._unwinding.discard)
-
-    async def record(self, step: int, body: turn_pb2.StepBody) -> None:
-        """Proposes a step and returns when it is journaled. However long that takes: the database may be away."""
-        calls = len(body.model_reply.tool_calls)
-        self._confirmed = asyncio.get_running_loop().create_future()
-        self._proposed = step
-        self._propose(
-            cognition.Proposal(
-                turn_id=self.turn_id,
-                dispatch=self.dispatch,
-                step=step,
-                kind=kind_of(body),
-                body=body.SerializeToString(),
-                call_count=calls,
-            )
-        )
-        await self._confirmed
-
-    def end(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> None:
-        """Proposes the last step and forgets the turn: if it is not journaled, the router starts the turn again."""
-        is_final = body.WhichOneof("body") == "final"
-        answer = body.final.message if is_final else body.failure
-        self._propose(
-            cognition.Proposal(
-                turn_id=self.turn_id,
-                dispatch=self.dispatch,
-                step=step,
-                kind=cognition.STEP_KIND_FINAL if is_final else cognition.STEP_KIND_FAILURE,
-                body=body.SerializeToString(),
-                answer=answer.SerializeToString(),
-                inputs_seen=inputs_seen,
-            )
-        )
-        if not self._over:
-            self._finish()
-
-    def show(self, step: int, offset: int, text: str) -> bool:
-        """Sends text of the running step; False if the router is behind and wants it later."""
-        if self._over:
-            return True
-        if self.session.behind:
-            return False
-        self.session.send(
-            cognition.TurnText(turn_id=self.turn_id, dispatch=self.dispatch, step=step, offset=offset, text=text)
-        )
-        return True
-
-    async def _run(self, runner: TurnRunner) -> None:
-        if self._start.traceparent:  # without one, the calls of this turn belong to the stream's trace
-            set_trace(parse_traceparent(self._start.traceparent))
-        try:
-            await runner.run(self._start, self)
-            if not self._over:  # nothing to do: the journal it was started with has its last step
-                self.session.decline(self.turn_id, self.dispatch, _has_ended())
-        except Exception:  # noqa: BLE001 - boundary: a defect ends its turn with a typed error, not the stream
-            _log.exception("turn.defect", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
-            if not self._over:
-                self.end(max(self._proposed, len(self._start.journal)) + 1, _defect(), 0)
-        finally:
-            if not self._over:
-                self._finish()
-
-    def _propose(self, proposal: cognition.Proposal) -> None:
-        if not self._over:
-            self.session.send(proposal)
-
-    def _finish(self) -> None:
-        self._over = True
-        self.session.ended(self)
+            turn.launch(self._brain.runner, self._brain.unwinding)
 
 
 def _draining() -> SomaError:
@@ -379,14 +267,3 @@ def _outdated(start: cognition.StartTurn, running: int) -> SomaError:
         f"dispatch {start.dispatch} of the turn came after dispatch {running}, which another router started",
         {"dispatch": str(running)},
     )
-
-
-def _has_ended() -> SomaError:
-    return FailedPrecondition(
-        reasons.ERROR_REASON_INVALID_TRANSITION, "the journal the turn was started with has its last step: it is over"
-    )
-
-
-def _defect() -> turn_pb2.StepBody:
-    error = Internal(reasons.ERROR_REASON_INTERNAL, "the brain failed while it ran this turn; its log says more")
-    return turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error))

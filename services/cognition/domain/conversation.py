@@ -1,8 +1,7 @@
 """What a model is given to read: the session so far, the inputs of the turn, and the turn's own steps.
 
 Messages arrive as bytes and are parsed only when a model asks for them: the echo model, which benchmarks the whole
-path,
-reads one message however long the context is.
+path, reads one message however long the context is.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def text_of(message: message_pb2.Message) -> str:
 
 
 def printable(text: str) -> str:
-    """Text as a message may hold it: U+0000 and lone surrogates, which models do produce, become U+FFFD. Same
-    length."""
+    """Text as a message may hold it: U+0000 and lone surrogates, which models do produce, become U+FFFD."""
     if text.isascii() and "\0" not in text:
         return text
     return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)

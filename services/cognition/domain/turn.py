@@ -6,8 +6,8 @@
                         +---------------- final, failure -----------------------------+--> Idle
 
 A failure may end a turn wherever it runs, also while tools run. Only journaled steps move the machine: a brain that
-replays a journal and a brain that lived through it stand at the same place, which is what lets any brain go on with any
-turn (tests/unit/cognition/test_turn.py). Any other step is INVALID_TRANSITION.
+replays a journal and a brain that lived through it stand at the same place, which is what lets any brain go on with
+any turn (tests/unit/cognition/test_turn.py). Any other step is INVALID_TRANSITION.
 """
 
 from __future__ import annotations

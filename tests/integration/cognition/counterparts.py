@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import struct_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.cognition.v1 import cognition_service_pb2_grpc as cognition_grpc
 from soma.common.v1 import error_reason_pb2 as reasons
@@ -23,8 +24,8 @@ WAIT_S = 10.0
 class ScriptedRouter:
     """A router on one RunTurns stream: sends what the test says, keeps everything the brain answers.
 
-    With `confirming` it confirms each proposal at once, as a router with a very fast journal would; without it the test
-    confirms. Heartbeats go by themselves until `frozen` is set.
+    With `confirming` it confirms each proposal at once, as a router with a very fast journal would; without it the
+    test confirms. Heartbeats go by themselves until `frozen` is set.
     """
 
     def __init__(self, target: str, token: str, *, name: str = "router-0", confirming: bool = True) -> None:
@@ -41,6 +42,7 @@ class ScriptedRouter:
         self._channel = grpc.aio.insecure_channel(target)
         self._metadata = (("authorization", f"Bearer {token}"),)
         self._call: Any = None
+        self._writing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def connect(self, *, protocol: int = 1) -> ScriptedRouter:
@@ -76,7 +78,8 @@ class ScriptedRouter:
         return self.frames[0].welcome
 
     async def send(self, frame: cognition.RunTurnsRequest) -> None:
-        await self._call.write(frame)
+        async with self._writing:  # a gRPC stream takes one write at a time
+            await self._call.write(frame)
 
     async def start(self, *starts: cognition.StartTurn) -> None:
         await self.send(cognition.RunTurnsRequest(starts=starts))
@@ -172,6 +175,9 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
     async def start(self) -> None:
         self._server = grpc.aio.server()
         toolgw_grpc.add_ToolServiceServicer_to_server(self, self._server)
+        checks = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(checks, self._server)
+        await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         await self._server.start()
 
@@ -180,7 +186,7 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
             await self._server.stop(None)
             self._server = None
 
-    async def ListTools(self, request: toolgw.ListToolsRequest, context: Any) -> toolgw.ListToolsResponse:  # type: ignore[override]
+    async def ListTools(self, request: toolgw.ListToolsRequest, context: Any) -> toolgw.ListToolsResponse:
         self.lists += 1
         if self.list_statuses:
             await context.abort(self.list_statuses.pop(0), "scripted")
@@ -192,7 +198,7 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
         after = str(page + 1) if page + 1 < len(names) else ""
         return toolgw.ListToolsResponse(tools=[tool], next_page_token=after)
 
-    async def InvokeTool(self, request: toolgw.InvokeToolRequest, context: Any) -> toolgw.InvokeToolResponse:  # type: ignore[override]
+    async def InvokeTool(self, request: toolgw.InvokeToolRequest, context: Any) -> toolgw.InvokeToolResponse:
         key = request.idempotency_key
         self.asked[key] += 1
         self.requests.append(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -19,7 +20,7 @@ from tests.integration.cognition.counterparts import ScriptedRouter, ToolGateway
 from tests.unit.cognition import stories
 
 ADD = CallTools(ToolRequest("calculate", {"expression": "17*23"}), ToolRequest("current_time", {}), text="Let me see.")
-MODEL = {"model": "openai/witness-1", "tools": ["calculate", "current_time"]}
+MODEL: dict[str, Any] = {"model": "openai/witness-1", "tools": ["calculate", "current_time"]}
 
 
 def reason_of(router: ScriptedRouter) -> reasons.ErrorReason.ValueType:
@@ -266,8 +267,8 @@ async def test_no_tool_runs_before_its_step_is_confirmed(
 async def test_replay_from_every_prefix_ends_the_same_and_repeats_no_effect(
     brain: RunningBrain, model_server: ModelServer, tool_gateway: ToolGateway
 ) -> None:
-    """Whatever was journaled when a brain died, the next one goes on from there: calls of journaled steps are not made
-    again, and tools run under the same keys."""
+    """Whatever was journaled when a brain died, the next one goes on from there: calls of journaled steps are not
+    made again, and tools run under the same keys."""
 
     def rule(call: object) -> CallTools | Say:
         step = getattr(call, "step", 0)
@@ -324,6 +325,18 @@ async def test_a_corrupt_context_ends_its_own_turn_only(router: ScriptedRouter) 
     await router.start(broken, stories.start("fine", turn_id=good))
     assert failure_of(await router.ending(bad)).reason == reasons.ERROR_REASON_ITEM_CORRUPT
     assert answer_of(await router.ending(good)) == "fine"
+
+
+async def test_a_turn_that_is_started_and_stopped_in_one_frame_does_not_run(router: ScriptedRouter) -> None:
+    one, two = turn_ids(2)
+    await router.send(
+        cognition.RunTurnsRequest(
+            starts=[stories.start("no", turn_id=one), stories.start("yes", turn_id=two)],
+            stops=[cognition.StopTurn(turn_id=one, dispatch=1)],
+        )
+    )
+    assert answer_of(await router.ending()) == "yes"
+    assert [p.turn_id for p in router.proposals] == [two]
 
 
 async def test_a_stop_in_the_middle_ends_without_a_word(brain: RunningBrain) -> None:

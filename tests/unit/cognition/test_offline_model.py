@@ -1,6 +1,7 @@
 """Transcripts of the offline model: what is said on the left gives exactly what is on the right, every time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from google.protobuf import struct_pb2
@@ -100,7 +101,7 @@ def test_what_is_no_arithmetic_is_left_alone(said: str) -> None:
         ),
     ],
 )
-async def test_it_tells_what_the_tool_answered(said: str, tool: str, value: object, phrase: str) -> None:
+async def test_it_tells_what_the_tool_answered(said: str, tool: str, value: Any, phrase: str) -> None:
     answer, _ = await ask(said)
     steps = [stories.reply(tool), stories.results(1)]
     for key, argument in (answer.calls[0].arguments or {}).items():

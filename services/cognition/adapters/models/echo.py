@@ -1,9 +1,11 @@
-"""Says back the last message: a model that costs nothing, for benchmarks and tests.
+"""Says back the last message: a model that costs nothing, for benchmarks and tests. The name says how:
 
-echo/echo            the text, at once, not streamed
-echo/delay-A-B       after A to B milliseconds, evenly spread
-echo/words           word by word
-echo/words-NxMms     N words, M milliseconds before each (the text's words, repeated)
+    echo/echo            the text, at once, not streamed
+    echo/delay-A-B       after A to B milliseconds, evenly spread
+    echo/words           word by word
+    echo/words-NxMms     N words, M milliseconds before each (the text's words, repeated)
+
+Any other name is refused with MODEL_REJECTED.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The built-in offline model: no network, no key, the same answer every time (port `Model`).
 
 It is there so that everything around a model can be tried without one: it says that it is offline in the first answer
-of
-a session, streams word by word, calls tools when the text asks for it, and knows what was said before. It understands
-a few patterns of English and nothing else; `_INTENTS` lists them in the order they are tried.
+of a session, streams word by word, calls tools when the text asks for it, and knows what was said before. It
+understands a few patterns of English and nothing else; `_INTENTS` lists them in the order they are tried.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ _SIGNS: Final = str.maketrans({"x": "*", "\xd7": "*", "\xf7": "/", ",": ""})
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What a text asks a tool for: the tool, its one argument if it takes one, and the name to try for that
-    argument."""
+    """What a text asks a tool for: the tool, its one argument if it takes one, and the name tried for it first."""
 
     tool: str
     argument: str = ""

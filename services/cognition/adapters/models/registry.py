@@ -18,8 +18,7 @@ class ModelRegistry:
         self._missing = dict(missing)
 
     def of(self, provider: str) -> Model:
-        """The provider's adapter. Raises MODEL_REJECTED for an unknown one, MODEL_UNAVAILABLE for one not
-        configured."""
+        """The provider's adapter. Raises MODEL_REJECTED for an unknown, MODEL_UNAVAILABLE for an unconfigured one."""
         model = self._models.get(provider)
         if model is not None:
             return model
