@@ -56,7 +56,7 @@ class PoisonGuards:
 
     start_journaled: bool = False  # which turns run is durable before they run
     strikes_durable: bool = False  # a takeover raises the dispatch count of the turns it finds running
-    suspects_alone: bool = False  # a turn that was running when its owner died runs alone
+    suspects_alone: bool = False  # of the turns that were running when an owner died one runs at a time
 
 
 def without(guards: AnyGuards, names: Iterable[str]) -> AnyGuards:

@@ -79,10 +79,10 @@ class PoisonedPartition:
         return all(turn.ended or turn.parked for turn in partition.turns)
 
     def _may_start(self, partition: Partition, number: int) -> bool:
-        """A suspect waits until nothing else runs, and nothing starts beside it."""
-        if not self.guards.suspects_alone or not partition.running:
+        """A suspect waits until no other suspect runs; what is no suspect may run beside it."""
+        if not self.guards.suspects_alone or not partition.turns[number].strikes:
             return True
-        return not any(partition.turns[other].strikes for other in {number, *partition.running})
+        return not any(partition.turns[other].strikes for other in partition.running)
 
     def _take_over(self, partition: Partition) -> Step[Partition]:
         turns = tuple(self._after_takeover(turn) for turn in partition.turns)

@@ -1,0 +1,28 @@
+"""Every guard of the protocol's model has its place in the code, and the place is there."""
+
+import dataclasses
+import importlib
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+from tests.model.code_places import ELSEWHERE, PLACES
+from tests.model.guards import DeliveryGuards, PoisonGuards, TurnGuards
+
+ROOT = Path(__file__).parents[2]
+GUARDS = {field.name for kind in (TurnGuards, DeliveryGuards, PoisonGuards) for field in dataclasses.fields(kind)}
+
+
+def test_every_guard_has_a_place_or_a_reason() -> None:
+    assert set(PLACES) | set(ELSEWHERE) == GUARDS
+    assert not set(PLACES) & set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(("guard", "place"), [(guard, place) for guard, places in PLACES.items() for place in places])
+def test_the_place_exists(guard: str, place: str) -> None:
+    where, _, what = place.partition(":")
+    if where.endswith(".sql"):
+        assert what in (ROOT / where).read_text(), f"{guard}: {where} does not say {what!r}"
+    else:
+        attrgetter(what)(importlib.import_module(where))

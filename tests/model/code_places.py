@@ -1,0 +1,59 @@
+"""Where the product keeps each guard of the model: the code that a reader of a counterexample looks at next.
+
+A place is `module:symbol`, or `file.sql:text` for rules that the database keeps. The table is held against the code by
+`tests/contract/test_model_agreement.py`.
+"""
+
+from typing import Final
+
+ROUTER: Final = "services.router.application"
+SCHEMA: Final = "services/router/adapters/migrations/0001_turn_engine.sql"
+
+PLACES: Final[dict[str, tuple[str, ...]]] = {
+    "fence": (f"{SCHEMA}:p.term = f.term",),
+    "fence_lock": (f"{SCHEMA}:UPDATE router.partitions p",),
+    "load_after": (f"{ROUTER}.own_partitions:OwnPartitions._take", f"{SCHEMA}:FUNCTION router.load_partition"),
+    "cursor_cas": (f"{SCHEMA}:p.cursor_seq = f.seq_old",),
+    "dedupe": (f"{SCHEMA}:UNIQUE INDEX messages_idempotency ON router.messages (message_id, content_hash)",),
+    "purge_committed": ("services.router.adapters.inbound_nats:LaneReader.purge",),
+    "step_cas": (f"{ROUTER}.run_turns:TurnRunner.on_proposals", f"{SCHEMA}:PRIMARY KEY (turn_id, step)"),
+    "dispatch_id": (f"{ROUTER}.run_turns:TurnRunner.on_proposals", f"{SCHEMA}:SET dispatch = t.dispatch + 1"),
+    "confirm": (
+        f"{ROUTER}.run_turns:TurnRunner._journaled",
+        "services.cognition.application.running_turn:RunningTurn.record",
+    ),
+    "tool_key": ("services.toolgw.adapters.store_postgres:PostgresToolStore.claim",),
+    "replay": ("services.cognition.domain.turn:replay", "services.router.domain.turn:replay"),
+    "unique_term": (f"{ROUTER}.own_partitions:OwnPartitions._take",),
+    "term_ends": (f"{ROUTER}.own_partitions:OwnPartitions.end_all",),
+    "anchor": (
+        "services.router.adapters.inbound_nats:LaneReader._check_cursors",
+        "services.router.adapters.inbound_nats:LaneReader.purge",
+    ),
+    "inputs_seen": (f"{ROUTER}.run_turns:TurnRunner._take",),
+    "tombstone": (
+        f"{ROUTER}.run_turns:TurnRunner._converge",
+        "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
+    ),
+    "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
+    "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.items:AckItem"),
+    "one_unacked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk._send",),
+    "rendezvous": ("services.router.domain.adapters:choose",),
+    "client_dedupe": ("soma_common.client.inbox:Inbox.arrive",),
+    "ack_again": ("soma_common.client.channel_client:ChannelClient._show",),
+    "resume": (
+        f"{ROUTER}.deliver_outcomes:DeliveryDesk._was_processed",
+        "soma_common.client.inbox:Inbox.processed",
+    ),
+    "start_journaled": (f"{ROUTER}.items:StartItem",),
+    "strikes_durable": (f"{SCHEMA}:strikes = t.strikes + p_strike",),
+}
+
+ELSEWHERE: Final[dict[str, str]] = {
+    "consumer_dedupe": "events for the outside are not part of this release",
+    "relay_from_stream": "events for the outside are not part of this release",
+    "relay_cas": "events for the outside are not part of this release",
+    "event_ids": "events for the outside are not part of this release",
+    "suspects_alone": "not kept yet: the neighbours of a turn that kills its router may be set aside with it",
+    "purge_replicated": "the standalone PostgreSQL has no standby",
+}
