@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "metrics.md"
-ROW = re.compile(r"^\| `(?P<name>soma_\w+)` \| (?P<kind>\w+) \| (?P<labels>[^|]*) \| (?P<text>.+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `(?P<name>soma_\w+)` \| (?P<kind>\w+) \|(?P<labels>[^|]*)\| (?P<text>.+) \|$", re.MULTILINE)
 
 UNITS = ("_seconds", "_items", "_bytes")
 
