@@ -45,7 +45,13 @@ log = structlog.get_logger(__name__)
 
 
 async def main(lifecycle: Lifecycle, settings: ControlplaneSettings) -> None:
-    """Start everything, say so, and register how it stops."""
+    """Start everything and say so."""
+    port, admin_port = await start(lifecycle, settings)
+    lifecycle.ready(port=port, admin_port=admin_port)
+
+
+async def start(lifecycle: Lifecycle, settings: ControlplaneSettings) -> tuple[int, int]:
+    """Start everything and register how it stops; returns the gRPC port and the admin port."""
     await apply_migrations(
         settings.postgres_owner_dsn or settings.postgres_dsn, SCHEMA, MIGRATIONS, settings.postgres_migrate
     )
@@ -81,7 +87,7 @@ async def main(lifecycle: Lifecycle, settings: ControlplaneSettings) -> None:
     lifecycle.on_stop("admin", admin.stop, 1.0)
     await server.set_serving(True)
     lifecycle.on_stop("watchers", partial(_end_watches, server, watchers), 1.0)
-    lifecycle.ready(port=port, admin_port=admin.port)
+    return port, admin.port
 
 
 async def _end_watches(server: GrpcServer, watchers: Watchers) -> None:

@@ -43,7 +43,13 @@ log = structlog.get_logger(__name__)
 
 
 async def main(lifecycle: Lifecycle, settings: ToolgwSettings) -> None:
-    """Start everything, say so, and register how it stops."""
+    """Start everything and say so."""
+    port, admin_port = await start(lifecycle, settings)
+    lifecycle.ready(port=port, admin_port=admin_port)
+
+
+async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, int]:
+    """Start everything and register how it stops; returns the gRPC port and the admin port."""
     await apply_migrations(
         settings.postgres_owner_dsn or settings.postgres_dsn, SCHEMA, MIGRATIONS, settings.postgres_migrate
     )
@@ -82,7 +88,7 @@ async def main(lifecycle: Lifecycle, settings: ToolgwSettings) -> None:
     await feed.ready.wait()
     await server.set_serving(True)
     lifecycle.on_stop("health", partial(server.set_serving, False), 1.0)
-    lifecycle.ready(port=port, admin_port=admin.port)
+    return port, admin.port
 
 
 def _catalog(lifecycle: Lifecycle, settings: ToolgwSettings, store: PostgresToolStore) -> ToolCatalog:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 import orjson
@@ -30,7 +30,7 @@ REQUEST_ID_LIFE_H: Final = 24
 CHANNEL: Final = "soma_config"
 """NOTIFY channel that wakes those who follow the change log; the payload is the new version."""
 
-PooledConnection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 
 class PostgresChange:
@@ -56,7 +56,7 @@ class PostgresChange:
         """The answer given under this request id within its life, if there is one."""
         row = await self._connection.fetchrow(
             "SELECT fingerprint, response FROM controlplane.answered_requests"
-            " WHERE tenant = $1 AND request_id = $2 AND answer_time > $3 - make_interval(hours => $4)",
+            " WHERE tenant = $1 AND request_id = $2 AND answer_time > $3::timestamptz - make_interval(hours => $4)",
             self._asked.scope,
             self._asked.request_id,
             self._stamp.time,

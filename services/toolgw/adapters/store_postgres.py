@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 import orjson
@@ -26,7 +26,7 @@ from soma_common.postgres.connect import Pool
 RETENTION_H: Final = 48
 """How long the end of a call is kept: longer than the longest turn, which may take 24 h."""
 
-PooledConnection = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
 # After a restart of the database no lease could be renewed for a while: nobody is held dead before each had the time
 # to.
