@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -142,7 +143,9 @@ class LaneReader:
                     continue
         finally:
             self._consumer = None
-            await subscription.unsubscribe()
+            # The connection may be gone; an error here must not take the place of a cancellation.
+            with suppress(NatsError):
+                await subscription.unsubscribe()
 
     async def _pull(self, consumer: _Consumer) -> None:
         """Asks for more, if less than half a batch is outstanding and what was read is nearly committed."""
@@ -263,7 +266,7 @@ class LaneReaders:
         self._readers = readers
         self._state = state
 
-    async def attach(self, partition: Partition) -> None:
+    def attach(self, partition: Partition) -> None:
         """Has the partition's lane read from its cursor on."""
         self._readers[lane_of(partition.id, self._state.layout.lanes)].attach(partition)
 

@@ -48,7 +48,7 @@ TAKEN = counter("soma_router_partitions_taken_total", "Partitions taken, by why.
 class LaneControl(Protocol):
     """The lane readers, as far as ownership is concerned."""
 
-    async def attach(self, partition: Partition) -> None:
+    def attach(self, partition: Partition) -> None:
         """Reads the partition's lane from its cursor on. Checks first that the lane is still the one the cursor was
         made for.
         """
@@ -79,6 +79,7 @@ class OwnPartitions:
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[UUID | None, float]] = {}
+        self._taken: list[Partition] = []
         self._releasing = False
         self._store_back = asyncio.Event()
         self.ready = asyncio.Event()
@@ -127,11 +128,17 @@ class OwnPartitions:
             seen = self._seen.get(lease.partition)
             if not lease.expired or seen is None or seen[0] != lease.term:
                 self._seen[lease.partition] = (lease.term, now)
-        for lease in leases:
-            if len(self._state.partitions) >= share:
-                break
-            if lease.partition not in self._state.partitions and self._free(lease, now):
-                await self._take(lease)
+        try:
+            for lease in leases:
+                if len(self._state.partitions) >= share:
+                    break
+                if lease.partition not in self._state.partitions and self._free(lease, now):
+                    await self._take(lease)
+        finally:
+            # Once for all that were taken: a reader that goes back reads again what others have already.
+            taken, self._taken = self._taken, []
+            for partition in taken:
+                self._lanes.attach(partition)
         surplus = len(self._state.partitions) - share
         for partition in list(self._state.partitions.values())[: min(max(surplus, 0), _RELEASE_PER_BEAT)]:
             self.end(partition, "rebalance")
@@ -167,7 +174,7 @@ class OwnPartitions:
         )  # fmt: skip
         self._go_on(partition, pending)
         self._desk.adopt(partition, channels)
-        await self._lanes.attach(partition)
+        self._taken.append(partition)
 
     def _restore(self, number: int, term: UUID, row: AcquiredRow, pending: Sequence[PendingRow]) -> Partition:
         partition = Partition(

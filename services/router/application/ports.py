@@ -36,6 +36,7 @@ class AcquiredRow:
     epoch: int
     head: int
     mail_head: int
+    mail_floor: int
     cursor_stream: str
     cursor_seq: int
     cursor_batch: str
