@@ -60,9 +60,11 @@ class RunPolicy:
 
 
 class TurnRunner:
-    """Runs turns with the models and tools of this brain. One for all turns."""
+    """Runs turns with the models and tools of this brain. One for all turns; made on the event loop it runs on."""
 
     def __init__(self, models: Models, tools: Tools, policy: RunPolicy) -> None:
+        # Kept, because asking for the running loop is a system call (getpid) before Python 3.12, several per turn.
+        self._loop = asyncio.get_running_loop()
         self._models = models
         self._tools = tools
         self._policy = policy
@@ -96,7 +98,7 @@ class TurnRunner:
     async def _live(
         self, start: cognition.StartTurn, journal: Journal, turn: Turn, agent: Agent, conversation: Conversation
     ) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         turn_deadline = loop.time() + agent.turn_timeout_s
         while turn.next is not Next.NOTHING:
             if turn.next is Next.RUN_TOOLS:
@@ -128,9 +130,9 @@ class TurnRunner:
         """One model call with its retries, its text shown as it comes, within the step's and the turn's time."""
         model = self._models.of(agent.provider)
         step = turn.steps + 1
-        step_deadline = asyncio.get_running_loop().time() + agent.step_timeout_s
+        step_deadline = self._loop.time() + agent.step_timeout_s
         deadline = min(step_deadline, turn_deadline)
-        text = TextStream(journal, step, self._policy.text_linger_s)
+        text = TextStream(journal, step, self._policy.text_linger_s, self._loop)
 
         async def ask(attempt: int) -> ModelAnswer:
             origin = CallOrigin(start.turn_id, step, start.dispatch, attempt, start.traceparent)
@@ -178,19 +180,23 @@ class TurnRunner:
     def _step_of(self, answer: ModelAnswer, turn: Turn, agent: Agent, conversation: Conversation) -> turn_pb2.StepBody:
         """The step an answer makes: a final, or a reply whose tools fit into what is left of the turn."""
         _check_size(answer, self._policy.max_reply_bytes)
-        usage = turn_pb2.Usage(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-        model = answer.model or f"{agent.provider}/{agent.model}"
+        step = turn_pb2.StepBody(format=STEP_FORMAT)
+        body: turn_pb2.FinalMessage | turn_pb2.ModelReply
         if not answer.calls:
-            message = message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, parts=[message_pb2.Part(text=answer.text)])
-            final = turn_pb2.FinalMessage(
-                message=message, usage=usage, model=model, inputs_seen=conversation.input_count
-            )
-            return turn_pb2.StepBody(format=STEP_FORMAT, final=final)
-        if not turn.has_room_for_tools(agent.max_steps):
+            body = step.final
+            body.message.role = message_pb2.ROLE_ASSISTANT
+            body.message.parts.add(text=answer.text)
+            body.inputs_seen = conversation.input_count
+        elif not turn.has_room_for_tools(agent.max_steps):
             raise _step_limit(agent)
-        calls = [_journaled_call(index, call) for index, call in enumerate(answer.calls)]
-        reply = turn_pb2.ModelReply(text=answer.text, tool_calls=calls, usage=usage, model=model)
-        return turn_pb2.StepBody(format=STEP_FORMAT, model_reply=reply)
+        else:
+            body = step.model_reply
+            body.text = answer.text
+            body.tool_calls.extend(_journaled_call(index, call) for index, call in enumerate(answer.calls))
+        body.model = answer.model or f"{agent.provider}/{agent.model}"
+        if answer.input_tokens or answer.output_tokens:
+            body.usage.input_tokens, body.usage.output_tokens = answer.input_tokens, answer.output_tokens
+        return step
 
 
 def _journaled_call(index: int, call: RequestedCall) -> turn_pb2.ToolCall:

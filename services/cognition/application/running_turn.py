@@ -56,10 +56,10 @@ class RunningTurn:
         self._task: asyncio.Task[None] | None = None
         self._unwinding: set[asyncio.Task[None]] = set()
 
-    def launch(self, runner: TurnRunner, unwinding: set[asyncio.Task[None]]) -> None:
+    def launch(self, runner: TurnRunner, loop: asyncio.AbstractEventLoop, unwinding: set[asyncio.Task[None]]) -> None:
         """Starts to run. `unwinding` keeps the task while it ends after a cancel."""
         self._unwinding = unwinding
-        self._task = asyncio.create_task(self._run(runner))
+        self._task = loop.create_task(self._run(runner))
 
     def confirm(self, dispatch: int, step: int) -> None:
         """The router has journaled a step. One that was not proposed is of another dispatch, or late: ignored."""

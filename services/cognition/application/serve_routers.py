@@ -46,13 +46,14 @@ class Brain:
 
     `max_turns` bounds the turns that run at once. Each router gets an equal share of it as credit, for as many
     `routers` as are expected; if more come, as in a rolling update, none is starved, and the bound itself declines
-    what is too much.
+    what is too much. Made on the event loop it runs on.
     """
 
     def __init__(self, instance: str, runner: TurnRunner, *, max_turns: int, routers: int = 1) -> None:
         # A brain that was restarted is another brain: what a router remembers of the old one does not hold for it.
         self.name = f"{instance}-{token_hex(4)}"
         self.runner = runner
+        self.loop = asyncio.get_running_loop()
         self.max_turns = max_turns
         self.draining = False
         self.turns: dict[bytes, RunningTurn] = {}
@@ -245,7 +246,7 @@ class RouterSession:
             self._running += 1
             turn = RunningTurn(self, start)
             self._brain.begin(turn)
-            turn.launch(self._brain.runner, self._brain.unwinding)
+            turn.launch(self._brain.runner, self._brain.loop, self._brain.unwinding)
 
 
 def _draining() -> SomaError:

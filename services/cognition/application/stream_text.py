@@ -20,11 +20,11 @@ class TextStream:
 
     __slots__ = ("_journal", "_linger_s", "_loop", "_next_send", "_pending", "_sent", "_step", "_timer")
 
-    def __init__(self, journal: Journal, step: int, linger_s: float) -> None:
+    def __init__(self, journal: Journal, step: int, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
         self._journal = journal
         self._step = step
         self._linger_s = linger_s
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._pending: list[str] = []
         self._sent = 0  # code points
         self._next_send = 0.0
