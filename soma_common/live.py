@@ -70,6 +70,8 @@ class LiveWatcher:
         self._buffer: deque[tuple[LiveEvent, int]] = deque()
         self._buffered_bytes = 0
         self._overrun = False
+        self._reconnects: int = nc.stats["reconnects"]
+        """Reconnects of the connection before the last snapshot was asked for."""
         self._more = asyncio.Event()
         self._ask = asyncio.Event()
         self._answered = asyncio.Event()
@@ -121,6 +123,8 @@ class LiveWatcher:
             return
         # The subject is a hash of the session: events of another session under it are not ours.
         ours = [e for e in batch.events if e.session == self._session.session and e.agent == self._session.agent]
+        if self._reconnects != self._nc.stats["reconnects"]:
+            self._merge.lost()
         self._give(self._merge.live(ours))
         if self._merge.gap:
             self._ask.set()
@@ -128,10 +132,11 @@ class LiveWatcher:
     async def _follow(self) -> None:
         """Asks the owner where the turn stands: at first, to renew the interest, and when something is missing."""
         while not self._merge.ended and not self._overrun:
-            lost_before = self._nc.stats["reconnects"]
+            reconnects = self._nc.stats["reconnects"]
             snapshot = await self._snapshot()
             self._ask.clear()
             if snapshot is not None:
+                self._reconnects = reconnects
                 if snapshot.known:
                     self._give(self._merge.snapshot(snapshot.events))
                 else:
@@ -143,13 +148,13 @@ class LiveWatcher:
             if not settled:
                 await asyncio.sleep(RETRY_S)
                 continue
-            await self._wait_for_need(lost_before)
+            await self._wait_for_need()
 
-    async def _wait_for_need(self, reconnects: int) -> None:
+    async def _wait_for_need(self) -> None:
         """Returns when the owner is to be asked again."""
         loop = asyncio.get_running_loop()
         renew = loop.time() + RENEW_S
-        while loop.time() < renew and self._nc.stats["reconnects"] == reconnects:
+        while loop.time() < renew and self._nc.stats["reconnects"] == self._reconnects:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.25):
                     await self._ask.wait()

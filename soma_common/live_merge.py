@@ -70,6 +70,10 @@ class TurnMerge:
         shown.extend(self.live(held))
         return shown
 
+    def lost(self) -> None:
+        """The connection was lost: events may be missing before the next one."""
+        self.gap = True
+
     def unknown(self) -> None:
         """The owner does not know the turn yet: what was held can only be about other turns."""
         self._held.clear()
@@ -112,12 +116,16 @@ class TurnMerge:
         if event.step < self._step:
             return
         if event.step > self._step:
-            if not jump and self._step and event.step > self._step + 1:
+            if not jump and self._step and not (event.step == self._step + 1 and self._step_complete()):
                 self._miss(event)
                 return
             self._next_step(event.step)
         self.gap = False
         self._show(kind, event, shown, jump)
+
+    def _step_complete(self) -> bool:
+        """Whether the step we are in may be followed by another: its calls, or the results of all calls, were shown."""
+        return bool(self._calls) or (bool(self._results) and self._results >= self._last_calls)
 
     def _new_dispatch(self, event: LiveEvent, shown: list[LiveEvent], jump: bool) -> bool:
         """Goes over to a newer dispatch. Returns whether `event` is still to be looked at."""
