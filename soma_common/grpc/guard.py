@@ -30,6 +30,7 @@ from soma_common.errors import (
     Internal,
     InvalidRequest,
     SomaError,
+    Unimplemented,
     from_rpc_error,
     to_status,
 )
@@ -37,7 +38,7 @@ from soma_common.grpc.call_context import set_caller, set_deadline
 from soma_common.grpc.method import Method
 from soma_common.grpc.validation import validate
 from soma_common.telemetry.metrics import counter, gauge, histogram
-from soma_common.telemetry.trace import TRACEPARENT, new_trace, parse_traceparent, set_trace
+from soma_common.telemetry.trace import TRACEPARENT, TraceContext, new_trace, parse_traceparent, set_trace
 
 FIRST_MESSAGE_TIMEOUT_S = 10.0
 """How long an authenticated stream may stay silent before its first message."""
@@ -51,6 +52,17 @@ _log = structlog.get_logger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Callable[[Any, Context], Any]
 Serve = Callable[[Any, Context], Awaitable[Any]]
+Checked = Callable[[Any, Context, str | None], Awaitable[Any]]
+"""Like `Serve`; the third argument is the metadata value `authorization`."""
+
+
+_MAKERS: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+"""By whether the request and the response are streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,51 +99,45 @@ class Guard:
 
     def wrap(self, method: Method, handler: Any) -> "grpc.RpcMethodHandler[Any, Any]":
         """Return `handler`, a `grpc.RpcMethodHandler` of whatever arity, with everything around it."""
-        decode = handler.request_deserializer
         encode = handler.response_serializer
-        if handler.request_streaming and handler.response_streaming:
-            inner = self._stream_in(method, _streaming_out(handler.stream_stream))
-            return grpc.stream_stream_rpc_method_handler(
-                _observed_stream(method, inner), _strict_decoder(decode), encode
-            )
+        timed = not (handler.request_streaming or handler.response_streaming)
         if handler.request_streaming:
-            inner = self._stream_in(method, handler.stream_unary)
-            return grpc.stream_unary_rpc_method_handler(
-                _observed_stream(method, inner), _strict_decoder(decode), encode
-            )
-        if handler.response_streaming:
-            inner = self._unary_in(method, _streaming_out(handler.unary_stream))
-            return grpc.unary_stream_rpc_method_handler(
-                _observed_stream(method, inner), _marking_decoder(decode), encode
-            )
-        inner = self._unary_in(method, handler.unary_unary)
-        return grpc.unary_unary_rpc_method_handler(_observed_unary(method, inner), _marking_decoder(decode), encode)
+            decode = _strict_decoder(handler.request_deserializer)
+            run = handler.stream_stream or handler.stream_unary
+            checked = self._stream_in(method, _streaming_out(run))
+        else:
+            decode = _marking_decoder(handler.request_deserializer)
+            run = handler.unary_stream or handler.unary_unary
+            checked = self._unary_in(method, _streaming_out(run))
+        make = _MAKERS[handler.request_streaming, handler.response_streaming]
+        wrapped: grpc.RpcMethodHandler[Any, Any] = make(_observed(method, checked, timed=timed), decode, encode)
+        return wrapped
 
-    def _unary_in(self, method: Method, handler: Serve) -> Serve:
-        async def serve(request: Any, context: Context) -> Any:
+    def _unary_in(self, method: Method, handler: Serve) -> Checked:
+        async def serve(request: Any, context: Context, authorization: str | None) -> Any:
             if type(request) is Undecodable:
                 raise _undecodable(request.why)
-            self._admit(method, context, request)
+            self._admit(method, authorization, request)
             return await handler(request, context)
 
         return serve
 
-    def _stream_in(self, method: Method, handler: Serve) -> Serve:
-        async def serve(requests: AsyncIterator[Any], context: Context) -> Any:
+    def _stream_in(self, method: Method, handler: Serve) -> Checked:
+        async def serve(requests: AsyncIterator[Any], context: Context, authorization: str | None) -> Any:
             # Identity before content: a stranger's stream is not read at all.
             if not method.public:
-                self._authorizer.authenticate(_metadata(context, "authorization"))
+                self._authorizer.authenticate(authorization)
             source = aiter(requests)
             first = await _first_message(source)
-            self._admit(method, context, first)
+            self._admit(method, authorization, first)
             return await handler(FirstThenRest(first, source), context)
 
         return serve
 
-    def _admit(self, method: Method, context: Context, request: Message) -> None:
+    def _admit(self, method: Method, authorization: str | None, request: Message) -> None:
         """Return when the caller may make this call with this request; raises the error to answer with otherwise."""
         if not method.public:
-            caller = self._authorizer.authenticate(_metadata(context, "authorization"))
+            caller = self._authorizer.authenticate(authorization)
             tenant = method.tenant_of(request)
             self._authorizer.authorize(caller, method.permission, tenant)
             set_caller(caller)
@@ -139,15 +145,16 @@ class Guard:
         validate(request)
 
 
-def _observed_unary(method: Method, serve: Serve) -> Serve:
-    """Count, time, limit and translate the errors of a unary call."""
-    seconds, running = _seconds.labels(method.path), _running.labels(method.path)
+def _observed(method: Method, serve: Checked, *, timed: bool) -> Serve:
+    """Count the call, time it if asked to (streams last as long as they please), limit it and translate its errors."""
+    seconds = _seconds.labels(method.path) if timed else None
+    running = _running.labels(method.path)
     ok = _handled.labels(method.path, grpc.StatusCode.OK.name)
+    cancelled = _handled.labels(method.path, grpc.StatusCode.CANCELLED.name)
 
     async def observed(request: Any, context: Context) -> Any:
         started = time.perf_counter()
         running.inc()
-        _begin_trace(context)
         try:
             response = await _within_deadline(method, serve, request, context)
             ok.inc()
@@ -155,55 +162,32 @@ def _observed_unary(method: Method, serve: Serve) -> Serve:
         except Exception as error:  # noqa: BLE001 - boundary: every error becomes a status here
             await _answer_error(method, context, error)
         except asyncio.CancelledError:
-            _handled.labels(method.path, grpc.StatusCode.CANCELLED.name).inc()
+            cancelled.inc()
             raise
         finally:
             running.dec()
-            seconds.observe(time.perf_counter() - started)
+            if seconds is not None:
+                seconds.observe(time.perf_counter() - started)
 
     return observed
 
 
-def _observed_stream(method: Method, serve: Serve) -> Serve:
-    """Count and translate the errors of a call with a stream in it."""
-    running = _running.labels(method.path)
-    ok = _handled.labels(method.path, grpc.StatusCode.OK.name)
-
-    async def observed(request: Any, context: Context) -> Any:
-        running.inc()
-        _begin_trace(context)
-        try:
-            response = await _within_deadline(method, serve, request, context)
-            ok.inc()
-            return response
-        except Exception as error:  # noqa: BLE001 - boundary: every error becomes a status here
-            await _answer_error(method, context, error)
-        except asyncio.CancelledError:
-            _handled.labels(method.path, grpc.StatusCode.CANCELLED.name).inc()
-            raise
-        finally:
-            running.dec()
-
-    return observed
-
-
-async def _within_deadline(method: Method, serve: Serve, request: Any, context: Context) -> Any:
-    """Serve within the caller's deadline, which gRPC enforces by cancelling this task, or else within the method's
-    own.
-    """
+async def _within_deadline(method: Method, serve: Checked, request: Any, context: Context) -> Any:
+    """Serve within the caller's deadline, which gRPC keeps by cancelling this task, or else within the method's own."""
+    authorization = _begin(context)
     left_s: float | None = context.time_remaining()
     if left_s is not None:
         if left_s <= 0:
             raise _deadline_exceeded("the deadline was over when the call arrived")
         set_deadline(left_s)
-        return await serve(request, context)
+        return await serve(request, context, authorization)
     if method.default_timeout_s is None:
-        return await serve(request, context)
+        return await serve(request, context, authorization)
     set_deadline(method.default_timeout_s)
     limit = asyncio.timeout(method.default_timeout_s)
     try:
         async with limit:
-            return await serve(request, context)
+            return await serve(request, context, authorization)
     except TimeoutError as error:
         if limit.expired():
             raise _deadline_exceeded(f"the method's own limit of {method.default_timeout_s:g} s is over") from error
@@ -230,15 +214,16 @@ async def _answer_error(method: Method, context: Context, error: Exception) -> N
 def _known(error: Exception) -> SomaError | None:
     if isinstance(error, SomaError):
         return error
-    if isinstance(error, grpc.aio.AioRpcError):
+    if isinstance(error, NotImplementedError):  # What a generated servicer raises for a method that nobody wrote.
+        return Unimplemented(error_reason_pb2.ERROR_REASON_UNIMPLEMENTED, "the method is not served here")
+    # That this service's own token was refused by another is no business of the caller, and a defect of the setup.
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() != grpc.StatusCode.UNAUTHENTICATED:
         return from_rpc_error(error)
     return None
 
 
 def _streaming_out(handler: Handler) -> Serve:
-    """Return a coroutine function for a handler that yields its responses; one that writes them itself is returned
-    as is.
-    """
+    """Return a coroutine function for a handler that yields its responses; any other is one already."""
     if not inspect.isasyncgenfunction(handler):
         return handler
 
@@ -274,16 +259,17 @@ async def _resolved(message: Message) -> Message:
     return message
 
 
-def _begin_trace(context: Context) -> None:
-    received = parse_traceparent(_metadata(context, TRACEPARENT))
-    set_trace(received.child() if received is not None else new_trace())
-
-
-def _metadata(context: Context, wanted: str) -> str | None:
+def _begin(context: Context) -> str | None:
+    """Enter the caller's trace, or a new one, and return the metadata value `authorization`."""
+    authorization: str | None = None
+    received: TraceContext | None = None
     for key, value in context.invocation_metadata() or ():
-        if key == wanted:
-            return value if isinstance(value, str) else None
-    return None
+        if key == "authorization" and isinstance(value, str):
+            authorization = value
+        elif key == TRACEPARENT and isinstance(value, str):
+            received = parse_traceparent(value)
+    set_trace(received.child() if received is not None else new_trace())
+    return authorization
 
 
 def _marking_decoder(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

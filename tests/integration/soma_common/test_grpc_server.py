@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest, RunTurnsResponse, StartTurn
 from soma.cognition.v1.cognition_service_pb2_grpc import CognitionServiceStub
 from soma.common.v1 import authz_pb2, error_reason_pb2
+from soma.common.v1.message_pb2 import SessionKey
 from soma.router.v1.turn_service_pb2 import WatchTurnRequest
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
 from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest
@@ -140,6 +141,25 @@ async def test_an_error_of_a_call_made_on_the_way_is_passed_on(stack: Stack) -> 
         stack.tools.behave = call_on
         error = await refused(stub.ListTools(DEMO))
     assert reason_name(error.reason) == "INVALID_REQUEST"
+
+
+async def test_a_method_that_nobody_wrote_is_unimplemented(stack: Stack) -> None:
+    request = InvokeToolRequest(tool="now", idempotency_key="k")
+    request.session.CopyFrom(SessionKey(tenant="demo", agent="a", channel="c", session="s"))
+    async with stack.channel() as channel:
+        error = await refused(ToolServiceStub(channel).InvokeTool(request))
+    assert reason_name(error.reason) == "UNIMPLEMENTED"
+
+
+async def test_that_the_services_own_token_was_refused_elsewhere_is_not_the_callers_business(stack: Stack) -> None:
+    async with stack.channel() as channel, open_channel(stack.address, token=None, service="toolgw") as nameless:
+
+        async def call_on() -> None:
+            await ToolServiceStub(nameless).ListTools(DEMO)
+
+        stack.tools.behave = call_on
+        error = await refused(ToolServiceStub(channel).ListTools(DEMO))
+    assert reason_name(error.reason) == "INTERNAL"
 
 
 async def test_the_deadline_ends_the_handler(stack: Stack) -> None:
