@@ -81,9 +81,10 @@ async def start(lifecycle: Lifecycle, settings: ControlplaneSettings) -> tuple[i
             (add_ConfigServiceServicer_to_server, ConfigApi(watch), CONFIG_SERVICE),
         ],
     )
+    await follower.following.wait()  # Watches that begin before would have to begin anew.
     port = await server.start()
     lifecycle.on_stop("grpc", partial(server.stop, settings.drain_timeout_s), settings.drain_timeout_s + 1)
-    admin = await serve_admin(settings, lambda: {"config changes": follower.is_following})
+    admin = await serve_admin(settings, lambda: {"config changes": follower.following.is_set()})
     lifecycle.on_stop("admin", admin.stop, 1.0)
     await server.set_serving(True)
     lifecycle.on_stop("watchers", partial(_end_watches, server, watchers), 1.0)

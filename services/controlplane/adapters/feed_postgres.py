@@ -111,8 +111,8 @@ class ChangeFollower:
         self._watchers = watchers
         self._poll_s = poll_s
         self._changed = asyncio.Event()
-        self.is_following = False
-        """Whether changes are noticed at present."""
+        self.following = asyncio.Event()
+        """Set while changes are noticed."""
 
     async def run(self) -> None:
         """Follow until cancelled; a lost connection is made again."""
@@ -128,7 +128,7 @@ class ChangeFollower:
         try:
             await self._follow(connection)
         finally:
-            self.is_following = False
+            self.following.clear()
             connection.terminate()
 
     async def _follow(self, connection: Connection) -> None:
@@ -138,7 +138,7 @@ class ChangeFollower:
         seen: int = await connection.fetchval("SELECT version FROM controlplane.config_head")
         # Watches that began before this point may have missed what was changed while nobody followed.
         self._watchers.end_all(watch_again("the change log was out of reach for a while"))
-        self.is_following = True
+        self.following.set()
         while True:
             rows = await connection.fetch(
                 "SELECT version, kind, name, body FROM controlplane.config_changes WHERE version > $1"
