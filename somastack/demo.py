@@ -4,7 +4,10 @@ type next."""
 import asyncio
 import json
 import shlex
+import shutil
+import sys
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,7 +91,8 @@ async def _play(conversation: Conversation, target: str, token: str, console: Co
     console.print()
     console.print(Rule(Text(f"💬 {conversation.title}"), align="left"))
     session = f"tour-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    async with await _connected(target, token) as client:
+    async with AsyncExitStack() as streams:
+        client = await _connected(streams, target, token)
         for message in conversation.messages:
             console.print(Text.assemble(("you> ", "bold green"), message))
             console.print(Text(f"{AGENT}> ", style="bold cyan"), end="")
@@ -96,13 +100,13 @@ async def _play(conversation: Conversation, target: str, token: str, console: Co
     console.print(Rule())
 
 
-async def _connected(target: str, token: str) -> ChannelClient:
-    """A client whose stream the gateway has welcomed; asks again while the gateway has not heard of the tenant yet."""
+async def _connected(streams: AsyncExitStack, target: str, token: str) -> ChannelClient:
+    """A client that the gateway has welcomed, closed by `streams`; asks again while the tenant is not known there."""
     deadline = time.monotonic() + ADOPTION_PATIENCE_S
     while True:
         client = ChannelClient(target, token=token, tenant=TENANT, channel=CHANNEL, instance="player")
         try:
-            return await client.__aenter__()
+            return await streams.enter_async_context(client)
         except (NotFound, PermissionDenied):
             if time.monotonic() > deadline:
                 raise
@@ -142,18 +146,32 @@ async def _accepted(client: ChannelClient, session: str, text: str) -> bytes:
             await asyncio.sleep(0.2)
 
 
+def callable_name(program: str) -> str:
+    """How to call a program of this environment from here: by its name if the shell finds it, else by its path."""
+    beside_us = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if found is not None and Path(found).resolve() == beside_us.resolve():
+        return program
+    if not beside_us.exists():
+        return program
+    shown = beside_us.relative_to(Path.cwd()) if beside_us.is_relative_to(Path.cwd()) else beside_us
+    return shlex.quote(str(shown))
+
+
 def tell_what_to_try(home: Home, state: StackState, console: Console) -> None:
     """Print addresses, and commands to copy."""
-    at_home = f"--home {shlex.quote(str(home.path))}"
+    program = callable_name("somastack")
+    at_home = "" if Home.chosen(None) == home else f" --home {shlex.quote(str(home.path))}"
     token_file = shlex.quote(str(AuthMaterial(home).admin_token_file))
     control = state.targets("controlplane").partition(",")[0]
     commands = {
-        "talk": f"somastack chat {at_home}",
-        "one question": f"somastack chat {at_home} --message 'what is 17*23'",
-        "look": f"somastack status {at_home}",
-        "logs": f"somastack logs {at_home} --follow",
+        "talk": f"{program} chat{at_home}",
+        "one question": f"{program} chat{at_home} --message 'what is 17*23'",
+        "look": f"{program} status{at_home}",
+        "logs": f"{program} logs{at_home} --follow",
         "administrate": (
-            f'buf curl --protocol grpc --http2-prior-knowledge -H "authorization: Bearer $(cat {token_file})" '
+            f"{callable_name('buf')} curl --protocol grpc --http2-prior-knowledge "
+            f'-H "authorization: Bearer $(cat {token_file})" '
             f'-d \'{{"parent": "tenants/{TENANT}"}}\' http://{control}/soma.controlplane.v1.AgentService/ListAgents'
         ),
     }

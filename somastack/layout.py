@@ -47,13 +47,13 @@ class Service:
 
 
 SERVICES = (
-    Service("controlplane", 10, start_after=SERVERS, stop_rank=2, stop_timeout_s=1.5),
+    Service("controlplane", 10, start_after=SERVERS, stop_rank=3, stop_timeout_s=1.0),
     Service("toolgw", 40, start_after=SERVERS, stop_rank=2, stop_timeout_s=1.5),
     Service("cognition", 30, start_after=SERVERS, stop_rank=2, stop_timeout_s=1.5),
-    Service("router", 20, start_after=("controlplane", "toolgw", "cognition"), stop_rank=1, stop_timeout_s=2.5),
-    Service("gateway", 0, start_after=("controlplane",), stop_rank=0, stop_timeout_s=2.0),
+    Service("router", 20, start_after=("controlplane", "toolgw", "cognition"), stop_rank=1, stop_timeout_s=2.0),
+    Service("gateway", 0, start_after=("controlplane",), stop_rank=0, stop_timeout_s=1.5),
 )
-SERVERS_STOP_RANK = 3
+SERVERS_STOP_RANK = 4
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from soma_common.settings import EXIT_BAD_SETTINGS
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
 from somastack.layout import HOST, SERVERS, SERVERS_STOP_RANK, Instance, Layout
+from somastack.story import Tail, sources
 
 READY_TIMEOUT_S = 60.0
 """From the start of a service to its health being SERVING."""
@@ -209,6 +210,7 @@ class ServicePart:
 
     async def start(self) -> None:
         """Start the process and wait until its health is SERVING."""
+        log = Tail(sources(self._surroundings.home, [self.name])[0])
         process = ChildProcess.start(
             # -P: what happens to lie in the working directory is not importable.
             [sys.executable, "-P", "-m", self._surroundings.module.format(service=self._instance.service.name)],
@@ -220,7 +222,7 @@ class ServicePart:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 while not await self._serving():
                     if process.exit_code is not None:
-                        raise self._ended_early(process)
+                        raise self._ended_early(process, log)
                     await asyncio.sleep(READY_POLL_S)
         except TimeoutError:
             process.send(signal.SIGKILL)
@@ -259,8 +261,10 @@ class ServicePart:
             answer = await ask(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
             return int(answer.status)
 
-    def _ended_early(self, process: ChildProcess) -> PartFailed:
-        said = process.output_tail()
+    def _ended_early(self, process: ChildProcess, log: Tail) -> PartFailed:
+        """Why it ended: what it printed, or else the first error that it logged since its start."""
+        logged = [line.told for line in log.read() if line.level == "error"]
+        said = process.output_tail() or "".join(logged[:1])
         advice = f"read {self.log} and {self._output}"
         if process.exit_code == EXIT_BAD_SETTINGS:
             advice = "change the variables it names, or unset them"

@@ -55,6 +55,11 @@ class Line:
     of_server: bool = False
     """Written by NATS or PostgreSQL themselves."""
 
+    @property
+    def told(self) -> str:
+        """Event and facts in plain words, each fact cut to a line."""
+        return "  ".join([self.event, *(f"{name}={_cut(value)}" for name, value in self.facts.items())])
+
     def rendered(self) -> Text:
         """The line for a terminal."""
         style = LEVEL_STYLES[self.level]

@@ -1,0 +1,186 @@
+"""The command `somastack` on a real stack: the whole way from `up` to `down`, as a stranger would type it."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from somastack.home import Home
+from somastack.layout import Layout
+from tests.integration.somastack.test_supervisor import free_base
+
+COMMAND = [sys.executable, "-m", "somastack.cli"]
+ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "SOMA_OFFLINE_WORD_DELAY_MS": "2"}
+
+
+def run(*arguments: object, within_s: float = 90.0) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=within_s, env=ENVIRONMENT, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The home of a stack that runs detached, with the demonstration played."""
+    home = tmp_path_factory.mktemp("stack") / "home"
+    base = free_base()
+    started = run("up", "--detach", "--demo", "--home", home, "--port-base", base)
+    assert started.returncode == 0, started.stdout + started.stderr
+    (home / "started.txt").write_text(started.stdout)
+    yield home
+    stopped = run("down", "--home", home)
+    assert stopped.returncode == 0, stopped.stderr
+    assert not Home(home).is_owned()
+
+
+def status(home: Path) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(run("status", "--home", home, "--output", "json").stdout)
+    return shown
+
+
+def test_up_plays_a_conversation_and_says_what_to_type(home: Path) -> None:
+    shown = (home / "started.txt").read_text()
+    assert "you> What is 17*23?" in shown
+    assert re.search(r"calculate\(.*17\*23", shown)
+    assert "391" in shown
+    assert "offline" in shown
+    for command in ("somastack chat", "somastack status", "buf curl"):
+        assert command in shown
+
+
+def test_status_names_every_component(home: Path) -> None:
+    shown = status(home)
+    assert shown["running"] is True
+    assert shown["state"] == "ready"
+    names = {"nats", "postgres", "controlplane-0", "toolgw-0", "cognition-0", "router-0", "gateway-0"}
+    assert {component["name"] for component in shown["components"]} == names
+    for component in shown["components"]:
+        assert component["state"] == "ready"
+        assert component["addresses"]
+        os.kill(component["pid"], 0)
+    table = run("status", "--home", home)
+    assert table.returncode == 0
+    assert all(name in table.stdout for name in names)
+
+
+def test_chat_with_a_message_prints_the_answer_alone(home: Path) -> None:
+    answered = run("chat", "--home", home, "--message", "what is 17*23")
+    assert answered.returncode == 0, answered.stderr
+    assert "391" in answered.stdout
+    assert answered.stderr == ""
+
+
+def test_a_session_goes_on_where_it_ended(home: Path) -> None:
+    run("chat", "--home", home, "--session", "kept", "--message", "remember that the kettle is on")
+    answered = run("chat", "--home", home, "--session", "kept", "--message", "what did I ask you to remember")
+    assert "the kettle is on" in answered.stdout
+
+
+def test_chat_with_an_unknown_agent_says_so(home: Path) -> None:
+    refused = run("chat", "--home", home, "--agent", "nobody", "--message", "hello")
+    assert refused.returncode == 1
+    assert "AGENT_NOT_FOUND" in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_chat_on_a_terminal_streams_and_ends_with_ctrl_d(home: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [*COMMAND, "chat", "--home", str(home)], ENVIRONMENT)
+    try:
+        seen = read_until(terminal, "you> ")
+        os.write(terminal, b"what is 6*7\n")
+        seen = read_until(terminal, "you> ", after="what is 6*7")
+        assert "42" in seen
+        os.write(terminal, b"\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        os.close(terminal)
+
+
+def read_until(terminal: int, wanted: str, *, after: str = "", within_s: float = 30.0) -> str:
+    seen, deadline = "", time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        if wanted in (seen.partition(after)[2] if after else seen):
+            return seen
+    raise AssertionError(f"{wanted!r} not seen in {seen!r}")
+
+
+def test_logs_tell_one_story(home: Path) -> None:
+    router = run("logs", "router", "--home", home)
+    assert "service.ready" in router.stdout
+    assert "gateway-0" not in router.stdout
+    everything = run("logs", "--home", home, "--lines", "500")
+    assert all(name in everything.stdout for name in ("gateway-0", "router-0", "supervisor"))
+    assert run("logs", "nothing", "--home", home).returncode == 1
+
+
+def test_a_second_up_says_so_with_the_addresses(home: Path) -> None:
+    second = run("up", "--home", home, "--port-base", free_base())
+    assert second.returncode == 1
+    assert "already running" in second.stderr
+    assert status(home)["components"][-1]["addresses"]["grpc"] in second.stderr
+
+
+def test_another_home_on_the_same_ports_is_told_which_port_is_taken(home: Path, tmp_path: Path) -> None:
+    base = status(home)["port_base"]
+    refused = run("up", "--home", tmp_path / "other", "--port-base", base)
+    assert refused.returncode == 1
+    assert f"port {Layout(base).nats_port} (for nats) is taken" in refused.stderr
+    assert "--port-base" in refused.stderr
+
+
+def test_doctor_finds_a_healthy_stack_healthy(home: Path) -> None:
+    seen = run("doctor", "--home", home)
+    assert seen.returncode == 0, seen.stdout
+    assert "router-0" in seen.stdout
+
+
+def test_the_printed_buf_curl_call_works(home: Path) -> None:
+    shown = (home / "started.txt").read_text()
+    line = next(line for line in shown.splitlines() if "buf curl" in line)
+    command = line[line.index("administrate") + len("administrate") :].strip()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    called = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, timeout=60, env={**ENVIRONMENT, "PATH": path}
+    )
+    assert called.returncode == 0, called.stderr
+    agents = json.loads(called.stdout)["agents"]
+    assert [agent["name"] for agent in agents] == ["tenants/demo/agents/assistant"]
+
+
+def test_ctrl_c_on_up_in_the_foreground(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    arguments = [*COMMAND, "up", "--home", str(home), "--port-base", str(free_base())]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if "serving from" in line:
+            break
+    assert "part.ready" in shown
+    children = [component["pid"] for component in status(home)["components"]]
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(15) == 0
+    assert time.monotonic() - began < 10.0
+    assert "stack.stopped" in rest
+    for pid in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    process.stdout.close()
+    assert run("status", "--home", home).returncode == 3
