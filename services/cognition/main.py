@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import httpx2
-import openai
 import structlog
 from soma.cognition.v1 import cognition_service_pb2_grpc as cognition_grpc
 
 from services.cognition.adapters.models.echo import EchoModel
 from services.cognition.adapters.models.offline import OfflineModel
-from services.cognition.adapters.models.openai_chat import OpenAIChat
 from services.cognition.adapters.models.registry import ModelRegistry
 from services.cognition.adapters.tools_grpc import GrpcTools, NoTools
 from services.cognition.adapters.turns_grpc import CognitionService
@@ -85,29 +82,20 @@ def open_models(lifecycle: Lifecycle, settings: CognitionSettings) -> ModelRegis
     }
     if settings.openai_base_url is None and settings.openai_api_key is None:
         return ModelRegistry(models, {"openai": OPENAI_MISSING})
-    client = open_openai(settings)
-    lifecycle.on_stop("model endpoint", client.close, 1.0)
-    models["openai"] = OpenAIChat(client)
-    return ModelRegistry(models, {})
+    # The library takes 0.4 s and 40 MB to load: only a brain that uses it pays, above all when it is restarted.
+    from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endpoint
 
-
-def open_openai(settings: CognitionSettings) -> openai.AsyncOpenAI:
-    """A client of the configured endpoint that leaves retries to us: only the turn knows what was shown already."""
     key = settings.openai_api_key
-    return openai.AsyncOpenAI(
-        api_key=key.get_secret_value() if key is not None else "none",
-        # Without an address the library's own default would be taken from OPENAI_BASE_URL: settings come from one
-        # place.
-        base_url=settings.openai_base_url or "https://api.openai.com/v1",
-        max_retries=0,
-        timeout=httpx2.Timeout(settings.openai_read_timeout_s, connect=settings.openai_connect_timeout_s),
-        http_client=openai.DefaultAsyncHttpxClient(
-            limits=httpx2.Limits(
-                max_connections=settings.openai_max_connections,
-                max_keepalive_connections=settings.openai_max_connections,
-            )
-        ),
+    endpoint = open_endpoint(
+        settings.openai_base_url,
+        key.get_secret_value() if key is not None else None,
+        connect_timeout_s=settings.openai_connect_timeout_s,
+        read_timeout_s=settings.openai_read_timeout_s,
+        max_connections=settings.openai_max_connections,
     )
+    lifecycle.on_stop("model endpoint", endpoint.close, 1.0)
+    models["openai"] = OpenAIChat(endpoint)
+    return ModelRegistry(models, {})
 
 
 def open_tools(lifecycle: Lifecycle, settings: CognitionSettings) -> Tools:

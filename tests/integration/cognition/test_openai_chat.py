@@ -11,10 +11,9 @@ from google.protobuf import struct_pb2
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
 
-from services.cognition.adapters.models.openai_chat import OpenAIChat
+from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endpoint
 from services.cognition.application.ports import CallOrigin, ModelAnswer, ModelRequest, ToolDescription
 from services.cognition.domain.conversation import Conversation
-from services.cognition.main import open_openai
 from services.cognition.settings import CognitionSettings
 from soma_common.errors import SomaError
 from soma_common.testing.model_server import (
@@ -52,9 +51,8 @@ def request(**changes: Any) -> ModelRequest:
     return ModelRequest(**(fields | changes))
 
 
-def client_of(server: ModelServer, **changes: Any) -> openai.AsyncOpenAI:
-    fields: dict[str, Any] = {"service_instance": "cognition-0", "openai_base_url": server.base_url}
-    return open_openai(CognitionSettings.model_validate(fields | changes))
+def client_of(server: ModelServer, key: str | None = None, read_timeout_s: float = 30.0) -> openai.AsyncOpenAI:
+    return open_endpoint(server.base_url, key, connect_timeout_s=5.0, read_timeout_s=read_timeout_s, max_connections=8)
 
 
 async def ask(server: ModelServer, asked: ModelRequest | None = None, **changes: Any) -> tuple[ModelAnswer, list[str]]:
@@ -170,7 +168,7 @@ async def test_every_failure_has_its_reason(
 ) -> None:
     model_server.script(reply)
     with pytest.raises(SomaError) as failed:
-        await ask(model_server, openai_read_timeout_s=0.3)
+        await ask(model_server, read_timeout_s=0.3)
     assert failed.value.reason == reason
     assert len(model_server.calls) == 1, "the library must not retry by itself"
     if isinstance(reply, Fail) and reply.retry_after_s:
@@ -180,7 +178,7 @@ async def test_every_failure_has_its_reason(
 async def test_an_endpoint_that_falls_silent_in_the_middle_is_a_timeout(model_server: ModelServer) -> None:
     model_server.script(Say("one two three", delay_s=5))
     with pytest.raises(SomaError) as failed:
-        await ask(model_server, openai_read_timeout_s=0.2)
+        await ask(model_server, read_timeout_s=0.2)
     assert failed.value.reason == reasons.ERROR_REASON_MODEL_TIMEOUT
 
 
@@ -193,9 +191,9 @@ async def test_an_endpoint_that_is_not_there_is_unavailable(model_server: ModelS
 
 async def test_the_key_is_sent_and_never_told() -> None:
     async with ModelServer(api_key="sk-right") as server:
-        await ask(server, openai_api_key="sk-right")
+        await ask(server, key="sk-right")
         with pytest.raises(SomaError) as failed:
-            await ask(server, openai_api_key="sk-wrong-secret")
+            await ask(server, key="sk-wrong-secret")
     assert failed.value.reason == reasons.ERROR_REASON_MODEL_UNAUTHENTICATED
     assert "SOMA_OPENAI_API_KEY" in failed.value.message
     assert "sk-wrong" not in str(failed.value)

@@ -4,6 +4,7 @@
     echo/delay-A-B       after A to B milliseconds, evenly spread
     echo/words           word by word
     echo/words-NxMms     N words, M milliseconds before each (the text's words, repeated)
+    echo/clock-NxMms     N readings of the monotonic clock in ns, M milliseconds before each: what a token's way costs
 
 Any other name is refused with MODEL_REJECTED.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import time
+from collections.abc import Iterable
 from itertools import cycle, islice
 from typing import Final
 
@@ -23,6 +26,7 @@ from services.cognition.domain.conversation import text_of
 from soma_common.errors import FailedPrecondition
 
 _DELAY: Final = re.compile(r"delay-(\d{1,6})-(\d{1,6})")
+_CLOCK: Final = re.compile(r"clock-(\d{1,5})x(\d{1,5})ms")
 _WORDS: Final = re.compile(r"words(?:-(\d{1,5})x(\d{1,5})ms)?")
 
 
@@ -38,20 +42,31 @@ class EchoModel:
         if delay := _DELAY.fullmatch(request.model):
             await asyncio.sleep(random.uniform(int(delay[1]), int(delay[2])) / 1000)
             return ModelAnswer(text)
+        if clock := _CLOCK.fullmatch(request.model):
+            return await _say((str(time.monotonic_ns()) for _ in range(int(clock[1]))), int(clock[2]) / 1000, emit)
         if words := _WORDS.fullmatch(request.model):
             return await _say_words(text, int(words[1] or 0), int(words[2] or 0) / 1000, emit)
         raise FailedPrecondition(
             reasons.ERROR_REASON_MODEL_REJECTED,
-            f"there is no echo/{request.model}; there are echo/echo, echo/delay-A-B, echo/words and echo/words-NxMms",
+            f"there is no echo/{request.model}; there are echo/echo, echo/delay-A-B, echo/words, echo/words-NxMms"
+            " and echo/clock-NxMms",
         )
 
 
 async def _say_words(text: str, count: int, delay_s: float, emit: Emit) -> ModelAnswer:
     words = text.split() or [text]
+    return await _say(islice(cycle(words), count or len(words)), delay_s, emit)
+
+
+async def _say(words: Iterable[str], delay_s: float, emit: Emit) -> ModelAnswer:
     said: list[str] = []
-    for word in islice(cycle(words), count or len(words)):
+    more = iter(words)
+    while True:
         if delay_s:
             await asyncio.sleep(delay_s)
+        word = next(more, None)
+        if word is None:
+            break
         piece = f" {word}" if said else word
         said.append(piece)
         emit(piece)

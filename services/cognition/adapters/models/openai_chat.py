@@ -39,14 +39,43 @@ _ROLES: Final = {
     message_pb2.ROLE_TOOL: "user",
     message_pb2.ROLE_SYSTEM: "system",
 }
+OPENAI_URL: Final = "https://api.openai.com/v1"
+NO_KEY: Final = "none"
+"""What is sent to an endpoint that wants no key: the library insists on one."""
+
 _DATA: Final = "data:"
 _DONE: Final = "[DONE]"
 _CONTEXT_WORDS: Final = ("context length", "context_length", "context window", "maximum context", "too many tokens")
 _MAX_QUOTED: Final = 300
 
 
+def open_endpoint(
+    base_url: str | None,
+    api_key: str | None,
+    *,
+    connect_timeout_s: float,
+    read_timeout_s: float,
+    max_connections: int,
+) -> openai.AsyncOpenAI:
+    """A client of an endpoint that leaves retries to us.
+
+    `base_url` None is OpenAI's own, `api_key` None is for endpoints that want none. `read_timeout_s` bounds the silence
+    of the endpoint, not the whole answer; calls over `max_connections` wait for a connection.
+    """
+    return openai.AsyncOpenAI(
+        api_key=api_key or NO_KEY,
+        # Said here, or the library would look for OPENAI_BASE_URL: settings come from one place.
+        base_url=base_url or OPENAI_URL,
+        max_retries=0,
+        timeout=httpx2.Timeout(read_timeout_s, connect=connect_timeout_s),
+        http_client=openai.DefaultAsyncHttpxClient(
+            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+        ),
+    )
+
+
 class OpenAIChat:
-    """Calls the endpoint that `client` is made for. The client must not retry by itself (`max_retries=0`)."""
+    """Calls the endpoint that `client` is made for (`open_endpoint`)."""
 
     def __init__(self, client: openai.AsyncOpenAI) -> None:
         self._client = client
