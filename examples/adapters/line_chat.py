@@ -1,0 +1,125 @@
+"""A TCP line chat: every line of a connection is a message, every answer comes back as a line.
+
+    python -m examples.adapters.line_chat --gateway 127.0.0.1:7400 --token-file .somastack/auth/tenants/demo.token
+    --agent assistant nc 127.0.0.1 7000
+
+The first line is the user's name; it names the conversation, so whoever comes back under the same name goes on with
+it, and answers that nobody was there to read come then. docs/guides/channel-adapter.md explains this file piece by
+piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import socket
+from pathlib import Path
+
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+
+from soma_common.client import ChannelClient
+from soma_common.errors import SomaError
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+RETRY_ABSENT_S = 2.0
+"""When to try again to deliver to a user who is not connected."""
+
+
+class LineChat:
+    """Connects users' sockets with their conversations."""
+
+    def __init__(self, client: ChannelClient, agent: str) -> None:
+        self._client = client
+        self._agent = agent
+        self._users: dict[str, asyncio.StreamWriter] = {}
+
+    async def serve_user(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection: reads lines until it ends."""
+        name = ""
+        try:
+            writer.write(b"your name? ")
+            name = (await reader.readline()).decode(errors="replace").strip()
+            if not NAME.fullmatch(name):
+                writer.write(b"a name has 1 to 64 letters, digits, dots, dashes or underscores\n")
+                return
+            self._users[name] = writer
+            while line := await reader.readline():
+                await self._say(name, line.decode(errors="replace").strip(), writer)
+        except (OSError, ValueError):  # gone, or a line longer than the reader's limit
+            return
+        finally:
+            if self._users.get(name) is writer:
+                del self._users[name]
+            writer.close()
+
+    async def deliver(self) -> None:
+        """Writes answers to their users until the client is closed."""
+        async for event in self._client.events():
+            if isinstance(event, LiveEvent):
+                self._show_progress(event)
+            elif await self._show_answer(event):
+                await self._client.ack(event)
+            else:
+                await self._client.nack(event, delay_s=RETRY_ABSENT_S, cause="the user is not connected")
+
+    async def _say(self, name: str, text: str, writer: asyncio.StreamWriter) -> None:
+        if not text:
+            return
+        try:
+            await self._client.send(self._agent, name, text)
+        except SomaError as error:
+            writer.write(f"! not sent: {error}\n".encode())
+
+    def _show_progress(self, event: LiveEvent) -> None:
+        writer = self._users.get(event.session)
+        if writer is not None and event.HasField("tool_call"):
+            writer.write(f"... uses {event.tool_call.tool}\n".encode())
+
+    async def _show_answer(self, delivery: Delivery) -> bool:
+        """Returns whether the user has got it."""
+        writer = self._users.get(delivery.session)
+        if writer is None:
+            return False
+        if delivery.HasField("error"):
+            answer = f"! {delivery.error.message}"
+        else:
+            answer = "".join(part.text for part in delivery.message.parts)
+        try:
+            writer.write(f"{answer}\n".encode())
+            await writer.drain()
+        except OSError:
+            return False
+        return True
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Serves until interrupted."""
+    client = ChannelClient(
+        options.gateway,
+        token=lambda: options.token_file.read_text(encoding="utf-8").strip(),
+        tenant=options.tenant,
+        channel="line",
+        instance=f"line-chat-{socket.gethostname()}-{options.port}",
+    )
+    async with client:
+        chat = LineChat(client, options.agent)
+        server = await asyncio.start_server(chat.serve_user, "127.0.0.1", options.port)
+        print(f"talk to {options.agent}: nc 127.0.0.1 {server.sockets[0].getsockname()[1]}", flush=True)
+        async with server:
+            await chat.deliver()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="A TCP line chat for SomaStack")
+    parser.add_argument("--gateway", required=True, help="host:port of the gateway; several with commas")
+    parser.add_argument("--token-file", required=True, type=Path, help="file with a bearer token of role channel")
+    parser.add_argument("--tenant", default="demo")
+    parser.add_argument("--agent", default="assistant")
+    parser.add_argument("--port", type=int, default=7000, help="where to listen; 0 takes a free port")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    asyncio.run(run(parse()))
