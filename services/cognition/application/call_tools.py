@@ -17,7 +17,7 @@ from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.application.ports import Invocation, Tools
 from services.cognition.application.retrying import Backoff, retrying
-from soma_common.errors import DeadlineExceeded, SomaError, class_of, to_proto
+from soma_common.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, SomaError, Unavailable, to_proto
 from soma_common.ids import call_key
 
 
@@ -77,29 +77,49 @@ class ToolCaller:
             step=step,
         )
 
+        refused: list[SomaError] = []
+
         async def once(_: int) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
-            return await self._tools.invoke(invocation, max(0.001, deadline - loop.time()))
+            try:
+                return await self._tools.invoke(invocation, max(0.001, deadline - loop.time()))
+            except Unavailable as error:
+                refused.append(error)
+                raise
 
         try:
             return await retrying(once, backoff=self._backoff, deadline=deadline)
-        except DeadlineExceeded as late:
-            # Nobody knows whether the tool ran after we stopped waiting; to say "it failed" would invite a second try.
-            reason = reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN
-            raise class_of(reason)(
-                reason, f"{call.tool} did not answer in the time a step may take; it may have run or may still run"
-            ) from late
+        except (Unavailable, DeadlineExceeded) as error:
+            raise _unreachable(call.tool) if refused else _unanswered(call.tool) from error
 
 
 def _check(call: turn_pb2.ToolCall, allowed: Sequence[str]) -> None:
     """Refuses what needs no gateway to be refused; the same on every replay, as the spec and the journal are the
     same."""
     if call.tool not in allowed:
-        reason = reasons.ERROR_REASON_TOOL_NOT_FOUND
         known = ", ".join(allowed) or "none"
-        raise class_of(reason)(reason, f"there is no tool {call.tool!r} for this agent; it may use: {known}")
+        raise NotFound(
+            reasons.ERROR_REASON_TOOL_NOT_FOUND, f"there is no tool {call.tool!r} for this agent; it may use: {known}"
+        )
     if not call.HasField("arguments"):  # how a journaled call says that the model's arguments could not be read
-        reason = reasons.ERROR_REASON_TOOL_ARGUMENTS_INVALID
-        raise class_of(reason)(reason, f"the arguments of {call.tool} were not a JSON object; call it again with one")
+        raise InvalidRequest(
+            reasons.ERROR_REASON_TOOL_ARGUMENTS_INVALID,
+            f"the arguments of {call.tool} were not a JSON object; call it again with one",
+        )
+
+
+def _unreachable(tool: str) -> SomaError:
+    return Unavailable(
+        reasons.ERROR_REASON_SERVICE_UNAVAILABLE,
+        f"{tool} could not be called: the tool gateway was not available in the time a step may take",
+    )
+
+
+def _unanswered(tool: str) -> SomaError:
+    """Nobody knows whether the tool ran after we stopped waiting; to say "it failed" would invite a second try."""
+    return Conflict(
+        reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN,
+        f"{tool} did not answer in the time a step may take; it may have run or may still run",
+    )
 
 
 def _too_large(tool: str, size: int, bound: int) -> message_pb2.Error:

@@ -1,0 +1,216 @@
+"""Tools in a turn: what goes wrong with them is told to the model, and each runs at most once per key."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+from soma.common.v1 import error_reason_pb2 as reasons
+from soma.common.v1 import turn_pb2
+from soma.toolgw.v1 import tool_service_pb2 as toolgw
+
+from soma_common.failpoints import arm_failpoints
+from soma_common.ids import call_key
+from soma_common.testing.model_server import CallTools, ModelServer, Say, ToolRequest
+from tests.integration.cognition.conftest import RunningBrain, StartBrain
+from tests.integration.cognition.counterparts import ScriptedRouter, ToolGateway, answer_with, fail_with
+from tests.integration.cognition.test_run_turns import MODEL, answer_of, failure_of
+from tests.unit.cognition import stories
+
+KEY = call_key(stories.TURN, 1, 0)
+CALL = CallTools(ToolRequest("calculate", {"expression": "17*23"}))
+
+
+def results_of(router: ScriptedRouter) -> list[turn_pb2.ToolResult]:
+    """The results of the turn's first tool step."""
+    return list(turn_pb2.StepBody.FromString(router.proposals[1].body).tool_results.results)
+
+
+async def run(router: ScriptedRouter, model_server: ModelServer, **spec: Any) -> list[turn_pb2.ToolResult]:
+    """A turn with one call of `calculate`; its results."""
+    model_server.script(CALL, Say("done"))
+    await router.start(stories.start("go", **(MODEL | spec)))
+    assert answer_of(await router.ending()) == "done"
+    return results_of(router)
+
+
+async def test_the_model_is_told_of_its_agents_tools_only(router: ScriptedRouter, model_server: ModelServer) -> None:
+    await run(router, model_server, tools=["calculate", "no_such_tool"])
+    offered = [tool["function"] for tool in model_server.calls[0].body["tools"]]
+    assert [tool["name"] for tool in offered] == ["calculate"]
+    assert offered[0]["parameters"]["required"] == ["expression"]
+
+
+async def test_a_result_reaches_the_journal_and_the_model(router: ScriptedRouter, model_server: ModelServer) -> None:
+    (result,) = await run(router, model_server)
+    assert result.result.number_value == 391
+    assert result.call_id == "call_1_0"
+    assert model_server.calls[1].messages[-1] == {"role": "tool", "tool_call_id": "call_1_0", "content": "391"}
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [reasons.ERROR_REASON_TOOL_FAILED, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN, reasons.ERROR_REASON_TOOL_CANCELLED],
+)
+async def test_a_tools_failure_is_told_to_the_model(
+    router: ScriptedRouter,
+    model_server: ModelServer,
+    tool_gateway: ToolGateway,
+    reason: reasons.ErrorReason.ValueType,
+) -> None:
+    tool_gateway.behaviour = fail_with(reason, "division by zero")
+    (result,) = await run(router, model_server)
+    assert result.error.reason == reason
+    assert model_server.calls[1].last_text == "error: division by zero"
+
+
+async def test_a_tool_the_agent_may_not_use_is_refused_here(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    (result,) = await run(router, model_server, tools=["current_time"])
+    assert result.error.reason == reasons.ERROR_REASON_TOOL_NOT_FOUND
+    assert "current_time" in result.error.message
+    assert not tool_gateway.asked
+
+
+async def test_a_gateway_that_is_away_is_asked_again_under_the_same_key(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    tool_gateway.statuses = [grpc.StatusCode.UNAVAILABLE] * 4 + [grpc.StatusCode.RESOURCE_EXHAUSTED]
+    (result,) = await run(router, model_server)
+    assert result.result.number_value == 391
+    assert tool_gateway.asked == {KEY: 6}
+    assert tool_gateway.effects == {KEY: 1}
+
+
+async def test_a_gateway_that_stays_away_is_a_result_too(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    tool_gateway.statuses = [grpc.StatusCode.UNAVAILABLE] * 1000
+    (result,) = await run(router, model_server, step_timeout_ms=2500)
+    assert result.error.reason == reasons.ERROR_REASON_SERVICE_UNAVAILABLE
+    assert set(tool_gateway.asked) == {KEY}
+
+
+async def test_a_gateway_that_restarts_is_found_again(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    model_server.script(CALL, Say("done"))
+    router.confirming = False
+    await router.start(stories.start("go", **MODEL))
+    proposal = await router.proposal()
+    await tool_gateway.stop()
+    await router.confirm(proposal)
+    await asyncio.sleep(0.3)
+    await tool_gateway.start()
+    router.confirming = True
+    await router.confirm(await router.proposal(2))
+    assert answer_of(await router.ending()) == "done"
+    assert tool_gateway.effects == {KEY: 1}
+
+
+async def test_a_tool_that_does_not_answer_in_time_has_an_unknown_outcome(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    async def hang(_: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:
+        await asyncio.sleep(60)
+        raise AssertionError("unreachable")
+
+    tool_gateway.behaviour = hang
+    (result,) = await run(router, model_server, step_timeout_ms=500)
+    assert result.error.reason == reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN
+    assert tool_gateway.asked == {KEY: 1}, "what may have run is not tried again"
+
+
+async def test_tools_of_one_reply_run_at_once(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    together = asyncio.Barrier(3)
+
+    async def meet(_: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:
+        await together.wait()
+        return toolgw.InvokeToolResponse()
+
+    tool_gateway.behaviour = meet
+    model_server.script(CallTools(*[ToolRequest("calculate", {})] * 3), Say("done"))
+    await router.start(stories.start("go", **MODEL))
+    assert answer_of(await router.ending()) == "done"
+    assert [result.index for result in results_of(router)] == [0, 1, 2]
+    assert set(tool_gateway.effects) == {call_key(stories.TURN, 1, index) for index in range(3)}
+
+
+async def test_a_result_that_is_too_large_is_told_as_such(
+    start_brain: StartBrain, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    tool_gateway.behaviour = answer_with("x" * 5000)
+    brain = await start_brain(max_result_bytes=2000)
+    async with brain.router() as router:
+        (result,) = await run(router, model_server)
+    assert result.error.reason == reasons.ERROR_REASON_CONTENT_TOO_LARGE
+
+
+async def test_descriptions_are_asked_for_once_and_survive_an_outage(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    model_server.rule = lambda _: Say("hi")
+    turns = [i.to_bytes(16, "big") for i in range(50)]
+    tool_gateway.list_statuses = [grpc.StatusCode.UNAVAILABLE] * 2
+    await router.start(*(stories.start("go", turn_id=turn, **MODEL) for turn in turns))
+    for turn in turns:
+        assert answer_of(await router.ending(turn)) == "hi"
+    assert tool_gateway.lists <= 2 + 4, "two failed tries, then four pages once for all fifty turns"
+    await tool_gateway.stop()
+    await router.start(stories.start("go", turn_id=b"x" * 16, **MODEL))
+    assert answer_of(await router.ending(b"x" * 16)) == "hi"
+
+
+async def test_the_step_limit_stops_a_model_that_never_ends(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    model_server.rule = lambda _: CALL
+    await router.start(stories.start("go", max_steps=5, **MODEL))
+    failed = await router.ending()
+    assert failure_of(failed).reason == reasons.ERROR_REASON_STEP_LIMIT
+    assert failed.step == 5, "the limit counts the failure too"
+    assert sum(tool_gateway.effects.values()) == 2
+
+
+async def test_the_offline_model_uses_real_tools(router: ScriptedRouter, tool_gateway: ToolGateway) -> None:
+    tools = ["calculate", "current_time", "remember_note", "recall_notes"]
+    await router.start(stories.start("what is 17*23", model="offline/assistant", tools=tools))
+    answer = answer_of(await router.ending())
+    assert answer.endswith("17*23 = 391.")
+    assert "offline" in answer
+    assert tool_gateway.requests[0].tool == "calculate"
+    assert dict(tool_gateway.requests[0].arguments) == {"expression": "17*23"}
+    assert router.text(stories.TURN, 3) == answer
+
+
+@pytest.mark.parametrize(
+    ("point", "proposals", "effects"),
+    [
+        ("cognition.before_proposal=raise@2", 1, 1),
+        ("cognition.after_confirm_before_tool=raise", 1, 0),
+        ("cognition.after_tool_before_result=raise", 1, 1),
+        ("cognition.mid_tokens=raise", 0, 0),
+    ],
+)
+async def test_each_failpoint_is_where_its_name_says(
+    brain: RunningBrain,
+    model_server: ModelServer,
+    tool_gateway: ToolGateway,
+    point: str,
+    proposals: int,
+    effects: int,
+) -> None:
+    """What a crash there would leave behind; the defect itself becomes a typed failure, as any would."""
+    model_server.script(CallTools(ToolRequest("calculate", {}), text="one two three four"), Say("done"))
+    arm_failpoints(point)
+    async with brain.router() as router:
+        await router.start(stories.start("go", **MODEL))
+        failed = await router.ending()
+        assert failure_of(failed).reason == reasons.ERROR_REASON_INTERNAL
+        assert len(router.proposals) == proposals + 1
+        assert sum(tool_gateway.effects.values()) == effects
