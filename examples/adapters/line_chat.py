@@ -3,9 +3,8 @@
     python -m examples.adapters.line_chat --gateway 127.0.0.1:7400 --token-file .somastack/auth/tenants/demo.token
     --agent assistant nc 127.0.0.1 7000
 
-The first line is the user's name; it names the conversation, so whoever comes back under the same name goes on with
-it, and answers that nobody was there to read come then. docs/guides/channel-adapter.md explains this file piece by
-piece.
+The first line is the user's name. It names the conversation: whoever comes back under the same name goes on with it. An
+answer for a user who has left is tried for about a minute. docs/guides/channel-adapter.md explains this file.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from soma_common.client import ChannelClient
 from soma_common.errors import SomaError
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-RETRY_ABSENT_S = 2.0
-"""When to try again to deliver to a user who is not connected."""
+RETRY_ABSENT_S = 6.0
+"""When to try again to deliver to a user who is not connected. A delivery has ten tries unless the router is set
+otherwise."""
 
 
 class LineChat:
