@@ -32,7 +32,8 @@ _Copy = tuple[dict[str, Tenant], dict[str, Agent]]
 class ConfigFeed:
     """The copy and the task that keeps it (`run`). Messages it returns are shared: do not change them."""
 
-    def __init__(self, channel: grpc.aio.Channel, instance: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, instance: str, *, silence_limit_s: float = SILENCE_LIMIT_S) -> None:
+        self._silence_limit_s = silence_limit_s
         self._stub = config_service_pb2_grpc.ConfigServiceStub(channel)
         self._instance = instance
         self._tenants: dict[str, Tenant] = {}
@@ -72,7 +73,7 @@ class ConfigFeed:
                 await self._watch()
                 why = "the control plane closed the feed"
             except TimeoutError:
-                why = f"nothing was heard for {SILENCE_LIMIT_S:g} s"
+                why = f"nothing was heard for {self._silence_limit_s:g} s"
             except grpc.aio.AioRpcError as error:
                 why = str(from_rpc_error(error))
             except SomaError as error:
@@ -89,7 +90,7 @@ class ConfigFeed:
         arriving: _Copy | None = ({}, {})
         try:
             while True:
-                async with asyncio.timeout(SILENCE_LIMIT_S):
+                async with asyncio.timeout(self._silence_limit_s):
                     frame = await call.read()
                 if frame is grpc.aio.EOF:
                     return

@@ -94,8 +94,8 @@ class FirstThenRest:
 class Guard:
     """Wraps handlers with the checks. One per server."""
 
-    def __init__(self, authorizer: Authorizer) -> None:
-        self._authorizer = authorizer
+    def __init__(self, authorizer: Authorizer, first_message_timeout_s: float = FIRST_MESSAGE_TIMEOUT_S) -> None:
+        self._authorizer, self._first_message_timeout_s = authorizer, first_message_timeout_s
 
     def wrap(self, method: Method, handler: Any) -> "grpc.RpcMethodHandler[Any, Any]":
         """Return `handler`, a `grpc.RpcMethodHandler` of whatever arity, with everything around it."""
@@ -128,7 +128,7 @@ class Guard:
             if not method.public:
                 self._authorizer.authenticate(authorization)
             source = aiter(requests)
-            first = await _first_message(source)
+            first = await _first_message(source, self._first_message_timeout_s)
             self._admit(method, authorization, first)
             return await handler(FirstThenRest(first, source), context)
 
@@ -239,9 +239,9 @@ def _streaming_out(handler: Handler) -> Serve:
     return write_all
 
 
-async def _first_message(requests: AsyncIterator[Any]) -> Message:
+async def _first_message(requests: AsyncIterator[Any], timeout_s: float) -> Message:
     try:
-        async with asyncio.timeout(FIRST_MESSAGE_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             first: Message = await anext(requests)
     except StopAsyncIteration:
         raise FailedPrecondition(
@@ -250,7 +250,7 @@ async def _first_message(requests: AsyncIterator[Any]) -> Message:
     except TimeoutError:
         raise FailedPrecondition(
             error_reason_pb2.ERROR_REASON_PROTOCOL_ORDER,
-            f"the first message did not come within {FIRST_MESSAGE_TIMEOUT_S:g} s",
+            f"the first message did not come within {timeout_s:g} s",
         ) from None
     return first
 

@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from soma_common.authz.authorizer import Authorizer
-from soma_common.grpc.guard import Guard
+from soma_common.grpc.guard import FIRST_MESSAGE_TIMEOUT_S, Guard
 from soma_common.grpc.method import PUBLIC_SERVICES, Method, describe_service
 from soma_common.settings import ServiceSettings
 
@@ -40,12 +40,13 @@ class GrpcServer:
         *,
         services: Sequence[Service],
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        first_message_timeout_s: float = FIRST_MESSAGE_TIMEOUT_S,
     ) -> None:
         """Raises MissingAuthzRule naming the first method whose contract does not say who may call it."""
         self._settings = settings
         self._names = [name for _, _, name in services]
         self._methods = {name: describe_service(name) for name in self._names if name not in PUBLIC_SERVICES}
-        self._guard = Guard(authorizer)
+        self._guard = Guard(authorizer, first_message_timeout_s)
         self._services = services
         self._interceptors = interceptors
         self._health = _Health()

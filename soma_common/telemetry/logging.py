@@ -10,6 +10,7 @@ the facts given. Secrets are redacted and long values cut (redaction.py).
 
 import atexit
 import logging
+import os
 import sys
 import threading
 from collections.abc import MutableMapping
@@ -51,6 +52,7 @@ class LogWriter:
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._dropped = 0
         self._closed = False
+        self._size = 0
         self._out = self._open()
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
@@ -86,9 +88,10 @@ class LogWriter:
 
     def _write(self, line: bytes) -> None:
         self._out.write(line)
+        self._size += len(line)
         if self._queue.empty():
             self._out.flush()
-        if self._path is not None and self._out.tell() >= self._max_bytes:
+        if self._path is not None and self._size >= self._max_bytes:
             self._rotate(self._path)
 
     def _rotate(self, path: Path) -> None:
@@ -103,7 +106,9 @@ class LogWriter:
         if self._path is None:
             return sys.stderr.buffer
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._path.open("ab")
+        out = self._path.open("ab")
+        self._size = os.fstat(out.fileno()).st_size
+        return out
 
 
 def setup_logging(service: str, instance: str, log_file: Path | None = None, level: str = "info") -> LogWriter:

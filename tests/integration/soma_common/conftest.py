@@ -77,7 +77,7 @@ class Turns(turn_service_pb2_grpc.TurnServiceServicer):
 class Stack:
     """The running server and what it serves."""
 
-    def __init__(self, identities: Identities, settings: ServiceSettings) -> None:
+    def __init__(self, identities: Identities, settings: ServiceSettings, **options: Any) -> None:
         self.identities, self.brain = identities, Brain()
         self.tools = Tools()  # type: ignore[abstract] # what is not called is not written
         self.turns = Turns()  # type: ignore[abstract]
@@ -101,6 +101,7 @@ class Stack:
                     "soma.router.v1.TurnService",
                 ),
             ],
+            **options,
         )
 
     @property

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 from soma.controlplane.v1.agent_service_pb2 import Agent
 from soma.controlplane.v1.config_service_pb2 import WatchConfigRequest, WatchConfigResponse
 from soma.controlplane.v1.config_service_pb2_grpc import ConfigServiceServicer, add_ConfigServiceServicer_to_server
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 
-from soma_common import config_feed
 from soma_common.config_feed import ConfigFeed
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
@@ -46,8 +46,10 @@ class Controlplane(ConfigServiceServicer):
 class Running:
     """A feed on a control plane."""
 
-    def __init__(self, controlplane: Controlplane, feed: ConfigFeed) -> None:
-        self.controlplane, self.feed, self.versions = controlplane, feed, list[int]()
+    def __init__(self, controlplane: Controlplane, channel: grpc.aio.Channel) -> None:
+        self.controlplane, self.channel = controlplane, channel
+        self.feed = feed = ConfigFeed(channel, "gateway-0")
+        self.versions: list[int] = []
         feed.on_change(lambda: self.versions.append(feed.version))
 
 
@@ -62,9 +64,8 @@ async def running(tmp_path: Any) -> AsyncIterator[Running]:
     port = await server.start()
     await server.set_serving(True)
     async with open_channel(f"127.0.0.1:{port}", token=identities.bearer(), service="controlplane") as channel:
-        feed = ConfigFeed(channel, "gateway-0")
-        running = Running(controlplane, feed)
-        task = asyncio.create_task(feed.run())
+        running = Running(controlplane, channel)
+        task = asyncio.create_task(running.feed.run())
         yield running
         task.cancel()
         await asyncio.wait([task])
@@ -114,9 +115,12 @@ async def test_the_last_copy_stays_until_the_next_is_complete(running: Running) 
     assert running.feed.tenant("demo") is None
 
 
-async def test_a_silent_feed_is_opened_again(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_feed, "SILENCE_LIMIT_S", 0.1)
-    watch = await running.controlplane.watched(1)
+async def test_a_silent_feed_is_opened_again(running: Running) -> None:
+    impatient = ConfigFeed(running.channel, "gateway-0", silence_limit_s=0.1)
+    task = asyncio.create_task(impatient.run())
+    watch = await running.controlplane.watched(2)
     await watch.put(WatchConfigResponse(snapshot=True, complete=True, tenants=[DEMO], version=1))
-    await running.controlplane.watched(3)
-    assert running.feed.tenant("demo") == DEMO
+    await running.controlplane.watched(4)
+    task.cancel()
+    await asyncio.wait([task])
+    assert impatient.tenant("demo") == DEMO

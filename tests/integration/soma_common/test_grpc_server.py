@@ -19,7 +19,6 @@ from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
 from soma_common.errors import NotFound, SomaError, Unavailable, from_rpc_error, reason_name
-from soma_common.grpc import guard
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.method import MissingAuthzRule
 from soma_common.grpc.server import AddressInUse, GrpcServer
@@ -225,16 +224,18 @@ async def test_streams_pass_frames_in_order_after_the_first_was_checked(stack: S
     assert stack.brain.frames == 50
 
 
-async def test_a_stream_without_a_first_message_is_a_protocol_error(
-    stack: Stack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with stack.channel() as channel:
+async def test_a_stream_without_a_first_message_is_a_protocol_error(identities: Identities) -> None:
+    settings = ServiceSettings(service_instance="toolgw-0")
+    impatient = Stack(identities, settings, first_message_timeout_s=0.1)
+    await impatient.server.start()
+    await impatient.server.set_serving(True)
+    async with impatient.channel() as channel:
         closed = CognitionServiceStub(channel).RunTurns()
         await closed.done_writing()
         assert reason_name((await refused(closed.read())).reason) == "PROTOCOL_ORDER"
-        monkeypatch.setattr(guard, "FIRST_MESSAGE_TIMEOUT_S", 0.1)
         silent = CognitionServiceStub(channel).RunTurns()
         assert reason_name((await refused(silent.read())).reason) == "PROTOCOL_ORDER"
+    await impatient.server.stop(0)
 
 
 async def test_a_server_stream_ends_well_or_in_its_error(stack: Stack) -> None:

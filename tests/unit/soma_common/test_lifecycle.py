@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -13,7 +14,9 @@ def ran() -> list[str]:
     return []
 
 
-def step(ran: list[str], name: str, wait_s: float = 0.0, error: Exception | None = None):  # type: ignore[no-untyped-def]
+def step(
+    ran: list[str], name: str, wait_s: float = 0.0, error: Exception | None = None
+) -> Callable[[], Awaitable[None]]:
     async def run() -> None:
         await asyncio.sleep(wait_s)
         if error is not None:
