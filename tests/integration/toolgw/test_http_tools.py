@@ -1,0 +1,100 @@
+"""HTTP tools against an endpoint over a real socket."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.toolgw.adapters.tools_http import HttpToolsFileError, http_client, load_http_tools
+from tests.integration.toolgw.conftest import (
+    TURN,
+    Surroundings,
+    failure_of,
+    refused,
+    result_of,
+    running_gateway,
+)
+
+
+async def test_the_endpoint_learns_who_calls(surroundings: Surroundings) -> None:
+    async with running_gateway(surroundings) as gateway:
+        await gateway.invoke("pay", "k/1", {"n": 17})
+    headers, body = surroundings.http.requests[0]
+    assert (headers["idempotency-key"], headers["soma-turn"], headers["soma-step"]) == ("k/1", TURN, "2")
+    session = {"tenant": "demo", "agent": "helper", "channel": "chat", "session": "s-1"}
+    assert body == {"tool": "pay", "arguments": {"n": 17}, "session": session, "turn_id": TURN, "step": 2}
+    assert isinstance(body["arguments"]["n"], int)
+
+
+@pytest.mark.parametrize(("path", "result"), [("/text", "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n"), ("/empty", None)])
+async def test_answers_that_are_no_json_object(surroundings: Surroundings, path: str, result: object) -> None:
+    surroundings.describe(pay=path)
+    async with running_gateway(surroundings) as gateway:
+        for _ in range(2):
+            assert result_of(await gateway.invoke("pay", "k1")) == result
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/error", "HTTP 503: no more today"),
+        ("/moved", "HTTP 302"),
+        ("/broken", "did not announce"),
+        ("/big", "[truncated]"),
+        ("/endless", "[truncated]"),
+    ],
+)
+async def test_an_answer_that_is_no_result_is_the_tools_failure(
+    surroundings: Surroundings, path: str, says: str
+) -> None:
+    surroundings.describe(pay=path)
+    async with running_gateway(surroundings) as gateway:
+        reason, message = failure_of(await gateway.invoke("pay", "k1"))
+        assert reason == "TOOL_FAILED"
+        assert says in message
+        assert len(message) < 3000
+    assert surroundings.http.calls == {"k1": 1}
+
+
+async def test_a_connection_cut_after_the_call_was_sent(surroundings: Surroundings) -> None:
+    surroundings.describe(pay="/cut", put="/cut")
+    async with running_gateway(surroundings) as gateway:
+        assert failure_of(await gateway.invoke("put", "k1"))[0] == "TOOL_FAILED"
+        for _ in range(2):
+            async with refused("TOOL_OUTCOME_UNKNOWN"):
+                await gateway.invoke("pay", "k2")
+    assert surroundings.http.calls == {"k1": 1, "k2": 1}
+
+
+async def test_an_endpoint_out_of_reach_has_not_been_called(surroundings: Surroundings) -> None:
+    surroundings.http.url = "http://127.0.0.1:1"
+    surroundings.describe()
+    async with running_gateway(surroundings) as gateway:
+        reason, message = failure_of(await gateway.invoke("pay", "k1"))
+        assert (reason, message) == ("TOOL_FAILED", "pay cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ('"url": "ftp://x/"', "0.url"),
+        ('"side_effect": "needs_approval"', "0.side_effect"),
+        ('"parameters": {"type": "array"}', "0.parameters"),
+        ('"parameters": {"type": "object", "properties": 1}', "properties"),
+        ('"timeout_ms": 0', "0.timeout_ms"),
+        ('"tenants": ["Demo"]', "0.tenants"),
+        ('"colour": "red"', "0.colour"),
+        ('"tool": "a b"', "0.tool"),
+    ],
+)
+async def test_a_wrong_file_says_where(surroundings: Surroundings, wrong: str, says: str) -> None:
+    file = surroundings.folder / "wrong.json"
+    right = (
+        '"tool": "t", "description": "d", "parameters": {"type": "object"}, "side_effect": "read_only",'
+        ' "timeout_ms": 1, "url": "http://x/"'
+    )
+    file.write_text(f"[{{{right}, {wrong}}}]", encoding="utf-8")  # Of a name given twice JSON readers take the last.
+    async with http_client() as client:
+        with pytest.raises(HttpToolsFileError, match=says):
+            load_http_tools(file, client)
+        with pytest.raises(HttpToolsFileError, match="cannot be read"):
+            load_http_tools(surroundings.folder / "none.json", client)
