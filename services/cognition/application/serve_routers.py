@@ -131,12 +131,13 @@ class RouterSession:
         self.router = router
         self.granted = granted
         """Turns this router may run here at once."""
+        self.running = 0
+        """Turns of this router that run."""
         self.failure: SomaError | None = None
         """Why the stream was ended from this side; None: in order."""
         self.closed = asyncio.Event()
         self._brain = brain
         self._outbox = outbox
-        self._running = 0
         self._silent_ticks = 0
 
     @property
@@ -207,7 +208,7 @@ class RouterSession:
 
     def ended(self, turn: RunningTurn) -> None:
         """A turn is over: its credit is free again."""
-        self._running -= 1
+        self.running -= 1
         self._brain.end(turn)
 
     def close(self, failure: SomaError | None) -> None:
@@ -240,10 +241,10 @@ class RouterSession:
             older.cancel()
         if self._brain.draining:
             self.decline(start.turn_id, start.dispatch, _draining())
-        elif self._running >= self.granted or len(self._brain.turns) >= self._brain.max_turns:
+        elif self.running >= self.granted or len(self._brain.turns) >= self._brain.max_turns:
             self.decline(start.turn_id, start.dispatch, _full(self.granted))
         else:
-            self._running += 1
+            self.running += 1
             turn = RunningTurn(self, start)
             self._brain.begin(turn)
             turn.launch(self._brain.runner, self._brain.loop, self._brain.unwinding)

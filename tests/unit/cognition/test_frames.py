@@ -1,0 +1,27 @@
+"""Frames out: everything once, each kind in order, none larger than it may be."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from soma.cognition.v1 import cognition_service_pb2 as cognition
+
+from services.cognition.adapters.turns_grpc import FRAME_BYTES, frames_of
+from services.cognition.application.ports import Outgoing
+
+items = st.one_of(
+    st.builds(cognition.Proposal, step=st.integers(1, 99), body=st.sampled_from([b"", b"x" * (FRAME_BYTES // 3)])),
+    st.builds(cognition.TurnText, offset=st.integers(0, 99), text=st.sampled_from(["", "y" * 10])),
+    st.builds(cognition.StopTurn, dispatch=st.integers(1, 99)),
+    st.sampled_from([cognition.RunTurnsResponse(heartbeat=True), cognition.RunTurnsResponse(draining=True)]),
+)
+
+
+@given(st.lists(items, max_size=30))
+def test_frames_hold_what_was_gathered(gathered: list[Outgoing]) -> None:
+    frames = list(frames_of(gathered))
+    assert [p for f in frames for p in f.proposals] == [i for i in gathered if isinstance(i, cognition.Proposal)]
+    assert [t for f in frames for t in f.texts] == [i for i in gathered if isinstance(i, cognition.TurnText)]
+    assert [d for f in frames for d in f.declined] == [i for i in gathered if isinstance(i, cognition.StopTurn)]
+    controls = [i for i in gathered if isinstance(i, cognition.RunTurnsResponse)]
+    assert any(f.heartbeat for f in frames) == any(c.heartbeat for c in controls)
+    assert any(f.draining for f in frames) == any(c.draining for c in controls)
+    assert all(frame.ByteSize() < 2 * FRAME_BYTES for frame in frames)

@@ -1,0 +1,135 @@
+"""Who runs what, over random frames of two routers: at most one dispatch of a turn runs, and credits always add up."""
+
+import asyncio
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from soma.cognition.v1 import cognition_service_pb2 as cognition
+from soma.common.v1 import error_reason_pb2 as reasons
+
+from services.cognition.adapters.models.echo import EchoModel
+from services.cognition.adapters.models.registry import ModelRegistry
+from services.cognition.adapters.tools_grpc import NoTools
+from services.cognition.application.ports import Outgoing
+from services.cognition.application.run_turn import RunPolicy, TurnRunner
+from services.cognition.application.serve_routers import SILENT_INTERVALS, Brain, RouterSession
+from soma_common.errors import SomaError
+from soma_common.gather import Gather
+from tests.unit.cognition import stories
+
+MAX_TURNS = 3
+
+
+def make_brain(max_turns: int = MAX_TURNS) -> Brain:
+    runner = TurnRunner(ModelRegistry({"echo": EchoModel()}, {}), NoTools(), RunPolicy())
+    return Brain("cognition-0", runner, max_turns=max_turns)
+
+
+def connect(brain: Brain, name: str, bound: int = 1000) -> tuple[RouterSession, Gather[Outgoing]]:
+    outbox: Gather[Outgoing] = Gather(bound)
+    return brain.connect(name, 1, outbox), outbox
+
+
+@dataclass(frozen=True)
+class Event:
+    """One frame: a start or a stop of a turn, by one of two routers; or the end of its stream."""
+
+    router: int
+    kind: str
+    turn: int
+    dispatch: int
+
+
+events = st.builds(
+    Event, st.integers(0, 1), st.sampled_from(["start", "start", "stop", "close"]), st.integers(1, 4), st.integers(1, 4)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(events, max_size=25))
+def test_the_highest_dispatch_runs_and_credits_add_up(story: list[Event]) -> None:
+    async def play() -> None:
+        brain = make_brain()
+        sessions = [connect(brain, "router-0")[0], connect(brain, "router-1")[0]]
+        for event in story:
+            session = sessions[event.router]
+            turn = bytes([event.turn]) * 16
+            before = brain.turns[turn].dispatch if turn in brain.turns else 0
+            if event.kind == "start":
+                start = stories.start(turn_id=turn, dispatch=event.dispatch, model="echo/delay-60000-60000")
+                session.take(cognition.RunTurnsRequest(starts=[start]))
+                if before:
+                    assert brain.turns[turn].dispatch == max(before, event.dispatch)
+            elif event.kind == "stop":
+                stop = cognition.StopTurn(turn_id=turn, dispatch=event.dispatch)
+                session.take(cognition.RunTurnsRequest(stops=[stop]))
+            else:
+                session.close(None)
+                sessions[event.router] = connect(brain, session.router)[0]
+            assert len(brain.turns) <= MAX_TURNS
+            for other in sessions:
+                assert other.running == sum(turn.session is other for turn in brain.turns.values())
+            if event.kind != "start":
+                await asyncio.sleep(0)
+        for session in sessions:
+            session.close(None)
+        assert brain.turns == {}
+        if brain.unwinding:
+            await asyncio.wait(brain.unwinding)
+
+    asyncio.run(play())
+
+
+async def test_a_router_that_does_not_read_is_cut_off_and_its_turns_end() -> None:
+    brain = make_brain(max_turns=100)
+    session, outbox = connect(brain, "router-0", bound=5)
+    for number in range(10):
+        start = stories.start(turn_id=bytes([number]) * 16)
+        session.take(cognition.RunTurnsRequest(starts=[start]))
+    await asyncio.sleep(0.01)
+    assert session.closed.is_set()
+    assert session.failure is not None
+    assert session.failure.reason == reasons.ERROR_REASON_QUEUE_FULL
+    assert len(outbox) == 5
+    assert brain.turns == {}
+
+
+async def test_silence_is_counted_in_intervals_and_any_frame_ends_it() -> None:
+    session, _ = connect(make_brain(), "router-0")
+    for _ in range(SILENT_INTERVALS):
+        session.tick()
+    session.take(cognition.RunTurnsRequest(heartbeat=True))
+    for _ in range(SILENT_INTERVALS):
+        session.tick()
+    assert not session.closed.is_set()
+    session.tick()
+    assert session.closed.is_set()
+
+
+async def test_text_waits_while_the_router_is_behind() -> None:
+    brain = make_brain(max_turns=1)
+    session, outbox = connect(brain, "router-0")
+    session.take(cognition.RunTurnsRequest(starts=[stories.start("a b c", model="echo/words-100x1ms")]))
+    session.tick()
+    session.tick()
+    assert session.behind
+    await asyncio.sleep(0.08)
+    assert not any(isinstance(item, cognition.TurnText) for item in outbox.take_now())
+    await asyncio.sleep(0.2)
+    texts = [item for item in outbox.take_now() if isinstance(item, cognition.TurnText)]
+    assert texts[0].offset == 0
+    assert len(texts[0].text) > 20
+    session.close(None)
+
+
+async def test_a_nameless_router_and_a_draining_brain_are_refusals() -> None:
+    brain = make_brain()
+    with pytest.raises(SomaError) as nameless:
+        connect(brain, "")
+    assert nameless.value.reason == reasons.ERROR_REASON_PROTOCOL_ORDER
+    await brain.drain(0.0)
+    with pytest.raises(SomaError) as draining:
+        connect(brain, "router-0")
+    assert draining.value.reason == reasons.ERROR_REASON_DRAINING
