@@ -162,6 +162,7 @@ class Ingest:
         self._state.enqueue(session, message)
         if session.turn is None:
             self._state.scheduler.add(session)
+            self.committer.nudge()
 
 
 def _is_addressed(inbound: Inbound) -> bool:

@@ -1,0 +1,97 @@
+"""A stack of its own for the benchmark: started as a user starts it, provisioned through the control plane, stopped
+at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from soma.common.v1.turn_pb2 import ArrivalPolicy
+from soma.controlplane.v1.agent_service_pb2 import Agent, AgentSpec, CreateAgentRequest
+from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceStub
+from soma.controlplane.v1.tenant_service_pb2 import CreateTenantRequest, Tenant
+from soma.controlplane.v1.tenant_service_pb2_grpc import TenantServiceStub
+
+from soma_common.grpc.channel import open_channel
+
+TENANT = "bench"
+CHANNEL = "load"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A running stack: addresses, the admin's token, and the pids of its parts by name."""
+
+    home: Path
+    gateway: str
+    controlplane: str
+    nats: str
+    token: str
+    pids: dict[str, int]
+
+    async def agent(self, name: str, model: str, context_messages: int = 20) -> None:
+        """Makes an agent with a built-in model."""
+        channel = open_channel(self.controlplane, token=lambda: self.token, service="controlplane")
+        spec = AgentSpec(
+            model=model, context_messages=context_messages, arrival_policy=ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE
+        )
+        try:
+            await AgentServiceStub(channel).CreateAgent(
+                CreateAgentRequest(parent=f"tenants/{TENANT}", agent_id=name, agent=Agent(spec=spec))
+            )
+        finally:
+            await channel.close()
+
+
+async def start() -> Stack:
+    """Starts a stack in a new home on free ports and makes the tenant."""
+    home = Path(tempfile.mkdtemp(prefix="soma-bench-"))
+    await _somastack("up", "--detach", "--no-demo", "--home", str(home), "--port-base", str(_free_base()))
+    status = json.loads(await _somastack("status", "--home", str(home), "--output", "json"))
+    parts = {part["name"]: part for part in status["components"]}
+    stack = Stack(
+        home=home,
+        gateway=parts["gateway-0"]["addresses"]["grpc"],
+        controlplane=parts["controlplane-0"]["addresses"]["grpc"],
+        nats=parts["nats"]["addresses"]["nats"],
+        token=(home / "auth" / "admin.token").read_text().strip(),
+        pids={name: part["pid"] for name, part in parts.items()},
+    )
+    channel = open_channel(stack.controlplane, token=lambda: stack.token, service="controlplane")
+    try:
+        await TenantServiceStub(channel).CreateTenant(CreateTenantRequest(tenant_id=TENANT, tenant=Tenant()))
+    finally:
+        await channel.close()
+    return stack
+
+
+async def stop(stack: Stack) -> None:
+    """Stops the stack and removes its home."""
+    await _somastack("down", "--home", str(stack.home))
+    shutil.rmtree(stack.home, ignore_errors=True)
+
+
+async def _somastack(*arguments: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "somastack.cli", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(process.communicate(), timeout=60)
+    if process.returncode:
+        raise RuntimeError(f"somastack {' '.join(arguments)} failed:\n{out.decode()}{err.decode()}")
+    return out.decode()
+
+
+def _free_base() -> int:
+    """A port base whose first port is free now; the stack itself checks the others."""
+    for base in range(21000, 60000, 200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", base)):
+                return base
+    raise RuntimeError("no free ports")
