@@ -50,6 +50,7 @@ class Chat:
     token: str
     session: SessionKey
     console: Console
+    errors: Console
     quiet: bool = False
     """Show nothing but answers."""
 
@@ -68,7 +69,8 @@ class Chat:
             SomaError: the message was refused, or what became of it could not be learned.
         """
         request = StreamTurnRequest(session=self.session, idempotency_key=uuid.uuid4().hex, message=text_message(text))
-        view = TurnView(self.console, quiet=self.quiet)
+        speaker = "" if self.quiet else self.session.agent
+        view = TurnView(self.console, speaker, quiet=self.quiet, errors=self.errors)
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -116,7 +118,6 @@ def converse(chat: Chat, read_line: Callable[[], str]) -> None:
                 text = read_line().strip()
                 if not text:
                     continue
-                chat.console.print(Text(f"{chat.session.agent}> ", style="bold cyan"), end="")
                 _say(runner, chat, text)
         except (EOFError, KeyboardInterrupt):
             chat.console.print()
@@ -128,6 +129,6 @@ def _say(runner: asyncio.Runner, chat: Chat, text: str) -> None:
     try:
         runner.run(chat.say(text))
     except SomaError as error:
-        chat.console.print(Text(str(error), style="bold red"))
+        chat.errors.print(Text(str(error), style="bold red"))
     except KeyboardInterrupt:
         chat.console.print("\n(no longer shown; the turn goes on)", style="dim")

@@ -151,7 +151,7 @@ def chat(
     state = needed_state(chosen)
     named = session or f"chat-{secrets.token_hex(4)}"
     key = SessionKey(tenant=tenant, agent=agent, channel=channel, session=named)
-    talk = Chat(state.targets("gateway"), token_for(chosen, tenant), key, console, quiet=message is not None)
+    talk = Chat(state.targets("gateway"), token_for(chosen, tenant), key, console, errors, quiet=message is not None)
     if message is not None:
         raise typer.Exit(0 if ask_once(talk, message) else 1)
     with contextlib.suppress(ImportError):

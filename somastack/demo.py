@@ -95,8 +95,7 @@ async def _play(conversation: Conversation, target: str, token: str, console: Co
         client = await _connected(streams, target, token)
         for message in conversation.messages:
             console.print(Text.assemble(("you> ", "bold green"), message))
-            console.print(Text(f"{AGENT}> ", style="bold cyan"), end="")
-            await _ask(client, session, message, TurnView(console))
+            await _ask(client, session, message, TurnView(console, AGENT))
     console.print(Rule())
 
 

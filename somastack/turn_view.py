@@ -14,11 +14,19 @@ from soma_common.errors import from_proto
 
 
 class TurnView:
-    """One turn on `console`. `quiet` shows nothing but the answer itself, at its end."""
+    """One turn on `console`. What is said is led in by `speaker`; `quiet` shows nothing but the answer, at its end.
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    A turn without an answer is told on `errors` (default: `console`).
+    """
+
+    def __init__(
+        self, console: Console, speaker: str = "", *, quiet: bool = False, errors: Console | None = None
+    ) -> None:
         self._console = console
+        self._errors = errors or console
+        self._speaker = speaker
         self._quiet = quiet
+        self._mid_line = False
         self._dispatch = 0
         self._step = 0
         self._shown = ""
@@ -44,13 +52,16 @@ class TurnView:
         answer = text_of(outcome.message)
         if outcome.outcome == Outcome.OUTCOME_FINAL:
             # What the live events brought already is not said twice.
-            rest = answer.removeprefix(self._shown) if answer.startswith(self._shown) else f"\n{answer}"
-            self._write(rest + "\n")
+            if not answer.startswith(self._shown):
+                self._end_line()
+                self._shown = ""
+            self._say(answer.removeprefix(self._shown))
+            self._end_line()
             return True
         said = from_proto(outcome.error) if outcome.HasField("error") else None
         name = Outcome.Name(outcome.outcome).removeprefix("OUTCOME_").lower()
-        self._write("\n" if self._shown else "")
-        self._console.print(f"{name}: {said.message if said else 'the agent gave no answer'}", style="bold red")
+        self._end_line()
+        self._errors.print(Text(f"{name}: {said.message if said else 'the agent gave no answer'}", style="bold red"))
         return False
 
     def _show_text(self, step: int, delta: TextDelta) -> None:
@@ -61,21 +72,26 @@ class TurnView:
             return  # A piece was dropped: what follows would not make sense here; the outcome holds everything.
         new = delta.text[len(self._shown) - delta.offset :]
         self._shown += new
-        self._write(new)
+        self._say(new)
 
     def _show_aside(self, text: str) -> None:
         self._end_line()
         self._shown = ""
         self._console.print(Text(f"  {text}", style="dim"))
 
-    def _end_line(self) -> None:
-        if self._shown:
-            self._write("\n")
-
-    def _write(self, text: str) -> None:
+    def _say(self, text: str) -> None:
+        if not self._mid_line and self._speaker:
+            self._console.print(Text(f"{self._speaker}> ", style="bold cyan"), end="")
+        self._mid_line = True
         # As it is: an answer may hold what looks like markup.
         self._console.file.write(text)
         self._console.file.flush()
+
+    def _end_line(self) -> None:
+        if self._mid_line:
+            self._console.file.write("\n")
+            self._console.file.flush()
+        self._mid_line = False
 
 
 def text_of(message: Message) -> str:

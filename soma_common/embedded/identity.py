@@ -51,7 +51,7 @@ def user_namespace(program: Path) -> str | None:
 
 
 def give(tree: Path, identity: str) -> None:
-    """Give the directory `tree` and all in it to the user that `identity` is on disk. Only root has anything to give."""
+    """Give the directory `tree` and all in it to the user that `identity` is on disk. Only root gives."""
     if os.geteuid() != 0:
         return
     kind, _, ids = identity.partition(":")

@@ -71,6 +71,16 @@ def test_tool_calls_are_shown() -> None:
     assert "391" in screen.shown
 
 
+def test_the_speaker_leads_in_what_is_said() -> None:
+    out = io.StringIO()
+    view = TurnView(Console(file=out, no_color=True), "assistant")
+    view.show(text(0, "Let me see"))
+    view.show(LiveEvent(dispatch=1, step=1, tool_call=ToolCall(tool="current_time")))
+    view.show(text(0, "It is", step=3))
+    view.finish(final("It is late."))
+    assert out.getvalue() == "assistant> Let me see\n  → current_time()\nassistant> It is late.\n"
+
+
 def test_quiet_shows_the_answer_alone() -> None:
     screen = Screen(quiet=True)
     screen.view.show(text(0, "17*23"))
