@@ -159,5 +159,5 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         # Must be below the clients' keepalive time, or they are sent away with "too many pings".
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ]
