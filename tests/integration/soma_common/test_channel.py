@@ -10,6 +10,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest
+from soma.cognition.v1.cognition_service_pb2_grpc import CognitionServiceStub
 from soma.toolgw.v1.tool_service_pb2 import CancelInvocationRequest, ListToolsRequest
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
@@ -162,3 +164,21 @@ async def test_the_token_is_read_again(stack: Stack, tmp_path: Path) -> None:
 
         await eventually(second_was_seen)
     assert stack.tools.callers[0].subject == "first"
+
+
+async def test_pings_do_not_end_an_idle_stream(stack: Stack) -> None:
+    """gRPC sends away a client that pings more often than the server allows, on its third ping, with all its streams."""
+    options = [
+        ("grpc.keepalive_time_ms", 1100),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    metadata = (("authorization", f"Bearer {stack.identities.token()}"),)
+    async with grpc.aio.insecure_channel(stack.address, options=options) as channel:
+        call = CognitionServiceStub(channel).RunTurns(metadata=metadata)
+        await call.write(RunTurnsRequest())
+        await call.read()
+        await asyncio.sleep(5)  # Four pings: only time shows that nothing happens.
+        await call.write(RunTurnsRequest())
+        assert await call.read() is not grpc.aio.EOF
+        call.cancel()
