@@ -24,7 +24,7 @@ from somastack.home import AlreadyRunning, Home
 from somastack.layout import DEFAULT_BASE, Layout
 from somastack.serve import replicas_from, serve, start_detached, until_ready
 from somastack.state import StackState
-from somastack.status import as_json, as_table, exit_code
+from somastack.status import as_json, as_lines, exit_code
 from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, worth_telling
 from somastack.supervisor import StackOptions, Supervisor
 
@@ -107,7 +107,8 @@ def status(
         console.print(f"nothing is running in {chosen.path}; start it: somastack up --home {chosen.path}")
     else:
         console.print(f"{chosen.path}: {state.phase} since {state.since}, supervisor {state.supervisor.pid}")
-        console.print(as_table(state))
+        for line in as_lines(state):
+            console.print(line)
     raise typer.Exit(exit_code(state))
 
 

@@ -1,9 +1,10 @@
 """What `somastack status` shows."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
+from rich.text import Text
 
 from somastack.home import Home
 from somastack.state import Phase, StackState
@@ -52,20 +53,20 @@ def as_json(home: Home, state: StackState | None) -> dict[str, Any]:
 _SAID_OTHERWISE = frozenset({"name", "process", "phase"})
 
 
-def as_table(state: StackState) -> Table:
-    """The state for people."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("component", "pid", "state", "since", "restarts", "addresses"):
-        table.add_column(column, overflow="fold")
+def as_lines(state: StackState) -> Iterator[Text]:
+    """The state for people: a heading and a line for each component, never wrapped, so that addresses can be copied."""
+    row = "{:<15} {:>7}  {:<12}  {:<20}  {:>8}  {}".format
+    yield Text(row("component", "pid", "state", "since", "restarts", "addresses"), style="dim")
     for part in state.parts:
-        style = PHASE_STYLES.get(part.phase, "yellow")
-        addresses = "  ".join(part.addresses.values())
-        table.add_row(
+        since = part.since.partition(".")[0] + "Z"
+        line = row(
             part.name,
-            str(part.process.pid) if part.process else "-",
-            f"[{style}]{part.phase}[/]" + (f" ({part.trouble})" if part.trouble else ""),
-            part.since,
-            str(part.restarts),
-            addresses,
+            part.process.pid if part.process else "-",
+            part.phase,
+            since,
+            part.restarts,
+            "  ".join(part.addresses.values()),
         )
-    return table
+        yield Text(line, style=PHASE_STYLES.get(part.phase, "yellow"))
+        if part.trouble:
+            yield Text(f"{'':<25}{part.trouble}", style="yellow")
