@@ -26,7 +26,7 @@ _UNIQUE_VIOLATION: Final = "23505"
 _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
 """Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
 
-_PARAMETERS: Final = 76
+_PARAMETERS: Final = 77
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
 # Plans are made once, on tables that may be empty then: say what is right for full ones.

@@ -90,7 +90,7 @@ class Group:
     """Content hash by message id of the messages in this group: the database does not see two of them differ."""
     moves: dict[int, PartitionMove] = field(default_factory=dict)
     messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(17))
-    turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(8))
+    turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
     revisions: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
     dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
     controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))

@@ -104,12 +104,14 @@ class StartItem:
     turn: Turn
     spec: bytes | None
     """The agent's spec if this router has not stored that revision yet."""
+    fresh: bool
+    """True if the message it answers is ingested in the same group: the turn starts only if that message is new."""
     done: Callable[[StartItem, GroupResult], None]
 
     def write(self, group: Group) -> None:
         """Adds the turn and its agent's revision."""
         group.move(self.partition)
-        write_turn(group, self.turn)
+        write_turn(group, self.turn, self.fresh)
         if self.spec is not None:
             key = self.turn.session.key
             group.add(group.revisions, (key.tenant, key.agent, self.turn.revision, self.spec))
@@ -198,7 +200,7 @@ class EndItem:
         move.head += 1
         group.tenants.add(key.tenant)
         if self.is_new:
-            write_turn(group, turn)
+            write_turn(group, turn, fresh=False)
         for number, (kind, body) in enumerate(self.steps, turn.step_count + 1):
             group.add(group.steps, (turn.id, number, key.tenant, kind, turn.dispatch, body))
         deliveries = session.delivery_count + turn.deliver
@@ -320,12 +322,12 @@ class DeadItem:
         """The new owner reads the item again."""
 
 
-def write_turn(group: Group, turn: Turn) -> None:
+def write_turn(group: Group, turn: Turn, fresh: bool) -> None:
     """Adds the row of a turn that starts."""
     session = turn.session
     group.tenants.add(session.key.tenant)
     group.add(
         group.turns,
         (turn.id, session.id, session.partition.id, session.key.tenant, turn.number)
-        + (turn.inputs[0].position, turn.inputs[-1].position, turn.revision),
+        + (turn.inputs[0].position, turn.inputs[-1].position, turn.revision, fresh),
     )

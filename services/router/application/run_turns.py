@@ -97,7 +97,7 @@ class TurnRunner:
             return None
         self._state.busy(session)
         self._room -= 1
-        return self._start(session, message)
+        return self._start(session, message, fresh=True)
 
     def start_waiting(self) -> Iterable[CommitItem]:
         """Starts turns of waiting sessions in fair order, as many as the brains take."""
@@ -106,16 +106,16 @@ class TurnRunner:
             reason: int = message.fault
             if not reason and self._state.directory.agent(session.key.tenant, session.key.agent) is None:
                 reason = ErrorReason.ERROR_REASON_AGENT_GONE
-            yield self._refuse(session, message, reason) if reason else self._start(session, message)
+            yield self._refuse(session, message, reason) if reason else self._start(session, message, fresh=False)
 
-    def _start(self, session: Session, message: QueuedMessage) -> StartItem:
+    def _start(self, session: Session, message: QueuedMessage, *, fresh: bool) -> StartItem:
         key = session.key
         agent = self._state.directory.agent(key.tenant, key.agent)
         assert agent is not None, "the caller has looked"
         turn = self._new_turn(session, message, agent.revision)
         known = (key.tenant, key.agent, agent.revision)
         spec = None if known in self._revisions else agent.spec.SerializeToString()
-        return StartItem(session.partition, turn, spec, self._started)
+        return StartItem(session.partition, turn, spec, fresh, self._started)
 
     def _new_turn(self, session: Session, message: QueuedMessage, revision: str) -> Turn:
         turn = Turn(ids.turn_id(session.id, message.message_id), session, session.turn_count + 1, [message], revision)
