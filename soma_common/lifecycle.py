@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -25,6 +26,9 @@ from soma_common.telemetry.logging import setup_logging
 
 EXIT_CRASHED = 1
 """Exit code when a critical task ended or a stop step failed to: the supervisor starts the process again."""
+
+LAST_BREATH_S = 1.0
+"""What the interpreter has for its own end after the last stop step."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -175,7 +179,15 @@ async def _live(main: Callable[[Lifecycle], Awaitable[None]], stop_timeout_s: fl
         await lifecycle.stop()
         stop_asked.cancel()
         _log.info("service.stopped", exit_code=lifecycle.exit_code)
+        _end_within(LAST_BREATH_S, lifecycle.exit_code)
     return lifecycle.exit_code
+
+
+def _end_within(seconds: float, exit_code: int) -> None:
+    """End the process even if a thread or a task refuses to: the interpreter would wait for both for minutes."""
+    watchdog = threading.Timer(seconds, os._exit, (exit_code,))
+    watchdog.daemon = True
+    watchdog.start()
 
 
 def _on_signal(lifecycle: Lifecycle, number: signal.Signals) -> None:

@@ -41,7 +41,8 @@ async def connect_nats(url: str, token_file: Path | None, name: str) -> Client:
 
     async def lost() -> None:
         connected.set(0)
-        _log.warning("nats.disconnected", name=name)
+        if not client.is_closed:  # nats-py calls this for a close of our own, too.
+            _log.warning("nats.disconnected", name=name)
 
     async def back() -> None:
         connected.set(1)

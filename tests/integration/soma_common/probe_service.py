@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 
 import structlog
 
@@ -52,6 +53,8 @@ def main() -> None:
         lifecycle.on_stop("intake", intake_stop, timeout_s=60)
         lifecycle.ready(admin_port=admin.port)
         lifecycle.spawn("work", work())
+        if "PROBE_STUCK_THREAD" in os.environ:
+            await asyncio.to_thread(time.sleep, 60)
 
     run_service(start, settings)
 

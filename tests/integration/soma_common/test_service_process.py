@@ -136,6 +136,13 @@ async def test_a_stop_that_hangs_is_cut_off(start: Start) -> None:
         assert probe.line("service.stop_step_cut_off") is not None
 
 
+async def test_a_thread_that_hangs_does_not_keep_it_alive(start: Start) -> None:
+    async with start(PROBE_STUCK_THREAD="1") as probe:
+        await probe.logged("service.ready")
+        probe.process.send_signal(signal.SIGTERM)
+        assert await probe.ended(4) == 0
+
+
 async def test_a_crash_of_a_critical_task_ends_it_in_order(start: Start) -> None:
     async with start(PROBE_CRASH="1") as probe:
         assert await probe.ended() == EXIT_CRASHED
