@@ -18,10 +18,11 @@ from soma_common.embedded.process import PartFailed
 from soma_common.errors import SomaError
 from somastack.chat import Chat, ask_once, converse, token_for
 from somastack.control import end_stack, needed_state, running_state
-from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate, tell_what_to_try
+from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate
 from somastack.doctor import Verdict, diagnose
 from somastack.home import AlreadyRunning, Home
 from somastack.layout import DEFAULT_BASE, Layout
+from somastack.next_steps import next_steps
 from somastack.serve import replicas_from, serve, start_detached, until_ready
 from somastack.state import StackState
 from somastack.status import as_json, as_lines, exit_code
@@ -73,7 +74,7 @@ def up(
     except AlreadyRunning:
         state = running_state(options.home)
         if state is not None:
-            tell_what_to_try(options.home, state, errors)
+            _tell_next_steps(options.home, state, has_demo=True, on=errors)
         raise
 
 
@@ -207,8 +208,7 @@ def _up_here(options: StackOptions, demo_model: str | None) -> None:
         with story.hold():
             if demo_model is not None:
                 await demonstrate(options.home, stack.state, console, demo_model)
-            else:
-                tell_what_to_try(options.home, stack.state, console)
+            _tell_next_steps(options.home, stack.state, has_demo=demo_model is not None)
             console.print(f"\nserving from {options.home.path}; Ctrl-C stops it\n", style="bold")
 
     async def told() -> None:
@@ -234,11 +234,16 @@ def _up_detached(options: StackOptions, demo_model: str | None) -> None:
     if options.home.is_owned():
         raise AlreadyRunning(options.home.path)
     state = asyncio.run(started())
-    if demo_model is None:
-        tell_what_to_try(options.home, state, console)
+    _tell_next_steps(options.home, state, has_demo=demo_model is not None)
     console.print(
         f"\nserving from {options.home.path}; stop it: somastack down --home {options.home.path}", style="bold"
     )
+
+
+def _tell_next_steps(home: Home, state: StackState, *, has_demo: bool, on: Console = console) -> None:
+    on.print()
+    for line in next_steps(home, state, has_demo=has_demo):
+        on.print(line)
 
 
 def _tell(line: Line) -> None:

@@ -1,11 +1,7 @@
-"""The demonstration of `somastack up --demo`: a tenant, an agent, a conversation played through `Connect`, and what to
-type next."""
+"""The demonstration of `somastack up --demo`: a tenant, an agent, and a conversation played through `Connect`."""
 
 import asyncio
 import json
-import shlex
-import shutil
-import sys
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -68,7 +64,7 @@ class Conversation:
 
 
 async def demonstrate(home: Home, state: StackState, console: Console, model: str = DEFAULT_MODEL) -> None:
-    """Provide tenant `demo` with agent `assistant`, play every example conversation, and print what to try.
+    """Provide tenant `demo` with agent `assistant`, and play every example conversation.
 
     Raises:
         PartFailed: something of it did not work.
@@ -83,7 +79,6 @@ async def demonstrate(home: Home, state: StackState, console: Console, model: st
             await _play(Conversation.load(path), state.targets("gateway"), tenant_token, console)
     except SomaError as error:
         raise PartFailed(f"the demonstration failed: {error}", f"look: somastack logs --home {home.path}") from error
-    tell_what_to_try(home, state, console)
 
 
 async def _play(conversation: Conversation, target: str, token: str, console: Console) -> None:
@@ -143,41 +138,3 @@ async def _accepted(client: ChannelClient, session: str, text: str) -> bytes:
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.2)
-
-
-def callable_name(program: str) -> str:
-    """How to call a program of this environment from here: by its name if the shell finds it, else by its path."""
-    beside_us = Path(sys.executable).with_name(program)
-    found = shutil.which(program)
-    if found is not None and Path(found).resolve() == beside_us.resolve():
-        return program
-    if not beside_us.exists():
-        return program
-    shown = beside_us.relative_to(Path.cwd()) if beside_us.is_relative_to(Path.cwd()) else beside_us
-    return shlex.quote(str(shown))
-
-
-def tell_what_to_try(home: Home, state: StackState, console: Console) -> None:
-    """Print addresses, and commands to copy."""
-    program = callable_name("somastack")
-    at_home = "" if Home.chosen(None) == home else f" --home {shlex.quote(str(home.path))}"
-    token_file = shlex.quote(str(AuthMaterial(home).admin_token_file))
-    control = state.targets("controlplane").partition(",")[0]
-    commands = {
-        "talk": f"{program} chat{at_home}",
-        "one question": f"{program} chat{at_home} --message 'what is 17*23'",
-        "look": f"{program} status{at_home}",
-        "logs": f"{program} logs{at_home} --follow",
-        "administrate": (
-            f"{callable_name('buf')} curl --protocol grpc --http2-prior-knowledge "
-            f'-H "authorization: Bearer $(cat {token_file})" '
-            f'-d \'{{"parent": "tenants/{TENANT}"}}\' http://{control}/soma.controlplane.v1.AgentService/ListAgents'
-        ),
-    }
-    console.print()
-    for part in state.parts:
-        shown = "  ".join(f"{purpose} {address}" for purpose, address in part.addresses.items())
-        console.print(Text.assemble((f"  {part.name:<15}", "cyan"), shown))
-    console.print()
-    for purpose, command in commands.items():
-        console.print(Text.assemble((f"  {purpose:<15}", "cyan"), command))

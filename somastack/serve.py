@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from soma_common.embedded.process import PartFailed
+from soma_common.embedded.process import PartFailed, open_private
 from soma_common.telemetry.logging import setup_logging
 from somastack.home import Home
 from somastack.layout import DEFAULT_BASE, Layout
@@ -44,6 +44,7 @@ async def serve(options: StackOptions, when_ready: WhenReady | None = None) -> N
     Raises:
         PartFailed: the stack could not start, or `when_ready` failed; everything is stopped again.
     """
+    os.umask(0o077)  # Whatever is written from here on is ours alone.
     options.home.make()
     _allow_many_files()
     logs = setup_logging(SUPERVISOR, SUPERVISOR, options.home.logs / f"{SUPERVISOR}.log")
@@ -97,7 +98,7 @@ def start_detached(options: StackOptions) -> "subprocess.Popen[bytes]":
     arguments = ["--home", options.home.path, "--port-base", options.layout.base]
     for service, count in options.layout.replicas.items():
         arguments += ["--replicas", f"{service}={count}"]
-    with open(options.home.logs / f"{SUPERVISOR}.out", "wb") as output:
+    with open(options.home.logs / f"{SUPERVISOR}.out", "wb", opener=open_private) as output:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "somastack.serve", *(str(argument) for argument in arguments)],
             stdin=subprocess.DEVNULL,

@@ -129,7 +129,7 @@ class ChildProcess:
         Call it from the thread that lives longest: on Linux the child dies with the thread that started it.
         """
         arguments = launch_command(command, identity=identity, on_parent_death=on_parent_death)
-        with open(output, "wb", opener=_private) as file:
+        with open(output, "wb", opener=open_private) as file:
             popen = subprocess.Popen(
                 arguments,
                 cwd=directory,
@@ -188,7 +188,8 @@ def launch_command(
     return [str(part) for part in wrapped]
 
 
-def _private(path: str, flags: int) -> int:
+def open_private(path: str, flags: int) -> int:
+    """An `opener` for `open`: the file it makes is readable by this user alone."""
     return os.open(path, flags, 0o600)
 
 
@@ -203,7 +204,7 @@ def private_directory(path: Path) -> Path:
 def write_private(path: Path, text: str) -> None:
     """Replace the file `path` in one step, readable by this user alone; a reader sees the old text or the new."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with open(draft, "w", encoding="utf-8", opener=_private) as file:
+    with open(draft, "w", encoding="utf-8", opener=open_private) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
