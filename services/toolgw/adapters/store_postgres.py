@@ -18,7 +18,7 @@ from soma.common.v1.message_pb2 import Error
 from services.toolgw.adapters.postgres_errors import store_errors
 from services.toolgw.application.hold_lease import LEASE_S
 from services.toolgw.application.ports import Note
-from services.toolgw.domain.invocation import Call, Invocation, State
+from services.toolgw.domain.invocation import Call, Invocation, Runner, State
 from services.toolgw.domain.outcome import Failure, Outcome
 from services.toolgw.domain.tool import Effect
 from soma_common.postgres.connect import Pool
@@ -28,13 +28,16 @@ RETENTION_H: Final = 48
 
 PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
-# After a restart of the database no lease could be renewed for a while: nobody is held dead before each had the time
-# to.
+# After a restart of the database no lease could be renewed for a while: nobody is held silent before each had the time
+# to. A row of `runners` goes only when its process said so, or its successor, or long after its end.
 _ROW: Final = f"""
-    SELECT i.*, EXISTS (SELECT FROM toolgw.runners r WHERE r.runner = i.runner AND r.expire_time > clock_timestamp())
-             OR i.runner IS NOT NULL AND EXISTS (SELECT FROM toolgw.runners r WHERE r.runner = i.runner)
-                AND pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => {LEASE_S}) AS runner_alive
-    FROM toolgw.invocations i WHERE i.tenant = $1 AND i.key = $2"""
+    SELECT i.*, CASE
+        WHEN r.runner IS NULL THEN 'gone'
+        WHEN r.expire_time > clock_timestamp() THEN 'alive'
+        WHEN pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => {LEASE_S}) THEN 'alive'
+        ELSE 'silent'
+    END AS runner_state
+    FROM toolgw.invocations i LEFT JOIN toolgw.runners r USING (runner) WHERE i.tenant = $1 AND i.key = $2"""
 
 
 class PostgresToolStore:
@@ -77,7 +80,16 @@ class PostgresToolStore:
             row = await connection.fetchrow(_ROW, call.tenant, call.key)
         if row is None:  # Cleared away between the two statements: its time was over, and so is this call's.
             return Invocation(
-                call.key, call.session_id, call.tool, call.digest, effect, State.UNKNOWN, "", 0, False, None
+                key=call.key,
+                session_id=call.session_id,
+                tool=call.tool,
+                digest=call.digest,
+                effect=effect,
+                state=State.UNKNOWN,
+                claim="",
+                attempt=0,
+                runner=Runner.GONE,
+                outcome=None,
             )
         return _invocation(row)
 
@@ -222,7 +234,7 @@ def _invocation(row: asyncpg.Record) -> Invocation:
         state=state,
         claim=row["claim"].hex if row["claim"] is not None else "",
         attempt=row["attempt"],
-        runner_alive=row["runner_alive"],
+        runner=Runner(row["runner_state"]),
         outcome=_outcome(row) if state is State.DONE else None,
     )
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from services.toolgw.domain.invocation import Invocation
+from services.toolgw.domain.invocation import Invocation, Runner
 from soma_common import clock
 
 FIRST_PAUSE_S: Final = 0.02
@@ -27,9 +27,9 @@ class Patience:
 
     def holds_dead(self, found: Invocation) -> bool:
         """Whether the runner of `found` is to be held dead, after this and the earlier looks."""
-        if found.runner_alive:
+        if found.runner is not Runner.SILENT:
             self._silent_claim = ""
-            return False
+            return found.runner is Runner.GONE
         if self._silent_claim != found.claim:
             self._silent_claim, self._silent_since = found.claim, self._now()
         return self._now() - self._silent_since >= SECOND_LOOK_S

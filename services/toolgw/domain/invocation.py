@@ -39,6 +39,17 @@ class State(Enum):
     UNKNOWN = "unknown"
 
 
+class Runner(Enum):
+    """What is known of the process that runs a call."""
+
+    ALIVE = "alive"
+    """It has shown within its lease that it lives."""
+    SILENT = "silent"
+    """It has not: it is dead, or its heartbeats do not get through."""
+    GONE = "gone"
+    """It said itself that it stops working on the call, or its successor said that it is dead."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A tool call as it was asked for."""
@@ -83,8 +94,8 @@ class Invocation:
     """Id of the attempt that made it RUNNING; empty for a key that was cancelled before it came."""
     attempt: int
     """Counts the claims, from 1."""
-    runner_alive: bool
-    """Whether the process that runs it has shown within its lease that it lives; means something only while RUNNING."""
+    runner: Runner
+    """Means something only while RUNNING."""
     outcome: Outcome | None
     """Set when DONE."""
 

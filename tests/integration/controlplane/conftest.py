@@ -57,7 +57,7 @@ class Plane:
 
     @asynccontextmanager
     async def caller(self, tenant: str = "*", role: str = "admin") -> AsyncIterator[Caller]:
-        """Somebody with a token of `role` for `tenant`. Without the retries of the service config: tests count calls."""
+        """Somebody with a token of `role` for `tenant`, without the retries of the service config."""
         token = self.identities.bearer("tester", tenant, [role])
         async with open_channel(self.target, token=token, service="none") as channel:
             yield Caller(TenantServiceStub(channel), AgentServiceStub(channel), ConfigServiceStub(channel))

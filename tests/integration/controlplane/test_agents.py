@@ -74,9 +74,7 @@ async def test_request_ids_are_unique_in_a_tenant(admin: Caller) -> None:
 
     def request(tenant: str, agent: str) -> CreateAgentRequest:
         spec = AgentSpec(model="echo/echo")
-        return CreateAgentRequest(
-            parent=f"tenants/{tenant}", agent_id=agent, agent=Agent(spec=spec), request_id="r-1"
-        )
+        return CreateAgentRequest(parent=f"tenants/{tenant}", agent_id=agent, agent=Agent(spec=spec), request_id="r-1")
 
     first = await admin.agents.CreateAgent(request("demo", "a"))
     assert await admin.agents.CreateAgent(request("demo", "a")) == first

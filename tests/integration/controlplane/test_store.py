@@ -68,17 +68,16 @@ async def test_rows_of_other_tenants_are_out_of_reach(admin: Caller, plane: Plan
     assert await tenants_seen("demo,acme") == {"demo", "acme"}
     assert await tenants_seen("*") == {"demo", "acme"}
     await connection.execute("SELECT set_config('soma.tenants', 'demo', false)")
-    assert await connection.execute("UPDATE controlplane.agents SET display_name = 'x' WHERE tenant = 'acme'") == "UPDATE 0"
+    assert (
+        await connection.execute("UPDATE controlplane.agents SET display_name = 'x' WHERE tenant = 'acme'")
+        == "UPDATE 0"
+    )
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
-        await connection.execute(
-            "INSERT INTO controlplane.agents VALUES ('acme', 'spy', '', '', 1, now(), now())"
-        )
+        await connection.execute("INSERT INTO controlplane.agents VALUES ('acme', 'spy', '', '', 1, now(), now())")
     await connection.close()
 
 
-async def test_without_the_database_callers_are_told_to_come_back(
-    tmp_path: Path, own_postgres: FaultyPostgres
-) -> None:
+async def test_without_the_database_callers_are_told_to_come_back(tmp_path: Path, own_postgres: FaultyPostgres) -> None:
     async with running_plane(tmp_path, soma_database(own_postgres)) as plane, plane.caller() as admin:
         await admin.tenant()
         await own_postgres.kill9()
@@ -99,9 +98,7 @@ async def test_without_the_database_callers_are_told_to_come_back(
         await eventually(is_back, 5.0)
 
 
-async def test_a_frozen_database_ends_no_wait_later_than_its_time(
-    tmp_path: Path, own_postgres: FaultyPostgres
-) -> None:
+async def test_a_frozen_database_ends_no_wait_later_than_its_time(tmp_path: Path, own_postgres: FaultyPostgres) -> None:
     async with running_plane(tmp_path, soma_database(own_postgres)) as plane, plane.caller() as admin:
         await admin.tenant()
         own_postgres.sigstop()

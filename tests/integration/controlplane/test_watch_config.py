@@ -41,8 +41,8 @@ class Watch:
         async with asyncio.timeout(10):
             frame = await self._call.read()
         assert isinstance(frame, WatchConfigResponse)
-        for resource in (*frame.tenants, *frame.agents):
-            self.known[resource.name] = resource
+        self.known |= {tenant.name: tenant for tenant in frame.tenants}
+        self.known |= {agent.name: agent for agent in frame.agents}
         for name in frame.deleted:
             del self.known[name]
         self.version = frame.version

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -143,9 +144,7 @@ async def caller_of(
 
 
 @asynccontextmanager
-async def running_gateway(
-    around: Surroundings, instance: str = "toolgw-0", **settings: Any
-) -> AsyncIterator[Gateway]:
+async def running_gateway(around: Surroundings, instance: str = "toolgw-0", **settings: Any) -> AsyncIterator[Gateway]:
     """A tool gateway in this process."""
     base = {name.removeprefix("SOMA_").lower(): value for name, value in around.environment(instance).items()}
     lifecycle = Lifecycle()
@@ -178,7 +177,7 @@ async def running_process(
         async with caller_of(around, target, process) as gateway:
             yield gateway
     finally:
-        process.send(9)
+        process.send(signal.SIGKILL)
         await process.ended()
 
 

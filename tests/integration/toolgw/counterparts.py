@@ -1,5 +1,4 @@
-"""What a tool gateway talks to, outside of it: a control plane that says which tools agents have, and an HTTP endpoint that
-counts who called."""
+"""What a tool gateway talks to: a control plane that says which tools agents have, and an endpoint that counts."""
 
 from __future__ import annotations
 

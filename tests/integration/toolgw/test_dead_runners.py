@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -76,11 +78,12 @@ async def test_another_instance_notices_within_the_lease(surroundings: Surroundi
                 for tool, key in (("pay", "p1"), ("put", "i1"), ("look", "l1"), ("look", "l2"), ("pay", "p2"))
             ]
             await eventually(lambda: len(surroundings.http.calls) == 5)
-            waiting = [asyncio.create_task(other.invoke(*call)) for call in (("pay", "p1"), ("put", "i1"), ("look", "l1"))]
+            calls = (("pay", "p1"), ("put", "i1"), ("look", "l1"))
+            waiting = [asyncio.create_task(other.invoke(tool, key)) for tool, key in calls]
             cancels = [asyncio.create_task(other.cancel(key)) for key in ("l2", "p2")]
             await asyncio.sleep(0.3)
             assert doomed.process is not None
-            doomed.process.send(9)
+            doomed.process.send(signal.SIGKILL)
             killed_at = time.monotonic()
             await asyncio.gather(*first, return_exceptions=True)
         await eventually(lambda: surroundings.http.calls["i1"] == 2 and surroundings.http.calls["l1"] == 2, 12.0)
@@ -100,18 +103,20 @@ async def test_another_instance_notices_within_the_lease(surroundings: Surroundi
 
 
 async def test_a_frozen_runner_that_wakes_changes_nothing(surroundings: Surroundings) -> None:
-    async with running_gateway(surroundings, "toolgw-1") as other:
-        async with running_process(surroundings, "toolgw-0", "toolgw.after_run_before_store=stop") as frozen:
-            call = asyncio.create_task(frozen.invoke("pay", "k1"))
-            await eventually(lambda: surroundings.http.calls["k1"])
-            async with refused("TOOL_OUTCOME_UNKNOWN"):
-                await other.invoke("pay", "k1")
-            assert frozen.process is not None
-            frozen.process.send(18)  # SIGCONT
-            await asyncio.gather(call, return_exceptions=True)
-            await asyncio.sleep(0.5)
-            async with refused("TOOL_OUTCOME_UNKNOWN"):
-                await other.invoke("pay", "k1")
+    async with (
+        running_gateway(surroundings, "toolgw-1") as other,
+        running_process(surroundings, "toolgw-0", "toolgw.after_run_before_store=stop") as frozen,
+    ):
+        call = asyncio.create_task(frozen.invoke("pay", "k1"))
+        await eventually(lambda: surroundings.http.calls["k1"])
+        async with refused("TOOL_OUTCOME_UNKNOWN"):
+            await other.invoke("pay", "k1")
+        assert frozen.process is not None
+        frozen.process.send(signal.SIGCONT)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        async with refused("TOOL_OUTCOME_UNKNOWN"):
+            await other.invoke("pay", "k1")
     assert surroundings.http.calls == {"k1": 1}
 
 
@@ -131,10 +136,8 @@ async def test_a_clean_stop_hands_over_at_once(surroundings: Surroundings) -> No
 async def test_a_result_outlives_a_pause_of_the_database(
     surroundings: Surroundings, own_postgres: FaultyPostgres
 ) -> None:
-    """The tool has run and the database is gone: the result is stored when it is back, and the tool is not run again."""
-    around = Surroundings(
-        surroundings.folder, soma_database(own_postgres), surroundings.identities, surroundings.config, surroundings.http
-    )
+    """The tool has run and the database is gone: the result is stored when it is back, the tool is not run again."""
+    around = replace(surroundings, database=soma_database(own_postgres))
     around.describe(pay="/hold")
     async with running_gateway(around) as gateway:
         call = asyncio.create_task(gateway.invoke("pay", "k1", session=DEMO))

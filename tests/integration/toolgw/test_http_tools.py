@@ -14,6 +14,8 @@ from tests.integration.toolgw.conftest import (
     running_gateway,
 )
 
+GREEN = "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n"
+
 
 async def test_the_endpoint_learns_who_calls(surroundings: Surroundings) -> None:
     async with running_gateway(surroundings) as gateway:
@@ -25,7 +27,7 @@ async def test_the_endpoint_learns_who_calls(surroundings: Surroundings) -> None
     assert isinstance(body["arguments"]["n"], int)
 
 
-@pytest.mark.parametrize(("path", "result"), [("/text", "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n"), ("/empty", None)])
+@pytest.mark.parametrize(("path", "result"), [("/text", GREEN), ("/empty", None)])
 async def test_answers_that_are_no_json_object(surroundings: Surroundings, path: str, result: object) -> None:
     surroundings.describe(pay=path)
     async with running_gateway(surroundings) as gateway:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct, Value
 from soma.common.v1.message_pb2 import SessionKey
 from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest, SideEffect
@@ -29,7 +30,7 @@ async def test_the_list_has_what_a_model_needs(gateway: Gateway) -> None:
     ]  # fmt: skip
     calculate, pay = listed[0], listed[3]
     assert calculate.name == "tenants/demo/tools/calculate"
-    assert calculate.parameters["required"][0] == "expression"
+    assert MessageToDict(calculate.parameters)["required"] == ["expression"]
     assert calculate.side_effect == SideEffect.SIDE_EFFECT_READ_ONLY
     assert pay.side_effect == SideEffect.SIDE_EFFECT_SIDE_EFFECTFUL
     assert pay.timeout_ms == 20_000
