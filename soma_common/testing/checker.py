@@ -1,0 +1,239 @@
+"""Holds a run against the promises of the system, from what its clients saw and what outside witnesses counted.
+
+    story = Story()
+    story.sent(session, "key-1", "hello", expected="hello")     # before it goes out
+    story.accepted(session, "key-1", receipt.message_id)        # its receipt
+    story.delivered("demo", "line", delivery)                   # what an adapter of tenant demo was shown
+    ...
+    assert not story.violations()
+
+Promises checked (docs/invariants.md): every accepted message has exactly one outcome (I1), outcomes of a session come
+in the order of acceptance with dense positions (I3), a turn's journal has no gap and every call of a model or tool
+belongs to a journaled step (I4), nothing arrives at another tenant (I5), and nothing of an older dispatch is streamed
+after something of a newer one (I2). No I/O; all times are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from google.protobuf.json_format import MessageToDict
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome, Step, ToolCall
+
+from soma_common import ids
+from soma_common.errors import reason_name
+from soma_common.ids import SessionName, TurnName
+from soma_common.testing.tool_server import RecordedToolCall
+
+Journal: TypeAlias = Sequence[Step]
+
+
+@dataclass(slots=True)
+class SentMessage:
+    """One message as its sender knows it."""
+
+    text: str
+    expected: str | None
+    """Text of the right answer; None: any."""
+    position: int = 0
+    """Its place among the accepted messages of its session, from 1; 0 while there is no receipt."""
+    is_unknown: bool = False
+    """The sender gave up without learning whether it is stored: at most one outcome."""
+
+
+@dataclass(slots=True)
+class _Thread:
+    """One session, as its clients saw it."""
+
+    sent: dict[bytes, SentMessage] = field(default_factory=dict)
+    accepted: int = 0
+    deliveries: list[Delivery] = field(default_factory=list)
+
+
+@dataclass
+class Story:
+    """Everything that the clients of one run saw."""
+
+    tolerated: frozenset[int] = frozenset()
+    """Error reasons with which a turn may end in this run; any other error is a violation."""
+    stale_live: list[LiveEvent] = field(default_factory=list)
+    """Live events of a dispatch that was over already when they came."""
+    _threads: dict[SessionName, _Thread] = field(default_factory=lambda: defaultdict(_Thread))
+    _strange: list[str] = field(default_factory=list)
+    _dispatches: dict[bytes, int] = field(default_factory=dict)
+    _answered: set[bytes] = field(default_factory=set)
+
+    # ---- what clients see
+
+    def sent(self, name: SessionName, key: str, text: str, expected: str | None = None) -> bytes:
+        """A message is about to be sent; returns the id that it must get."""
+        message_id = ids.message_id(name.tenant, name.agent, name.channel, name.session, key)
+        self._threads[name].sent[message_id] = SentMessage(text, expected)
+        return message_id
+
+    def accepted(self, name: SessionName, key: str, message_id: bytes) -> None:
+        """Its receipt has come. Messages of a session are told here in the order they were accepted."""
+        thread = self._threads[name]
+        message = thread.sent.get(message_id)
+        if message is None:
+            self._strange.append(f"{name}: the receipt of key {key} names message {message_id.hex()}")
+            return
+        thread.accepted += 1
+        message.position = thread.accepted
+
+    def not_known(self, message_id: bytes, name: SessionName) -> None:
+        """The sender gave up on a message whose fate it does not know."""
+        self._threads[name].sent[message_id].is_unknown = True
+
+    def delivered(self, tenant: str, channel: str, delivery: Delivery) -> None:
+        """An adapter of this tenant and channel was shown a delivery, after the client's own removal of repetitions."""
+        name = SessionName(tenant, delivery.agent, channel, delivery.session)
+        if name not in self._threads:
+            self._strange.append(f"an adapter of {tenant}/{channel} got a delivery of {name}, where nothing was sent")
+        self._threads[name].deliveries.append(delivery)
+        self._answered.update(delivery.message_ids)
+
+    def live(self, event: LiveEvent) -> None:
+        """An adapter was shown a live event."""
+        newest = self._dispatches.get(event.turn_id, 0)
+        if event.dispatch < newest:
+            self.stale_live.append(event)
+        else:
+            self._dispatches[event.turn_id] = event.dispatch
+
+    # ---- what it comes to
+
+    def counts(self) -> dict[str, int]:
+        """Messages sent, accepted and answered, for reports."""
+        threads = self._threads.values()
+        return {
+            "sent": sum(len(thread.sent) for thread in threads),
+            "accepted": sum(thread.accepted for thread in threads),
+            "answered": sum(len(thread.deliveries) for thread in threads),
+        }
+
+    def unanswered(self) -> list[bytes]:
+        """Accepted messages without an outcome."""
+        return [
+            message_id
+            for thread in self._threads.values()
+            for message_id, message in thread.sent.items()
+            if message.position and message_id not in self._answered
+        ]
+
+    def turns(self) -> Iterator[tuple[TurnName, Delivery]]:
+        """Every turn that was answered."""
+        for name, thread in self._threads.items():
+            for delivery in thread.deliveries:
+                yield TurnName(name, delivery.turn_id), delivery
+
+    def violations(self) -> list[str]:
+        """Every promise that was broken, in words; empty when all were kept. Call it when everything is answered."""
+        found = list(self._strange)
+        for name, thread in self._threads.items():
+            found += (f"{name}: {problem}" for problem in self._of_thread(name, thread))
+        found += (
+            f"turn {event.turn_id.hex()}: live event of dispatch {event.dispatch} after one of "
+            f"{self._dispatches[event.turn_id]}"
+            for event in self.stale_live
+        )
+        return found
+
+    def _of_thread(self, name: SessionName, thread: _Thread) -> Iterator[str]:
+        answers = [message_id for delivery in thread.deliveries for message_id in delivery.message_ids]
+        counted = Counter(answers)
+        for message_id, message in thread.sent.items():
+            times = counted.pop(message_id, 0)
+            if message.position and times != 1:
+                yield f"accepted message {message_id.hex()} ({message.text!r}) has {times} outcomes"
+            elif times > 1:
+                yield f"message {message_id.hex()} without receipt has {times} outcomes"
+        for message_id in counted:
+            yield f"an outcome names message {message_id.hex()}, which was not sent in this session"
+        places = [thread.sent[m].position for m in answers if m in thread.sent and thread.sent[m].position]
+        if places != sorted(places):
+            yield f"accepted in order 1..{thread.accepted}, answered in order {places}"
+        positions = [delivery.position for delivery in thread.deliveries]
+        if positions != list(range(1, len(positions) + 1)):
+            yield f"delivery positions are {positions}"
+        for delivery in thread.deliveries:
+            yield from self._of_delivery(name, thread, delivery)
+
+    def _of_delivery(self, name: SessionName, thread: _Thread, delivery: Delivery) -> Iterator[str]:
+        first = delivery.message_ids[0] if delivery.message_ids else b""
+        if delivery.turn_id != ids.turn_id(name.id, first):
+            yield f"turn {delivery.turn_id.hex()} is not the turn of its first message"
+        if delivery.outcome == Outcome.OUTCOME_ERROR:
+            if delivery.error.reason not in self.tolerated:
+                yield f"turn {delivery.turn_id.hex()} ended with {_told(delivery)}"
+        elif delivery.outcome != Outcome.OUTCOME_FINAL:
+            yield f"turn {delivery.turn_id.hex()} ended as {Outcome.Name(delivery.outcome)}"
+        else:
+            message = thread.sent.get(first)
+            said = "".join(part.text for part in delivery.message.parts)
+            if message is not None and message.expected is not None and said != message.expected:
+                yield f"{message.text!r} was answered with {said!r} instead of {message.expected!r}"
+
+
+def journal_violations(
+    journals: Mapping[str, Journal],
+    model_calls: Iterable[tuple[str, int]],
+    tool_calls: Sequence[RecordedToolCall],
+    once_only: frozenset[str],
+) -> list[str]:
+    """What the journals (by turn, in hex) and the outside witnesses of the same turns do not agree on.
+
+    `model_calls` are (turn, step) as the model endpoint saw them; `once_only` are the tools that nobody may call twice
+    under one key.
+    """
+    found: list[str] = []
+    model_saw = set(model_calls)
+    calls_by_key: dict[str, list[RecordedToolCall]] = defaultdict(list)
+    for recorded in tool_calls:
+        calls_by_key[recorded.key].append(recorded)
+    journaled_keys: set[str] = set()
+    for turn, journal in journals.items():
+        numbers = [step.number for step in journal]
+        if numbers != list(range(1, len(numbers) + 1)):
+            found.append(f"turn {turn}: the journal's steps are {numbers}")
+        for step, after in zip(journal, [*journal[1:], None], strict=True):
+            kind = step.body.WhichOneof("body")
+            if kind in ("model_reply", "final") and (turn, step.number) not in model_saw:
+                found.append(f"turn {turn}: the model was never called for step {step.number}")
+            if kind != "model_reply":
+                continue
+            for call in step.body.model_reply.tool_calls:
+                key = ids.call_key(bytes.fromhex(turn), step.number, call.index)
+                journaled_keys.add(key)
+                found += (f"{key}: {problem}" for problem in _of_call(call, calls_by_key[key], after, once_only))
+    for key in sorted(set(calls_by_key) - journaled_keys):
+        if calls_by_key[key] and key.partition("/")[0] in journals:
+            found.append(f"{key}: called, but no journaled step asks for it")
+    return found
+
+
+def _of_call(
+    call: ToolCall, recorded: Sequence[RecordedToolCall], after: Step | None, once_only: frozenset[str]
+) -> Iterator[str]:
+    """One journaled call against what the tool's endpoint saw of it."""
+    if call.tool in once_only and len(recorded) > 1:
+        yield f"{call.tool} was called {len(recorded)} times"
+    asked = MessageToDict(call.arguments)
+    for seen in recorded:
+        if seen.arguments != asked:
+            yield f"{call.tool} was called with {seen.arguments}, journaled is {asked}"
+    if after is None or after.body.WhichOneof("body") != "tool_results":
+        return
+    result = next((r for r in after.body.tool_results.results if r.index == call.index), None)
+    if result is None:
+        yield f"{call.tool} has no result in the journal"
+    elif not recorded and result.error.reason != ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN:
+        yield f"{call.tool} has a result in the journal, but was never called"
+
+
+def _told(delivery: Delivery) -> str:
+    return f"{reason_name(delivery.error.reason)}: {delivery.error.message}"

@@ -1,0 +1,240 @@
+"""Conversations that go on whatever happens to the stack, and what their adapters see of it.
+
+Each session sends its next message when the one before is answered (`ahead=1`) or up to so many earlier (`ahead`).
+Session names are chosen so that the sessions of each kind lie on all partitions in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from itertools import count, cycle, islice, pairwise
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from soma.common.v1.turn_pb2 import Delivery
+from soma.router.v1.turn_service_pb2 import ListStepsRequest
+from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
+
+from soma_common import ids
+from soma_common.client.channel_client import ChannelClient
+from soma_common.errors import ResourceExhausted, Unavailable
+from soma_common.grpc.channel import open_channel
+from soma_common.ids import SessionName
+from soma_common.testing.checker import Journal, Story, journal_violations
+from soma_common.testing.eventually import eventually
+from tests.chaos.stack import CHARGE, CLERK, ECHO, SLOW, TENANTS, FaultyStack
+
+if TYPE_CHECKING:
+    from soma.router.v1.turn_service_pb2_grpc import TurnServiceAsyncStub
+
+PARTITIONS: Final = 8
+PATIENCE_S: Final = 60.0
+ANSWERED_WITHIN_S: Final = 30.0
+READ_AT_ONCE: Final = 16
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many sessions talk to each agent in each tenant, and how fast."""
+
+    echo: int = 8
+    slow: int = 4
+    clerk: int = 2
+    pause_s: float = 0.15
+    """Mean pause of a session after an answer."""
+    ahead: int = 1
+    """Messages of a session that may be unanswered."""
+
+
+@dataclass
+class Load:
+    """Running conversations; an async context manager. Call `finish` before its end to hold them to the promises."""
+
+    stack: FaultyStack
+    mix: Mix = field(default_factory=Mix)
+    seed: int = 1
+    tenants: tuple[str, ...] = TENANTS
+    story: Story = field(default_factory=Story)
+
+    def __post_init__(self) -> None:
+        self.channel = f"chaos-{uuid.uuid4().hex[:12]}"
+        self.arrivals: dict[int, list[float]] = defaultdict(list)
+        """By partition: when an outcome reached its adapter (monotonic)."""
+        self.receipts: list[float] = []
+        """When receipts came (monotonic)."""
+        self._random = random.Random(self.seed)
+        self._clients: dict[str, ChannelClient] = {}
+        self._waiting: dict[bytes, asyncio.Event] = {}
+        self._stopping = asyncio.Event()
+        self._sessions: list[asyncio.Task[None]] = []
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for tenant in self.tenants:
+            await self.connect(tenant)
+        for name in self._names():
+            self._sessions.append(asyncio.create_task(self._converse(name), name=str(name)))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        for session in self._sessions:
+            session.cancel()
+        await asyncio.gather(*self._sessions, return_exceptions=True)
+        await self._exit.aclose()
+
+    async def connect(self, tenant: str) -> None:
+        """Connect the tenant's adapter, again if it was disconnected."""
+        self._clients[tenant] = await self._exit.enter_async_context(
+            ChannelClient(
+                self.stack.gateways,
+                token=self.stack.token(tenant),
+                tenant=tenant,
+                channel=self.channel,
+                instance=f"{tenant}-{uuid.uuid4().hex[:8]}",
+                on_delivery=lambda delivery: self._arrived(tenant, delivery),
+                on_live=self.story.live,
+            )
+        )
+
+    # ---- watching
+
+    async def flows(self, each: int = 3, timeout_s: float = 20.0) -> None:
+        """Wait until every partition has had so many more outcomes from now on."""
+        before = {partition: len(self.arrivals[partition]) for partition in self.partitions}
+
+        def more() -> bool:
+            return all(len(self.arrivals[p]) >= before[p] + each for p in self.partitions)
+
+        await eventually(more, timeout_s, f"{each} outcomes on each partition")
+
+    @property
+    def partitions(self) -> range:
+        """Partitions that have sessions."""
+        return range(min(PARTITIONS, self.mix.echo * len(self.tenants)))
+
+    def silence(self, since: float) -> float:
+        """The longest time from `since` (monotonic) on without an outcome on one partition, in seconds, the worst
+        partition counts. It begins with the fault, so it is no shorter than the time to the first new outcome, and it
+        counts a stall that follows.
+        """
+        now = time.monotonic()
+        longest = 0.0
+        for partition in self.partitions:
+            moments = [since, *(at for at in self.arrivals[partition] if at > since), now]
+            longest = max(longest, *(b - a for a, b in pairwise(moments)))
+        return longest
+
+    # ---- the end
+
+    async def finish(self) -> dict[str, int]:
+        """Send nothing more, wait for what is open, and assert every promise; returns what was counted."""
+        self._stopping.set()
+        await asyncio.wait(self._sessions, timeout=PATIENCE_S)
+        for session in self._sessions:
+            if session.done():
+                session.result()
+        await eventually(
+            lambda: not self.story.unanswered(),
+            ANSWERED_WITHIN_S,
+            f"an outcome of each accepted message ({self.story.counts()})",
+        )
+        await asyncio.sleep(0.3)  # What comes twice or too late comes now.
+        problems = self.story.violations() + await self._journal_problems()
+        assert not problems, f"{len(problems)} promises broken:\n" + "\n".join(problems[:20])
+        return self.story.counts()
+
+    async def journals(self, agent: str) -> dict[str, Journal]:
+        """The journals of all answered turns of an agent, by turn in hex, as the router's API gives them."""
+        names = [name for name, _ in self.story.turns() if name.session.agent == agent]
+        journals: dict[str, Journal] = {}
+        room = asyncio.Semaphore(READ_AT_ONCE)
+        token = self.stack.admin_token
+
+        async def read(stub: TurnServiceAsyncStub, name: ids.TurnName) -> None:
+            async with room:
+                page = await stub.ListSteps(ListStepsRequest(parent=str(name), page_size=1000), timeout=10)
+                journals[name.turn_id.hex()] = list(page.steps)
+
+        async with open_channel(
+            self.stack.routers, token=lambda: token, service="router", wait_for_ready=True
+        ) as channel:
+            stub = TurnServiceStub(channel)
+            await asyncio.gather(*(read(stub, name) for name in names))
+        return journals
+
+    async def _journal_problems(self) -> list[str]:
+        journals = await self.journals(CLERK)
+        model_calls = [(call.turn, call.step) for call in self.stack.model.calls if call.turn in journals]
+        tool_calls = [call for call in self.stack.tools.calls if call.turn in journals]
+        return journal_violations(journals, model_calls, tool_calls, frozenset({CHARGE.name}))
+
+    # ---- conversations
+
+    def _names(self) -> Iterator[SessionName]:
+        for agent, sessions in ((ECHO, self.mix.echo), (SLOW, self.mix.slow), (CLERK, self.mix.clerk)):
+            for number in range(sessions * len(self.tenants)):
+                tenant = self.tenants[number % len(self.tenants)]
+                yield _name_in(number % PARTITIONS, tenant, agent, self.channel)
+
+    async def _converse(self, name: SessionName) -> None:
+        open_answers: list[asyncio.Event] = []
+        for number in count(1):
+            await asyncio.sleep(self.mix.pause_s * self._random.uniform(0.5, 1.5))
+            while len(open_answers) >= self.mix.ahead and not self._stopping.is_set():
+                await open_answers.pop(0).wait()
+            if self._stopping.is_set():
+                return
+            open_answers.append(await self._say(name, f"k{number}", f"{name.session} says {number}"))
+
+    async def _say(self, name: SessionName, key: str, text: str) -> asyncio.Event:
+        """Send one message; returns what is set when it is answered."""
+        message_id = self.story.sent(name, key, text, _right_answer(name.agent, text))
+        answered = self._waiting[message_id] = asyncio.Event()
+        try:
+            receipt = await self._clients[name.tenant].send(
+                name.agent, name.session, text, idempotency_key=key, patience_s=PATIENCE_S
+            )
+        except ResourceExhausted:
+            answered.set()  # It is not stored.
+        except Unavailable:
+            self.story.not_known(message_id, name)
+            answered.set()
+        else:
+            self.receipts.append(time.monotonic())
+            self.story.accepted(name, key, receipt.message_id)
+        return answered
+
+    def _arrived(self, tenant: str, delivery: Delivery) -> None:
+        self.story.delivered(tenant, self.channel, delivery)
+        name = SessionName(tenant, delivery.agent, self.channel, delivery.session)
+        self.arrivals[ids.partition_of(name.id, PARTITIONS)].append(time.monotonic())
+        for message_id in delivery.message_ids:
+            if message_id in self._waiting:
+                self._waiting.pop(message_id).set()
+
+
+def _name_in(partition: int, tenant: str, agent: str, channel: str) -> SessionName:
+    """A session name that lies on the partition."""
+    while True:
+        name = SessionName(tenant, agent, channel, f"s{partition}-{uuid.uuid4().hex[:6]}")
+        if ids.partition_of(name.id, PARTITIONS) == partition:
+            return name
+
+
+def _right_answer(agent: str, text: str) -> str:
+    rules: dict[str, Callable[[str], str]] = {
+        ECHO: lambda said: said,
+        SLOW: lambda said: " ".join(islice(cycle(said.split()), 6)),
+        CLERK: lambda said: f"done: {said}",
+    }
+    return rules[agent](text)
