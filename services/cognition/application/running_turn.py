@@ -13,7 +13,7 @@ from soma.common.v1 import turn_pb2
 from services.cognition.application.ports import Outgoing
 from services.cognition.application.run_turn import TurnRunner
 from services.cognition.domain.turn import STEP_FORMAT, kind_of
-from soma_common.errors import FailedPrecondition, Internal, SomaError, to_proto
+from soma_common.errors import Internal, SomaError, to_proto
 from soma_common.telemetry.trace import parse_traceparent, set_trace
 
 _log = structlog.get_logger(__name__)
@@ -130,8 +130,10 @@ class RunningTurn:
             set_trace(parse_traceparent(self._start.traceparent))
         try:
             await runner.run(self._start, self)
-            if not self._over:  # nothing to do: the journal it was started with has its last step
-                self.session.decline(self.turn_id, self.dispatch, _has_ended())
+            if not self._over:
+                # Its journal has its last step already. To decline it would only make the router start it elsewhere;
+                # left alone it counts as stuck there, and is set aside if that goes on.
+                _log.error("turn.had_ended", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
         except Exception:  # noqa: BLE001 - boundary: a defect ends its turn with a typed error, not the stream
             _log.exception("turn.defect", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
             if not self._over:
@@ -147,12 +149,6 @@ class RunningTurn:
     def _finish(self) -> None:
         self._over = True
         self.session.ended(self)
-
-
-def _has_ended() -> SomaError:
-    return FailedPrecondition(
-        reasons.ERROR_REASON_INVALID_TRANSITION, "the journal the turn was started with has its last step: it is over"
-    )
 
 
 def _defect() -> turn_pb2.StepBody:
