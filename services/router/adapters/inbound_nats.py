@@ -90,7 +90,7 @@ class LaneReader:
 
     def attach(self, partition: Partition) -> None:
         """Has the reader go back to where the partition needs it."""
-        del partition
+        partition.attached = True
         self._changed.set()
 
     def partitions(self) -> list[Partition]:
@@ -236,7 +236,7 @@ class LaneReader:
             return  # the reader is about to go back: what it has seen says nothing about partitions that are new here
         for partition in self.partitions():
             behind = partition.cursor.seq < self.last_seq and partition.read_seq < self.last_seq
-            if behind:
+            if behind and partition.attached:
                 partition.read_seq = self.last_seq
                 self.committer.put(CursorItem(partition, Cursor(self._created, self.last_seq, self.last_batch)))
 

@@ -68,7 +68,7 @@ class Ingest:
         for inbound in batch.items:
             number = ids.partition_of(inbound.session_id, partitions)
             partition = owned.get(number)
-            if partition is None or seq <= partition.read_seq:
+            if partition is None or not partition.attached or seq <= partition.read_seq:
                 continue
             if _is_addressed(inbound):
                 entries.setdefault(number, []).append(self._entry(inbound, subject_tenant))
@@ -91,7 +91,7 @@ class Ingest:
         UNREADABLE.inc()
         log.error("router.lane_message_unreadable", tenant=tenant, seq=cursor.seq, problem=problem)
         for partition in sorted(self._state.partitions.values(), key=lambda p: p.id):
-            if partition.read_seq < cursor.seq:
+            if partition.attached and partition.read_seq < cursor.seq:
                 partition.read_seq = cursor.seq
                 self.committer.put(DeadItem(partition, tenant, cursor.batch.encode(), reason, problem, data))
                 self.committer.put(CursorItem(partition, cursor))

@@ -38,6 +38,10 @@ class Partition:
     """Sessions with something to do, and as many idle ones as the cache keeps."""
     pending: OrderedDict[int, None] = field(default_factory=OrderedDict)
     """Positions of messages without outcome, in order."""
+    attached: bool = False
+    """True once its lane is read from `read_seq` on: until then what the lane brings is not for it, or it would skip
+    what lies between.
+    """
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
 
