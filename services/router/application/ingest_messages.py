@@ -49,7 +49,6 @@ class Ingest:
 
     def on_message(self, lane: int, subject_tenant: str, stream: str, seq: int, batch_id: str, data: bytes) -> None:
         """Takes one lane message, in order of `seq`; parts of it that were taken before are skipped."""
-        del lane
         owned = self._state.partitions
         cursor = Cursor(stream, seq, batch_id)
         batch = InBatch()
@@ -61,7 +60,7 @@ class Ingest:
             problem, reason = f"not an InBatch: {error}", ErrorReason.ERROR_REASON_ITEM_CORRUPT
             batch.Clear()
         if problem:
-            self._set_aside(subject_tenant, cursor, reason, problem, data)
+            self._set_aside(lane, subject_tenant, cursor, reason, problem, data)
             return
         entries: dict[int, list[Entry]] = {}
         partitions = self._state.layout.partitions
@@ -86,11 +85,13 @@ class Ingest:
             self.backlog += 1
             self.committer.put(IngestItem(partition, cursor, found, self._ingested))
 
-    def _set_aside(self, tenant: str, cursor: Cursor, reason: int, problem: str, data: bytes) -> None:
+    def _set_aside(self, lane: int, tenant: str, cursor: Cursor, reason: int, problem: str, data: bytes) -> None:
         """A whole lane message cannot be read: it goes to the dead letters of one partition of the lane, once."""
         UNREADABLE.inc()
         log.error("router.lane_message_unreadable", tenant=tenant, seq=cursor.seq, problem=problem)
         for partition in sorted(self._state.partitions.values(), key=lambda p: p.id):
+            if ids.lane_of(partition.id, self._state.layout.lanes) != lane:
+                continue  # its cursor counts another lane's messages
             if partition.attached and partition.read_seq < cursor.seq:
                 partition.read_seq = cursor.seq
                 self.committer.put(DeadItem(partition, tenant, cursor.batch.encode(), reason, problem, data))
