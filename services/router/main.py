@@ -37,9 +37,10 @@ from soma_common.clock import monotonic
 from soma_common.config_feed import ConfigFeed
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
+from soma_common.layout import LaneLayout, LaneMismatch
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import LaneLayout, LaneMismatch, ensure_lanes
+from soma_common.nats.lanes import ensure_lanes
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.settings import load_settings
 from soma_common.telemetry.admin import serve_admin

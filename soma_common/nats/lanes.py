@@ -8,40 +8,16 @@ every partition has it in PostgreSQL.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 from nats.js.errors import BadRequestError, NotFoundError
 
-from soma_common.ids import PARTITION_FUNCTION
+from soma_common.layout import LaneLayout, LaneMismatch
 
-BATCH_FORMAT: Final = 1
 DEDUPE_WINDOW_S: Final = 120.0
 _NAME_IN_USE: Final = 10058
-
-
-class LaneMismatch(Exception):
-    """The lanes were made for another number of partitions or lanes, or another hash: this process must not take
-    part.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class LaneLayout:
-    """How sessions are spread: `partitions` units of ownership over `lanes` streams."""
-
-    partitions: int
-    lanes: int
-
-    def metadata(self) -> dict[str, str]:
-        """What the streams and the database keep of the layout, to be compared by every process at start."""
-        return {
-            "soma_partitions": str(self.partitions),
-            "soma_lanes": str(self.lanes),
-            "soma_hash": PARTITION_FUNCTION,
-        }
 
 
 def stream_name(lane: int) -> str:

@@ -29,9 +29,9 @@ from soma_common import ids
 from soma_common.clock import monotonic, now_ms
 from soma_common.errors import InvalidRequest, NotFound, Unavailable
 from soma_common.ids import InvalidName, SessionName, TurnName
+from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.live import LiveWatcher
 from soma_common.nats import subjects
-from soma_common.nats.lanes import BATCH_FORMAT, LaneLayout
 from soma_common.paging import Page
 
 _CANCEL_WAIT_S: Final = 5.0

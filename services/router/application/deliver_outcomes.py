@@ -108,6 +108,8 @@ class DeliveryDesk:
         self._lines: dict[bytes, _Line] = {}
         self._by_id: dict[bytes, _Pending] = {}
         self._backlogs: dict[tuple[int, ChannelKey], _Backlog] = {}
+        self._paged: dict[tuple[int, ChannelKey], int] = {}
+        """Position up to which a channel of a partition was read from the table."""
         self._choices: dict[bytes, AdapterStream] = {}
         self._delayed: OrderedDict[bytes, None] = OrderedDict()
         self._processed: OrderedDict[bytes, None] = OrderedDict()
@@ -122,6 +124,8 @@ class DeliveryDesk:
             return
         session = item.turn.session
         key = (session.key.tenant, session.key.channel)
+        if item.position <= self._paged.get((item.partition.id, key), 0):
+            return  # a page that was read after the commit has brought it already
         backlog = self._backlogs.get((item.partition.id, key))
         if backlog is not None:
             backlog.grown += 1
@@ -141,6 +145,8 @@ class DeliveryDesk:
         """A partition is lost: its deliveries are the new owner's."""
         for key in [key for key in self._backlogs if key[0] == partition.id]:
             del self._backlogs[key]
+        for key in [key for key in self._paged if key[0] == partition.id]:
+            del self._paged[key]
         for session_id, line in list(self._lines.items()):
             if line.items and line.items[0].partition is partition:
                 del self._lines[session_id]
@@ -390,7 +396,7 @@ class DeliveryDesk:
         if len(page) < _PAGE and backlog.grown == grown:
             del self._backlogs[partition.id, key]
         for stored in page:
-            backlog.after = stored.position
+            backlog.after = self._paged[partition.id, key] = stored.position
             delivery = Delivery.FromString(stored.payload)
             self._append(_Pending(partition, stored.position, delivery, key, stored.session_id))
         if backlog.grown != grown and len(page) < _PAGE:

@@ -21,7 +21,7 @@ from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, 
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import QueuedMessage, SessionKey
 from soma_common import ids
-from soma_common.nats.lanes import BATCH_FORMAT
+from soma_common.layout import BATCH_FORMAT
 from soma_common.telemetry.metrics import counter
 
 if TYPE_CHECKING:

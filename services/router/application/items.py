@@ -248,7 +248,8 @@ class CancelItem:
     partition: Partition
     session_id: bytes
     tenant: str
-    position: int
+    positions: list[int]
+    """Cancels of the session that are done with by this, in order."""
     turn: Turn | None
     """The turn it stops; None: there was nothing to stop."""
     done: Callable[[CancelItem], None]
@@ -257,7 +258,8 @@ class CancelItem:
         """Stores that the cancel was applied and what it stops."""
         group.move(self.partition)
         group.tenants.add(self.tenant)
-        group.add(group.controls, (self.session_id, self.position, self.turn.id if self.turn else None))
+        last = self.positions[-1] if self.positions else 0
+        group.add(group.controls, (self.session_id, last, self.turn.id if self.turn else None))
 
     def committed(self, result: GroupResult) -> None:
         """The turn is to be stopped."""

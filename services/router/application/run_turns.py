@@ -21,7 +21,7 @@ from soma.common.v1.turn_pb2 import Delivery, StepBody
 
 from services.router.application.group import CommitItem, GroupResult, StoreLost
 from services.router.application.items import CancelItem, DispatchItem, EndItem, StartItem, StepItem
-from services.router.domain.session import QueuedMessage, Session, Turn
+from services.router.domain.session import PendingCancel, QueuedMessage, Session, Turn
 from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnState, TurnStatus, after, replay
 from soma_common import ids
 from soma_common.clock import monotonic
@@ -103,10 +103,14 @@ class TurnRunner:
         """Starts turns of waiting sessions in fair order, as many as the brains take."""
         for session in self._state.scheduler.pick(self._room):
             message = self._state.dequeue(session)
-            reason: int = message.fault
-            if not reason and self._state.directory.agent(session.key.tenant, session.key.agent) is None:
-                reason = ErrorReason.ERROR_REASON_AGENT_GONE
-            yield self._refuse(session, message, reason) if reason else self._start(session, message, fresh=False)
+            if message.cancelled:
+                yield self._skip(session, message)
+            elif message.fault:
+                yield self._refuse(session, message, message.fault)
+            elif self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+                yield self._refuse(session, message, ErrorReason.ERROR_REASON_AGENT_GONE)
+            else:
+                yield self._start(session, message, fresh=False)
 
     def _start(self, session: Session, message: QueuedMessage, *, fresh: bool) -> StartItem:
         key = session.key
@@ -140,7 +144,8 @@ class TurnRunner:
                 del self._revisions[next(iter(self._revisions))]
         self._state.running[turn.id] = turn
         failpoint("router.after_ingest_before_dispatch")
-        self._dispatch(turn)
+        if turn.status is TurnStatus.RUNNING:
+            self._dispatch(turn)
 
     def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
         """Ends a turn as it starts: no brain can answer this message."""
@@ -153,6 +158,16 @@ class TurnRunner:
             ),
             True,
         )
+
+    def _skip(self, session: Session, message: QueuedMessage) -> EndItem:
+        """Ends a turn as it starts: it was cancelled before any brain saw it."""
+        turn = self._new_turn(session, message, "")
+        turn.in_flight = True
+        for cancel in session.cancels:
+            if cancel.waits_for is message:
+                cancel.waits_for = None
+        self._settle_cancels(session)
+        return EndItem(session.partition, turn, Outcome.CANCELLED, [], Delivery(), self._ended, is_new=True)
 
     # ---- dispatching
 
@@ -195,7 +210,7 @@ class TurnRunner:
 
     def _begin(self, turn: Turn, link: BrainLink) -> None:
         turn.link = link
-        turn.progress_at = monotonic()
+        turn.started_at = turn.progress_at = monotonic()
         session = turn.session
         if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
             agent = self._state.directory.agent(session.key.tenant, session.key.agent)
@@ -231,6 +246,7 @@ class TurnRunner:
                 limit = agent.spec.context_messages
             if session.context is None:
                 context = await self._history.context(key.tenant, session.id, limit)
+                session.recall(context)
             else:
                 context = list(session.context)
         except StoreLost:
@@ -379,13 +395,15 @@ class TurnRunner:
         turn.text_length = 0
         if turn.status is TurnStatus.CONVERGING:
             return
-        if turn.strikes >= self._max_strikes:
-            self._spawn(self._poisoned(turn))
-            return
         self.committer.put(DispatchItem(turn.session.partition, turn, self._redispatched))
 
     def _redispatched(self, turn: Turn) -> None:
-        if self._runs(turn) and turn.link is None and turn.status is TurnStatus.RUNNING:
+        # Behind everything of the former dispatch that was on its way: what the journal got is in memory by now.
+        if not self._runs(turn) or turn.link is not None or turn.status is not TurnStatus.RUNNING:
+            return
+        if turn.strikes >= self._max_strikes:
+            self._spawn(self._poisoned(turn))
+        else:
             self._dispatch(turn)
 
     # ---- ending
@@ -443,7 +461,8 @@ class TurnRunner:
             session.remember(said)
         if turn.link is not None and not item.is_new:
             turn.link.confirm(turn.id, turn.dispatch, turn.step_count + len(item.steps))
-        TURN_SECONDS.observe(monotonic() - turn.progress_at if turn.progress_at else 0)
+        if turn.started_at:
+            TURN_SECONDS.observe(monotonic() - turn.started_at)
         _TURNS_BY_OUTCOME[item.outcome].inc()
         self._release(turn)
         self._live.ended(turn, item.answer)
@@ -473,22 +492,43 @@ class TurnRunner:
     # ---- stopping
 
     def cancel(self, session: Session, position: int, target: bytes | None) -> None:
-        """A cancel reaches the session: stops its running turn, if it is meant and began before the cancel."""
+        """A cancel reaches the session: it stops the turn that runs, else the next of what was accepted before it; or
+        only the turn that it names."""
+        cancel = PendingCancel(position)
+        session.cancels.append(cancel)
+        self._state.busy(session)
         turn = session.turn
-        if turn is not None and (turn.inputs[0].position > position or (target and target != turn.id)):
-            turn = None
-        if turn is not None:
-            turn.status = TurnStatus.CONVERGING
-            self._stop(turn)
-        self.committer.put(
-            CancelItem(session.partition, session.id, session.key.tenant, position, turn, self._cancel_stored)
-        )
+        stopped: Turn | None = None
+        if turn is not None and turn.inputs[0].position < position and target in (None, turn.id):
+            stopped = turn
+            if turn.status is TurnStatus.RUNNING:
+                turn.status = TurnStatus.CONVERGING
+                self._stop(turn)
+        elif (message := _queued_target(session, position, target, turn is None)) is not None:
+            # It ends without a turn when it comes to it, in its order; until then the cancel is not done with.
+            message.cancelled = True
+            cancel.waits_for = message
+        self._settle_cancels(session, stopped)
+
+    def _settle_cancels(self, session: Session, stopped: Turn | None = None) -> None:
+        """Notes durably how far the session's cancels are done with, and which turn is to converge."""
+        done: list[int] = []
+        while session.cancels and session.cancels[0].waits_for is None:
+            done.append(session.cancels.popleft().position)
+        if done or stopped is not None:
+            self.committer.put(
+                CancelItem(session.partition, session.id, session.key.tenant, done, stopped, self._cancel_stored)
+            )
 
     def _cancel_stored(self, item: CancelItem) -> None:
-        item.partition.pending.pop(item.position, None)
+        for position in item.positions:
+            item.partition.pending.pop(position, None)
         turn = item.turn
         if turn is not None and self._runs(turn) and not turn.in_flight:
             self._spawn(self._converge(turn))
+        session = item.partition.sessions.get(item.session_id)
+        if session is not None and session.idle:
+            self._state.idle(session)
 
     def _stop(self, turn: Turn) -> None:
         if turn.link is not None:
@@ -538,6 +578,19 @@ class TurnRunner:
 
     def _runs(self, turn: Turn) -> bool:
         return self._state.running.get(turn.id) is turn and not turn.session.partition.lost
+
+
+def _queued_target(session: Session, position: int, target: bytes | None, nothing_runs: bool) -> QueuedMessage | None:
+    """The waiting message that a cancel means: the one whose turn it names, or the next if it names none."""
+    for message in session.queue:
+        if message.position > position:
+            return None
+        if target is None:
+            if nothing_runs and not message.cancelled:
+                return message
+        elif ids.turn_id(session.id, message.message_id) == target:
+            return message
+    return None
 
 
 _EXPLAIN: Final[dict[int, str]] = {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from services.router.application.ports import Directory
     from services.router.domain.partition import Partition
     from services.router.domain.session import QueuedMessage, Turn
-    from soma_common.nats.lanes import LaneLayout
+    from soma_common.layout import LaneLayout
 
 DEFAULT_TENANT_RUNNING: Final = 4096
 DEFAULT_WEIGHT: Final = 100

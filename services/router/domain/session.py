@@ -51,6 +51,17 @@ class QueuedMessage:
     traceparent: str
     content: bytes | None
     """None once memory is short: then it is read from the store when its turn comes."""
+    cancelled: bool = False
+    """A cancel reached it before its turn began: it ends without one."""
+
+
+@dataclass(slots=True)
+class PendingCancel:
+    """A cancel that was read and is not stored as applied."""
+
+    position: int
+    waits_for: QueuedMessage | None = None
+    """The waiting message that it stops: it is applied when that message has ended."""
 
 
 @dataclass(slots=True)
@@ -75,6 +86,8 @@ class Turn:
     """What the model has said in the running step, for watchers that come late."""
     text_length: int = 0
     """Code points in `text`."""
+    started_at: float = 0.0
+    """Monotonic time of its last dispatch, in seconds."""
     progress_at: float = 0.0
     """Monotonic time of the last frame of the turn, in seconds."""
 
@@ -93,6 +106,7 @@ class Session:
     """Everything the owner needs to know of a session between two messages. Idle ones may be dropped at any time."""
 
     __slots__ = (
+        "cancels",
         "context",
         "context_bytes",
         "delivery_count",
@@ -112,6 +126,8 @@ class Session:
         self.turn_count = turn_count
         self.delivery_count = delivery_count
         self.queue: deque[QueuedMessage] = deque()
+        self.cancels: deque[PendingCancel] = deque()
+        """Cancels that are not done with, in order."""
         self.turn: Turn | None = None
         self.ready = False
         """True while the scheduler holds it."""
@@ -134,7 +150,12 @@ class Session:
         if self.context_bytes > CONTEXT_BYTES:
             self.context, self.context_bytes = None, 0
 
+    def recall(self, said: list[bytes]) -> None:
+        """Takes over what the store knows was said before."""
+        self.context, self.context_bytes = deque(), 0
+        self.remember(said)
+
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits."""
-        return self.turn is None and not self.queue
+        return self.turn is None and not self.queue and not self.cancels

@@ -292,8 +292,9 @@ BEGIN
     END IF;
 
     IF cardinality(c_session) > 0 THEN
-        UPDATE router.sessions s SET control_position = c.position
-        FROM unnest(c_session, c_position) AS c(session_id, position)
+        UPDATE router.sessions s SET control_position = greatest(s.control_position, c.position)
+        FROM (SELECT session_id, max(position) AS position FROM unnest(c_session, c_position) AS i(session_id, position)
+              GROUP BY session_id) c
         WHERE s.session_id = c.session_id;
         UPDATE router.turns t SET status = 2
         FROM unnest(c_turn) AS c(turn_id)
