@@ -26,9 +26,9 @@ from soma_common.authz.tokens import load_token
 from soma_common.config_feed import ConfigFeed
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
+from soma_common.layout import LaneLayout
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import LaneLayout
 from soma_common.settings import load_settings
 from soma_common.telemetry.admin import serve_admin
 
@@ -73,7 +73,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
         max_content_bytes=settings.max_content_bytes,
         now_ms=clock.now_ms,
     )
-    acks = ReturnAcks(routers)
+    acks = ReturnAcks(routers, clock.monotonic)
     streams = ServeStreams(
         gateway,
         directory=directory,
@@ -100,11 +100,12 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     admin = await serve_admin(settings, lambda: {"nats": nc.is_connected, "config": feed.ready.is_set()})
 
     lifecycle.on_stop("close admin port", admin.stop)
-    lifecycle.on_stop("send the last acks", acks.flush)
+    lifecycle.on_stop("send the last acks", acks.flush, timeout_s=1.0)
     lifecycle.on_stop("say farewell", streams.farewell)
     lifecycle.on_stop("store what was accepted", lambda: writers.drain(settings.drain_timeout_s))
     lifecycle.spawn("config feed", feed.run())
     lifecycle.spawn("streams", streams.run())
+    lifecycle.spawn("acks", acks.run())
     await routers.listen(streams.hand_over)
     port = await server.start()
     lifecycle.on_stop("stop grpc", lambda: server.stop(0.5))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.gateway.application.ports import BatchUnacceptable, BusSilent, LaneFull
-from soma_common.nats.lanes import BATCH_FORMAT
+from soma_common.layout import BATCH_FORMAT
 
 
 class MemoryLanes:

@@ -15,8 +15,9 @@ from nats.js.errors import APIError, NoStreamResponseError
 from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.gateway.application.ports import BatchUnacceptable, BusSilent, LaneFull
+from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.nats import subjects
-from soma_common.nats.lanes import BATCH_FORMAT, LaneLayout, ensure_lanes
+from soma_common.nats.lanes import ensure_lanes
 
 BOUND_REACHED: Final = 10077
 """JetStream's code of every bound of a stream; the description says which."""

@@ -28,6 +28,11 @@ class NatsRouters:
         self._nc = nc
         self._gateway = gateway
 
+    @property
+    def losses(self) -> int:
+        """How often the connection was lost and made again."""
+        return self._nc.stats["reconnects"]
+
     async def send_acks(self, tenant: str, router: str, batch: AckBatch) -> None:
         """Tells a router what became of its deliveries. Raises BusSilent."""
         await self._publish(subjects.acks(tenant, router), batch.SerializeToString())

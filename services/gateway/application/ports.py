@@ -53,13 +53,17 @@ class Lanes(Protocol):
 
 
 class Routers(Protocol):
-    """The way to the routers, without guarantee: what is lost is told again."""
+    """The way to the routers, without guarantee: what is sent may get lost when the connection does."""
+
+    @property
+    def losses(self) -> int:
+        """How often the connection was lost and made again."""
 
     async def send_acks(self, tenant: str, router: str, batch: AckBatch) -> None:
-        """Tells a router what became of its deliveries."""
+        """Tells a router what became of its deliveries. Raises BusSilent: it was not sent."""
 
     async def announce(self, tenant: str, presence: Presence) -> None:
-        """Tells all routers which adapter streams of a tenant are here."""
+        """Tells all routers which adapter streams of a tenant are here. Raises BusSilent: it was not sent."""
 
 
 class Watches(Protocol):

@@ -1,12 +1,15 @@
-"""Tells the routers what became of their deliveries: gathered per (tenant, router), without guarantee.
+"""Tells the routers what became of their deliveries: gathered per (tenant, router).
 
-An ack that is lost costs a redelivery, which the stream answers with another ack; so nothing is kept for a bus that
-is away.
+A session's next answer waits for the ack of the one before, so an ack must not get lost when the bus does: what could
+not be sent is kept until it can, and what was sent shortly before the connection broke is sent again. Routers ignore
+an ack they know.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 from soma.router.v1.outbound_pb2 import AckBatch
@@ -15,54 +18,97 @@ from services.gateway.application.ports import BusSilent, Routers
 
 MAX_BATCH: Final = 8192
 """Acks in one message: 150 kB."""
+RECENT_S: Final = 6.0
+"""Acks of so long before a loss are sent again; a frozen bus is noticed within four seconds."""
+AGAIN_S: Final = (0.3, 2.0)
+"""Pauses before they are: the routers' connections come back when they do, and are tried ten times a second."""
+MAX_RECENT: Final = 4096
+"""Batches remembered for that."""
+LOOK_S: Final = 0.2
+PAUSE_S: Final = 0.05
+
+_Sent = tuple[float, tuple[str, str], AckBatch]
+"""When, to whom (tenant, router), what."""
 
 
 class ReturnAcks:
     """Collects during one pass of the event loop and sends at its end."""
 
-    def __init__(self, routers: Routers) -> None:
+    def __init__(self, routers: Routers, clock: Callable[[], float]) -> None:
         self._routers = routers
+        self._clock = clock
         self._open: dict[tuple[str, str], AckBatch] = {}
+        self._recent: deque[_Sent] = deque(maxlen=MAX_RECENT)
         self._task: asyncio.Task[None] | None = None
 
     def ack(self, tenant: str, router: str, delivery_id: bytes) -> None:
         """The delivery is processed."""
         batch = self._open.get((tenant, router))
         if batch is None:
-            batch = self._batch(tenant, router)
+            batch = self._batch((tenant, router))
         batch.acks.append(delivery_id)
 
     def give_back(
         self, tenant: str, router: str, delivery_id: bytes, *, delay_ms: int, counts: bool, cause: str
     ) -> None:
         """The delivery comes back, to be tried again after the delay; `counts`: the adapter refused it."""
-        self._batch(tenant, router).returns.add(delivery_id=delivery_id, delay_ms=delay_ms, counts=counts, cause=cause)
+        self._batch((tenant, router)).returns.add(
+            delivery_id=delivery_id, delay_ms=delay_ms, counts=counts, cause=cause
+        )
+
+    async def run(self) -> None:
+        """Sends the latest acks again whenever the connection was lost, until cancelled."""
+        losses = self._routers.losses
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if losses == self._routers.losses:
+                continue
+            losses = self._routers.losses
+            suspect = list(self._recent)
+            for pause in AGAIN_S:
+                await asyncio.sleep(pause)
+                self._send_again(suspect)
 
     async def flush(self) -> None:
         """Waits until what was collected is sent."""
         if self._task is not None:
             await self._task
 
-    def _batch(self, tenant: str, router: str) -> AckBatch:
-        batch = self._open.get((tenant, router))
+    def _batch(self, key: tuple[str, str]) -> AckBatch:
+        batch = self._open.get(key)
         if batch is None:
-            batch = self._open[tenant, router] = AckBatch()
+            batch = self._open[key] = AckBatch()
             if self._task is None:
                 self._task = asyncio.get_running_loop().create_task(self._send())
         return batch
+
+    def _send_again(self, sent: list[_Sent]) -> None:
+        for _, key, batch in sent:
+            self._batch(key).acks.extend(batch.acks)
 
     async def _send(self) -> None:
         try:
             while self._open:
                 going, self._open = self._open, {}
-                for (tenant, router), batch in going.items():
+                for key, batch in going.items():
                     for part in _cut(batch):
-                        try:
-                            await self._routers.send_acks(tenant, router, part)
-                        except BusSilent:
-                            continue
+                        await self._send_part(key, part)
         finally:
             self._task = None
+
+    async def _send_part(self, key: tuple[str, str], part: AckBatch) -> None:
+        """Sends as soon as the bus takes it. While it does not, adapters get no deliveries, so little gathers."""
+        while True:
+            try:
+                await self._routers.send_acks(*key, part)
+            except BusSilent:
+                await asyncio.sleep(PAUSE_S)
+                continue
+            break
+        now, recent = self._clock(), self._recent
+        while recent and recent[0][0] < now - RECENT_S:
+            recent.popleft()
+        recent.append((now, key, part))
 
 
 def _cut(batch: AckBatch) -> list[AckBatch]:

@@ -11,8 +11,9 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound
 from services.gateway.adapters.lanes_memory import MemoryLanes
 from services.gateway.adapters.lanes_nats import NatsLanes
 from services.gateway.application.ports import BatchUnacceptable, BusSilent, LaneFull, Lanes
+from soma_common.layout import LaneLayout
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import LaneLayout, stream_name
+from soma_common.nats.lanes import stream_name
 from soma_common.testing.embedded import running_nats
 
 BOUND = 3

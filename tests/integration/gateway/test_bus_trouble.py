@@ -6,15 +6,15 @@ import grpc
 import pytest
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import SessionKey
-from soma.gateway.v1.channel_service_pb2 import SendMessageRequest
+from soma.gateway.v1.channel_service_pb2 import ConnectRequest, SendMessageRequest
 
 from services.gateway.adapters.lanes_nats import NatsLanes
 from soma_common import errors
+from soma_common.layout import LaneLayout, LaneMismatch
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import LaneLayout, LaneMismatch
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
-from tests.integration.gateway.harness import AGENT, CHANNEL, PARTITIONS, TENANT, World, inbound, message
+from tests.integration.gateway.harness import AGENT, CHANNEL, PARTITIONS, TENANT, World, delivery, inbound, message
 
 
 async def test_killed_and_restarted_in_the_middle_everything_is_stored_once_in_order(world: World) -> None:
@@ -124,3 +124,20 @@ async def test_tenants_do_not_wait_for_each_other(world: World) -> None:
     finally:
         world.nats_server.sigcont()
     await eventually(lambda: len(other.receipts) == 8 and len(demo.receipts) == 8)
+
+
+async def test_acks_survive_the_bus(world: World) -> None:
+    adapter = await world.adapter(await world.gateway())
+    gateway, stream = await world.router.stream("a")
+    await world.router.hand_over(gateway, stream.stream, delivery(1, "s1"), delivery(2, "s2", 1))
+    await eventually(lambda: len(adapter.deliveries) == 2)
+    await adapter.send(ConnectRequest(acks=[delivery(1).delivery_id]))
+    await eventually(lambda: world.router.acks)
+    await world.nats_server.kill9()
+    await adapter.send(ConnectRequest(acks=[delivery(2).delivery_id]))
+    await asyncio.sleep(0.2)
+    await world.nats_server.restart()
+    # The one from while the bus was away arrives, and the one before again: nobody knows whether it had.
+    first, second = delivery(1).delivery_id, delivery(2).delivery_id
+    await eventually(lambda: world.router.acks.count(first) >= 2 and second in world.router.acks)
+    await eventually(lambda: world.router.announced[-1][1].streams)
