@@ -130,9 +130,10 @@ def logs(
         console.print(line.rendered())
     if follow:
         story = Story(tails, lambda line: console.print(line.rendered()))
-        while True:
-            story.catch_up()
-            time.sleep(POLL_S)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                story.catch_up()
+                time.sleep(POLL_S)
 
 
 @app.command()
@@ -226,7 +227,12 @@ def _up_detached(options: StackOptions, demo_model: str | None) -> None:
     """Start a supervisor of its own and wait until it is ready."""
 
     async def started() -> StackState:
-        state = await until_ready(options.home, start_detached(options))
+        supervisor = start_detached(options)
+        try:
+            state = await until_ready(options.home, supervisor)
+        except asyncio.CancelledError:  # Ctrl-C before it was ready.
+            supervisor.terminate()
+            raise
         if demo_model is not None:
             await demonstrate(options.home, state, console, demo_model)
         return state

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,7 @@ class Tail:
         self._path: Path | None = None
         self._inode = 0
         self._position = 0
+        self._time = ""
         if not from_start:
             self._path = source.newest()
             if self._path is not None:
@@ -188,8 +189,13 @@ class Tail:
             new = file.read()
         complete = new[: new.rfind(b"\n") + 1]
         self._position += len(complete)
-        lines = complete.decode(errors="replace").splitlines()
-        return [read_line(self._source.who, raw) for raw in lines if raw.strip()]
+        texts = complete.decode(errors="replace").splitlines()
+        return [self._timed(read_line(self._source.who, text)) for text in texts if text.strip()]
+
+    def _timed(self, line: Line) -> Line:
+        """A line that does not say when it was written was written when the one before it was."""
+        self._time = line.time or self._time
+        return line if line.time else replace(line, time=self._time)
 
 
 class Story:
