@@ -224,7 +224,7 @@ async def _tend_lanes(
         try:
             floors = await history.lane_floors(layout.lanes)
             for lane, reader in enumerate(readers):
-                await reader.purge(floors.get(lane, 0))
+                await reader.purge(*floors.get(lane, ("", 0)))
         except (StoreLost, NatsError, APIError, OSError, TimeoutError) as error:
             log.warning("router.purge_failed", error=str(error) or type(error).__name__)
 

@@ -261,16 +261,20 @@ class PostgresHistory:
             )
         return [StepRow(*row) for row in map(tuple, rows)]
 
-    async def lane_floors(self, lanes: int) -> dict[int, int]:
-        """The lowest cursor of all partitions of each lane: what is below it is in the mailbox of everybody."""
+    async def lane_floors(self, lanes: int) -> dict[int, tuple[str, int]]:
+        """The stream's incarnation and the lowest cursor of all partitions of each lane: what is below it is in the
+        mailbox of everybody. Nothing for a lane whose cursors do not yet count one and the same incarnation.
+        """
         try:
             async with self._pool.acquire(timeout=3.0) as connection:
                 rows = await connection.fetch(
-                    "SELECT id % $1 AS lane, min(cursor_seq) AS floor FROM router.partitions GROUP BY 1", lanes
+                    "SELECT id % $1 AS lane, min(cursor_stream) AS stream, min(cursor_seq) AS floor"
+                    " FROM router.partitions GROUP BY 1 HAVING min(cursor_stream) = max(cursor_stream)",
+                    lanes,
                 )
         except (*CONNECTION_LOST, asyncpg.PostgresError) as error:
             raise StoreLost(str(error) or type(error).__name__) from error
-        return {row["lane"]: row["floor"] for row in rows}
+        return {row["lane"]: (row["stream"], row["floor"]) for row in rows}
 
 
 def _session(row: Any) -> SessionRow:

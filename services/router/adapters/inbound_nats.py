@@ -235,16 +235,17 @@ class LaneReader:
         if self._changed.is_set() or self._consumer is None or not self.last_batch:
             return  # the reader is about to go back: what it has seen says nothing about partitions that are new here
         for partition in self.partitions():
-            behind = partition.cursor.seq < self.last_seq and partition.read_seq < self.last_seq
-            if behind and partition.attached:
+            cursor = partition.cursor
+            behind = cursor.seq < self.last_seq or cursor.stream != self._created
+            if behind and partition.read_seq < self.last_seq and partition.attached:
                 partition.read_seq = self.last_seq
                 self.committer.put(CursorItem(partition, Cursor(self._created, self.last_seq, self.last_batch)))
 
-    async def purge(self, floor: int) -> None:
-        """Removes lane messages below `floor`; the message at `floor` stays as the anchor that cursors are checked
-        against.
+    async def purge(self, created: str, floor: int) -> None:
+        """Removes lane messages below `floor` if the stream is the incarnation that the cursors count; the message at
+        `floor` stays as the anchor that cursors are checked against.
         """
-        if floor > 1:
+        if floor > 1 and str((await self._js.stream_info(self._stream)).created) == created:
             await self._js.purge_stream(self._stream, seq=floor)
 
 

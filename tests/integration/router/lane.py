@@ -22,9 +22,10 @@ from services.router.application.items import CursorItem, DeadItem, IngestItem
 from services.router.application.state import RouterState
 from services.router.domain.partition import Cursor, Partition
 from soma_common import ids
+from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.nats import subjects
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import BATCH_FORMAT, LaneLayout, ensure_lanes, stream_name
+from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.embedded import FaultyNats
 from tests.unit.router.builders import PARTITIONS, a_partition, inbound
 

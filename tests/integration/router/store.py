@@ -20,7 +20,7 @@ from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import Session, Turn
 from services.router.domain.turn import Outcome, StepKind
 from services.router.main import MIGRATIONS
-from soma_common.nats.lanes import LaneLayout
+from soma_common.layout import LaneLayout
 from soma_common.postgres.connect import Connection, connect
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.testing.embedded import Database

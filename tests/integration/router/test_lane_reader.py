@@ -1,6 +1,6 @@
 """The lane reader on a real NATS server: in order, without gap or loss, whatever happens to the lane."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from time import monotonic
 
 import pytest
@@ -20,6 +20,20 @@ A, B = names_in(0, 1)[0], names_in(1, 1)[0]
 async def lane(nats_server: FaultyNats) -> AsyncIterator[Lane]:
     async with running_lane(nats_server) as lane:
         yield lane
+
+
+async def settled(value: Callable[[], int], for_s: float = 0.7) -> int:
+    """The value once it has not changed for a while."""
+    seen, since = value(), monotonic()
+
+    def stands_still() -> bool:
+        nonlocal seen, since
+        if value() != seen:
+            seen, since = value(), monotonic()
+        return monotonic() - since >= for_s
+
+    await eventually(stands_still, timeout_s=10)
+    return seen
 
 
 def numbers(first: int, count: int) -> list[bytes]:
@@ -75,3 +89,204 @@ async def test_nothing_is_skipped_for_a_partition_that_is_ours_and_not_attached_
     lane.attach(late)
     await eventually(lambda: len(lane.mailbox.got[1]) >= 6)
     assert lane.mailbox.got[1] == numbers(0, 6)
+
+
+# ---- the server dies, the stream goes back
+
+
+async def test_a_killed_server_is_read_on_within_five_seconds(lane: Lane) -> None:
+    """Measured from the restart. Without loss, and without reading again what is committed."""
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 50)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 50)
+    await lane.server.kill9()
+    await lane.server.restart()
+    began = monotonic()
+    await eventually(lambda: lane.client.is_connected, timeout_s=5)
+    await lane.send_many(A, 50, 50)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 100, timeout_s=5)
+    assert monotonic() - began < 5.0
+    assert lane.mailbox.got[0] == numbers(0, 100)
+
+
+async def test_what_was_read_and_not_committed_survives_a_restart_of_the_server_once(lane: Lane) -> None:
+    lane.attach(lane.own(0))
+    lane.mailbox.stalled = True
+    await lane.send_many(A, 0, 20)
+    await eventually(lambda: len(lane.mailbox.waiting) == 20)
+    await lane.server.kill9()
+    await lane.server.restart()
+    await eventually(lambda: lane.client.is_connected, timeout_s=5)
+    await lane.send_many(A, 20, 5)
+    lane.mailbox.stalled = False
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 25, timeout_s=5)
+    assert lane.mailbox.got[0] == numbers(0, 25)
+
+
+async def test_a_frozen_server_is_noticed_and_nothing_is_lost(lane: Lane) -> None:
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 10)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 10)
+    lane.server.sigstop()
+    try:
+        await eventually(lambda: lane.reader._consumer is None, timeout_s=8, what="the silence is noticed")
+    finally:
+        lane.server.sigcont()
+    await eventually(lambda: lane.client.is_connected, timeout_s=8)
+    await lane.send_many(A, 10, 10)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 20, timeout_s=8)
+    assert lane.mailbox.got[0] == numbers(0, 20)
+
+
+async def test_a_stream_made_anew_is_read_from_its_beginning(lane: Lane) -> None:
+    """The new stream's sequences are below the cursor: a reader that goes by numbers alone skips them."""
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 30)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 30)
+    await lane.js.delete_stream(stream_name(0))
+    await ensure_lanes(lane.js, LAYOUT, 1000)
+    last = (await lane.send_many(A, 30, 10))[-1]
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 40, timeout_s=10)
+    assert lane.mailbox.got[0] == numbers(0, 40)
+    assert lane.state.partitions[0].cursor == last
+
+
+async def test_a_new_owner_notices_a_stream_made_anew_while_nobody_read(lane: Lane) -> None:
+    before = (await lane.send_many(A, 0, 30))[-1]
+    await lane.js.delete_stream(stream_name(0))
+    await ensure_lanes(lane.js, LAYOUT, 1000)
+    await lane.send_many(A, 30, 40)  # beyond the old cursor's sequence
+    lane.attach(lane.own(0, before))
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 40)
+    assert lane.mailbox.got[0] == numbers(30, 40)
+
+
+async def test_another_message_at_the_cursors_place_is_noticed(lane: Lane) -> None:
+    """The same stream, restored: it has the sequence, but it is not that message."""
+    places = await lane.send_many(A, 0, 10)
+    lane.attach(lane.own(0, Cursor(places[5].stream, places[5].seq, "a batch that was lost")))
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 10)
+    assert lane.mailbox.got[0] == numbers(0, 10)
+
+
+async def test_a_cursor_beyond_the_end_of_the_stream_is_noticed(lane: Lane) -> None:
+    places = await lane.send_many(A, 0, 3)
+    lane.attach(lane.own(0, Cursor(places[0].stream, 100, "lost with the tail")))
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 3)
+    await lane.send_many(A, 3, 2)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 5)
+    assert lane.mailbox.got[0] == numbers(0, 5)
+
+
+async def test_only_the_partition_whose_cursor_does_not_fit_is_read_again(lane: Lane) -> None:
+    places = [await lane.send(inbound(A, f"k{n}", b"a"), inbound(B, f"k{n}", b"b")) for n in range(10)]
+    fits, does_not = lane.own(0, places[7]), lane.own(1, Cursor(places[7].stream, places[7].seq, "other"))
+    lane.attach(fits)
+    lane.attach(does_not)
+    await eventually(lambda: len(lane.mailbox.got[1]) >= 10 and len(lane.mailbox.got[0]) >= 2)
+    assert lane.mailbox.got == {0: [b"a"] * 2, 1: [b"b"] * 10}
+
+
+# ---- idle cursors and purge
+
+
+async def test_idle_cursors_follow_what_was_read_and_no_further(lane: Lane) -> None:
+    for number in (0, 1):
+        lane.attach(lane.own(number))
+    places = await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 5)
+    await lane.reader.move_idle_cursors()
+    assert lane.state.partitions[1].cursor == places[-1]
+    place = await lane.send(inbound(B, "k", b"late"))
+    await eventually(lambda: lane.mailbox.got[1] == [b"late"])
+    assert lane.state.partitions[1].cursor == place
+
+
+async def test_idle_cursors_do_not_pass_what_is_read_and_not_committed(lane: Lane) -> None:
+    """The mailbox stalls with a message of partition 1 in hand, and its router dies there."""
+    for number in (0, 1):
+        lane.attach(lane.own(number))
+    lane.mailbox.stalled = True
+    await lane.send(inbound(B, "k", b"in hand"))
+    await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.waiting) == 6)
+    await lane.reader.move_idle_cursors()
+    in_order = [item.partition.id for item in lane.mailbox.waiting]
+    assert in_order[0] == 1, "the message goes first, the cursor behind it"
+    assert lane.state.partitions[1].cursor.seq == 0
+
+
+async def test_idle_cursors_stand_still_while_the_reader_goes_back(lane: Lane) -> None:
+    lane.attach(lane.own(0))
+    await lane.send_many(B, 0, 5)
+    await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 5)
+    late = lane.own(1)
+    lane.attach(late)
+    await lane.reader.move_idle_cursors()
+    assert late.read_seq == 0
+    await eventually(lambda: lane.mailbox.got[1] == numbers(0, 5))
+
+
+async def test_idle_cursors_come_over_to_a_stream_made_anew(lane: Lane) -> None:
+    """Else its lane could not be purged before it has as many messages as the old one had."""
+    for number in (0, 1):
+        lane.attach(lane.own(number))
+    await lane.send_many(A, 0, 10)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 10)
+    await lane.reader.move_idle_cursors()
+    await lane.js.delete_stream(stream_name(0))
+    await ensure_lanes(lane.js, LAYOUT, 1000)
+    place = (await lane.send_many(A, 10, 3))[-1]
+    await eventually(lambda: len(lane.mailbox.got[0]) == 13, timeout_s=10)
+    await lane.reader.move_idle_cursors()
+    assert lane.state.partitions[1].cursor == place
+
+
+async def test_purge_keeps_the_message_at_the_cursor(lane: Lane) -> None:
+    partition = lane.own(0)
+    lane.attach(partition)
+    places = await lane.send_many(A, 0, 20)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 20)
+    await lane.reader.purge(places[9].stream, places[9].seq)
+    state = await lane.stream()
+    assert (state.first_seq, state.messages) == (places[9].seq, 11)
+    again = lane.own(0, places[9])  # a new owner finds the anchor
+    lane.attach(again)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 30)
+    assert lane.mailbox.got[0] == numbers(0, 20) + numbers(10, 10)
+
+
+async def test_a_stream_made_anew_is_not_purged_by_the_cursors_of_the_old_one(lane: Lane) -> None:
+    """They stand at sequence 30, and the ten messages of the new stream are in no mailbox yet."""
+    old = (await lane.send_many(A, 0, 30))[-1]
+    await lane.js.delete_stream(stream_name(0))
+    await ensure_lanes(lane.js, LAYOUT, 1000)
+    await lane.send_many(A, 30, 10)
+    await lane.reader.purge(old.stream, old.seq)
+    assert (await lane.stream()).messages == 10
+
+
+async def test_nothing_is_purged_before_every_partition_has_a_cursor(lane: Lane) -> None:
+    places = await lane.send_many(A, 0, 3)
+    await lane.reader.purge(places[0].stream, 0)
+    assert (await lane.stream()).messages == 3
+
+
+# ---- bounds
+
+
+async def test_a_stalled_mailbox_bounds_what_is_read(nats_server: FaultyNats) -> None:
+    """PostgreSQL stands still while 3000 messages wait: the router holds its bound and two pulls at most."""
+    async with running_lane(nats_server, backlog=100) as lane:
+        lane.mailbox.stalled = True
+        for first in range(0, 3000, 500):
+            await lane.send_many(A, first, 500)
+        lane.attach(lane.own(0))
+        await eventually(lambda: len(lane.mailbox.waiting) >= 100)
+        held = await settled(lambda: len(lane.mailbox.waiting))
+        assert held <= 100 + 2 * 256
+        lane.mailbox.stalled = False
+        lane.mailbox.commit()
+        await eventually(lambda: len(lane.mailbox.got[0]) >= 3000, timeout_s=10)
+        assert lane.mailbox.got[0] == numbers(0, 3000)
