@@ -79,7 +79,6 @@ class OwnPartitions:
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[UUID | None, float]] = {}
-        self._taken: list[Partition] = []
         self._releasing = False
         self._store_back = asyncio.Event()
         self.ready = asyncio.Event()
@@ -128,17 +127,11 @@ class OwnPartitions:
             seen = self._seen.get(lease.partition)
             if not lease.expired or seen is None or seen[0] != lease.term:
                 self._seen[lease.partition] = (lease.term, now)
-        try:
-            for lease in leases:
-                if len(self._state.partitions) >= share:
-                    break
-                if lease.partition not in self._state.partitions and self._free(lease, now):
-                    await self._take(lease)
-        finally:
-            # Once for all that were taken: a reader that goes back reads again what others have already.
-            taken, self._taken = self._taken, []
-            for partition in taken:
-                self._lanes.attach(partition)
+        for lease in leases:
+            if len(self._state.partitions) >= share:
+                break
+            if lease.partition not in self._state.partitions and self._free(lease, now):
+                await self._take(lease)
         surplus = len(self._state.partitions) - share
         for partition in list(self._state.partitions.values())[: min(max(surplus, 0), _RELEASE_PER_BEAT)]:
             self.end(partition, "rebalance")
@@ -166,6 +159,9 @@ class OwnPartitions:
         partition = self._restore(lease.partition, term, row, pending)
         self._held_before.add(lease.partition)
         self._state.partitions[partition.id] = partition
+        # In the same breath: the reader may be ahead of this partition's cursor, and what it reads next must not be
+        # taken before it has gone back.
+        self._lanes.attach(partition)
         OWNED.set(len(self._state.partitions))
         TAKEN.labels(cause).inc()
         log.info(
@@ -174,7 +170,6 @@ class OwnPartitions:
         )  # fmt: skip
         self._go_on(partition, pending)
         self._desk.adopt(partition, channels)
-        self._taken.append(partition)
 
     def _restore(self, number: int, term: UUID, row: AcquiredRow, pending: Sequence[PendingRow]) -> Partition:
         partition = Partition(
