@@ -23,7 +23,7 @@ CONNECTION_LOST = (
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
-    # An idle connection that the server ended: asyncpg has read the server's farewell and not yet the end of the socket.
+    # An idle connection that the server ended: asyncpg has read the farewell and not yet the end of the socket.
     asyncpg.InternalClientError,
     OSError,
     TimeoutError,
