@@ -21,7 +21,7 @@ from services.toolgw.application.catalog import ToolCatalog
 from services.toolgw.application.hold_lease import RunnerLease
 from services.toolgw.application.invoke_tool import InvokeTool
 from services.toolgw.application.list_tools import ListTools
-from services.toolgw.application.run_tool import DRAIN_S, Bounds, ToolRuns
+from services.toolgw.application.run_tool import Bounds, ToolRuns
 from services.toolgw.settings import ToolgwSettings
 from soma_common.authz.authorizer import Authorizer
 from soma_common.authz.tokens import load_token
@@ -75,14 +75,16 @@ async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, in
     catalog = _catalog(lifecycle, settings, store)
     bounds = Bounds(of_process=settings.toolgw_max_runs, of_tenant=settings.toolgw_max_runs_per_tenant)
     runs = ToolRuns(store, JsonSchemaRules(), bounds)
-    lifecycle.on_stop("running tools", runs.drain, DRAIN_S + 1)
+    # First callers get a share of the time to wait for their answers, then runs that nobody waits for get the rest.
+    calls_s, runs_s = settings.drain_timeout_s * 0.6, settings.drain_timeout_s * 0.4
+    lifecycle.on_stop("running tools", partial(runs.drain, runs_s), runs_s + 1)
     api = ToolApi(ListTools(catalog), InvokeTool(store, catalog, access, runs, lease), CancelInvocation(store))
 
     server = GrpcServer(
         settings, Authorizer.from_settings(settings), services=[(add_ToolServiceServicer_to_server, api, SERVICE)]
     )
     port = await server.start()
-    lifecycle.on_stop("grpc", partial(server.stop, settings.drain_timeout_s), settings.drain_timeout_s + 1)
+    lifecycle.on_stop("grpc", partial(server.stop, calls_s), calls_s + 1)
     admin = await serve_admin(settings, lambda: {"lease": lease.is_fresh, "config": feed.ready.is_set()})
     lifecycle.on_stop("admin", admin.stop, 1.0)
     await feed.ready.wait()

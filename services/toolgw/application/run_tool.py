@@ -25,8 +25,6 @@ from soma_common.failpoints import failpoint_async
 
 STORE_AGAIN_S: Final = 0.5
 """Pause before the database is asked again that did not answer."""
-DRAIN_S: Final = 2.0
-"""How long runs may go on after the stop signal."""
 
 T = TypeVar("T")
 
@@ -109,11 +107,11 @@ class ToolRuns:
         task.add_done_callback(self._tasks.discard)
         return run
 
-    async def drain(self) -> None:
-        """Begin nothing new, give runs a moment to end, then leave the rest to whoever finds them without a runner."""
+    async def drain(self, limit_s: float) -> None:
+        """Begin nothing new, give runs `limit_s` to end, then leave the rest to whoever finds them without a runner."""
         self._draining = True
         if self._tasks:
-            _, left = await asyncio.wait(self._tasks, timeout=DRAIN_S)
+            _, left = await asyncio.wait(self._tasks, timeout=limit_s)
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)

@@ -151,8 +151,11 @@ class _Parser:
         self._enter()
         exponent = self._sign()
         self._depth -= 1
-        if base == 0 and exponent == 0:
-            return Decimal(1)  # As in Python; the decimal standard calls it undefined.
+        if base == 0 and exponent <= 0:
+            # As in Python. The decimal module calls the one undefined and the other infinity.
+            if exponent == 0:
+                return Decimal(1)
+            raise ExpressionError("division by zero: a negative power of 0")
         return self._context.power(base, exponent)
 
     def _atom(self) -> Decimal:
