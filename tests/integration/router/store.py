@@ -14,7 +14,7 @@ from soma.router.v1.inbound_pb2 import Inbound
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.adapters.store_postgres import PostgresGroupWriter, PostgresLeases
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import EndItem, StartItem, StepItem
+from services.router.application.items import CancelItem, EndItem, StartItem, StepItem
 from services.router.application.ports import PendingRow
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import Session, Turn
@@ -50,10 +50,16 @@ class Store:
         return Partition(number, term, row.epoch, row.head, row.mail_head, cursor, row.cursor_seq)
 
     async def commit(self, *items: CommitItem, writer: PostgresGroupWriter | None = None) -> GroupResult:
-        """Writes a group and takes the new places over, as the committer does."""
+        """Writes a group, then takes the new places over and notes what is without an outcome, as the router does."""
         group = group_of(*items)
         result = await (writer or self.writer).commit(group)
         group.settle()
+        for number, position in sorted(result.inserted):
+            group.moves[number].partition.pending[position] = None
+        for item in items:
+            ended = [message.position for message in item.turn.inputs] if isinstance(item, EndItem) else []
+            for position in item.positions if isinstance(item, CancelItem) else ended:
+                item.partition.pending.pop(position, None)
         return result
 
     async def started(

@@ -123,7 +123,7 @@ async def test_nothing_is_delivered_for_channels_without_adapters(store: Store) 
 async def test_a_cancel_makes_the_turn_converge_and_moves_the_control_position(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound(), 1)
-    await store.commit(CancelItem(p, session.id, "demo", 2, turn, lambda _: None))
+    await store.commit(CancelItem(p, session.id, "demo", [2], turn, lambda _: None))
     assert await store.rows("turns", "status, outcome") == [(2, 0)]
     assert await store.rows("sessions", "control_position, done_position") == [(2, 0)]
 
@@ -132,7 +132,7 @@ async def test_a_cancel_after_the_final_changes_nothing(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound(), 1)
     await store.commit(end(turn))
-    await store.commit(CancelItem(p, session.id, "demo", 2, turn, lambda _: None))
+    await store.commit(CancelItem(p, session.id, "demo", [2], turn, lambda _: None))
     assert await store.rows("turns", "status, outcome") == [(3, 1)]
 
 

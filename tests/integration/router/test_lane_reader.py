@@ -9,7 +9,7 @@ from services.router.domain.partition import Cursor
 from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
-from tests.integration.router.lane import LAYOUT, Lane, partition_of, running_lane
+from tests.integration.router.lane import LAYOUT, Lane, running_lane
 from tests.unit.router.builders import inbound, names_in
 
 A, B = names_in(0, 1)[0], names_in(1, 1)[0]
