@@ -116,6 +116,7 @@ def policy_of(settings: CognitionSettings) -> RunPolicy:
         text_linger_s=settings.text_linger_ms / 1000,
         max_reply_bytes=settings.max_reply_bytes,
         max_result_bytes=settings.max_result_bytes,
+        max_turn_bytes=settings.max_turn_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.application.ports import Invocation, Tools
 from services.cognition.application.retrying import Backoff, retrying
+from services.cognition.domain.turn import STEP_FORMAT, check_depth
 from soma_common.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, SomaError, Unavailable, to_proto
 from soma_common.ids import call_key
 
@@ -40,7 +41,7 @@ class ToolCaller:
     ) -> turn_pb2.StepBody:
         """Runs the calls of the reply journaled as `step`; returns the step that holds their results, in order."""
         results = await asyncio.gather(*(self._run_one(start, step, call, allowed, deadline) for call in calls))
-        return turn_pb2.StepBody(format=1, tool_results=turn_pb2.ToolResults(results=results))
+        return _step_of(results)
 
     async def _run_one(
         self,
@@ -58,10 +59,13 @@ class ToolCaller:
             error, value = to_proto(failed), struct_pb2.Value()
         if error is None and value.ByteSize() > self._max_result_bytes:
             error = _too_large(call.tool, value.ByteSize(), self._max_result_bytes)
+        if error is None:
+            if check_depth(lambda: _step_of([turn_pb2.ToolResult(result=value)])):
+                result.result.CopyFrom(value)
+            else:
+                error = _too_deep(call.tool)
         if error is not None:
             result.error.CopyFrom(error)
-        else:
-            result.result.CopyFrom(value)
         return result
 
     async def _invoke(
@@ -90,6 +94,10 @@ class ToolCaller:
             return await retrying(once, backoff=self._backoff, deadline=deadline)
         except (Unavailable, DeadlineExceeded) as error:
             raise _unreachable(call.tool) if refused else _unanswered(call.tool) from error
+
+
+def _step_of(results: Sequence[turn_pb2.ToolResult]) -> turn_pb2.StepBody:
+    return turn_pb2.StepBody(format=STEP_FORMAT, tool_results=turn_pb2.ToolResults(results=results))
 
 
 def _check(call: turn_pb2.ToolCall, allowed: Sequence[str]) -> None:
@@ -127,4 +135,10 @@ def _too_large(tool: str, size: int, bound: int) -> message_pb2.Error:
         reason=reasons.ERROR_REASON_CONTENT_TOO_LARGE,
         message=f"{tool} answered {size} bytes, more than the {bound} a result may have; ask it for less",
         metadata={"max_result_bytes": str(bound)},
+    )
+
+
+def _too_deep(tool: str) -> message_pb2.Error:
+    return message_pb2.Error(
+        reason=reasons.ERROR_REASON_CONTENT_INVALID, message=f"the answer of {tool} is nested too deep to be kept"
     )

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
+from google.protobuf import struct_pb2
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
@@ -36,7 +38,7 @@ from services.cognition.application.retrying import Backoff, retrying
 from services.cognition.application.stream_text import TextStream
 from services.cognition.domain.agent import Agent, read_agent
 from services.cognition.domain.conversation import Conversation
-from services.cognition.domain.turn import STEP_FORMAT, Next, Turn, read_step, replay
+from services.cognition.domain.turn import STEP_FORMAT, Next, Turn, check_depth, read_step, replay
 from soma_common.errors import DeadlineExceeded, FailedPrecondition, SomaError, reason_name, to_proto
 from soma_common.failpoints import failpoint_async
 
@@ -54,7 +56,11 @@ class RunPolicy:
     text_linger_s: float = 0.02
     """Shortest time between two texts of a turn."""
     max_reply_bytes: int = 256 * 1024
-    """Longest reply of a model, in UTF-8 bytes."""
+    """Longest reply of a model, its tool calls included."""
+    max_calls: int = 32
+    """Most tool calls of one reply."""
+    max_turn_bytes: int = 4 * 1024 * 1024
+    """Most bytes of a turn's steps before another model call: a turn is started again with all of them in one frame."""
     max_result_bytes: int = 256 * 1024
     """Largest result of a tool."""
 
@@ -107,7 +113,7 @@ class TurnRunner:
                 step = await self._tool_caller.run(start, turn.steps, turn.calls, agent.tools, deadline)
                 await failpoint_async("cognition.after_tool_before_result")
             else:
-                _check_limits(turn, agent, loop.time() >= turn_deadline)
+                self._check_limits(turn, agent, conversation, loop.time() >= turn_deadline)
                 answer = await self._think(start, journal, turn, agent, conversation, turn_deadline)
                 step = self._step_of(answer, turn, agent, conversation)
             await failpoint_async("cognition.before_proposal")
@@ -179,7 +185,13 @@ class TurnRunner:
 
     def _step_of(self, answer: ModelAnswer, turn: Turn, agent: Agent, conversation: Conversation) -> turn_pb2.StepBody:
         """The step an answer makes: a final, or a reply whose tools fit into what is left of the turn."""
-        _check_size(answer, self._policy.max_reply_bytes)
+        policy = self._policy
+        if not answer.text and not answer.calls:
+            raise _rejected(
+                "the model answered with nothing; if it thinks before it speaks, raise the agent's max_output_tokens"
+            )
+        if len(answer.calls) > policy.max_calls:
+            raise _rejected(f"the model called {len(answer.calls)} tools at once, {policy.max_calls} are allowed")
         step = turn_pb2.StepBody(format=STEP_FORMAT)
         body: turn_pb2.FinalMessage | turn_pb2.ModelReply
         if not answer.calls:
@@ -196,41 +208,46 @@ class TurnRunner:
         body.model = answer.model or f"{agent.provider}/{agent.model}"
         if answer.input_tokens or answer.output_tokens:
             body.usage.input_tokens, body.usage.output_tokens = answer.input_tokens, answer.output_tokens
+        if body.ByteSize() > policy.max_reply_bytes:
+            raise _rejected(
+                f"the model's reply is longer than the {policy.max_reply_bytes} bytes that are allowed; "
+                "set the agent's max_output_tokens"
+            )
         return step
+
+    def _check_limits(self, turn: Turn, agent: Agent, conversation: Conversation, late: bool) -> None:
+        """Whether the turn may call the model once more. Raises TURN_TIMEOUT, STEP_LIMIT or CONTEXT_TOO_LONG."""
+        if late:
+            raise _too_late(agent, of_turn=True)
+        if not turn.has_room(agent.max_steps):
+            raise _step_limit(agent)
+        if turn.steps and sum(step.ByteSize() for step in conversation.steps) > self._policy.max_turn_bytes:
+            raise FailedPrecondition(
+                reasons.ERROR_REASON_CONTEXT_TOO_LONG,
+                f"the tools of this turn answered more than the {self._policy.max_turn_bytes} bytes a turn may hold",
+                {"max_turn_bytes": str(self._policy.max_turn_bytes)},
+            )
 
 
 def _journaled_call(index: int, call: RequestedCall) -> turn_pb2.ToolCall:
     """A call as it is journaled; arguments that are no JSON object, or hold what cannot be stored, are left unset."""
     journaled = turn_pb2.ToolCall(index=index, call_id=call.call_id, tool=call.tool)
-    if call.arguments is not None:
-        try:
-            journaled.arguments.update(call.arguments)
-            journaled.arguments.SetInParent()
-        except (ValueError, TypeError, OverflowError, RecursionError):
-            journaled.ClearField("arguments")
+    if call.arguments is None:
+        return journaled
+    arguments = struct_pb2.Struct()
+    with suppress(ValueError, TypeError, OverflowError, RecursionError):
+        arguments.update(call.arguments)
+        if check_depth(lambda: _step_with(turn_pb2.ToolCall(arguments=arguments))):
+            journaled.arguments.CopyFrom(arguments)
     return journaled
 
 
-def _check_limits(turn: Turn, agent: Agent, late: bool) -> None:
-    if late:
-        raise _too_late(agent, of_turn=True)
-    if not turn.has_room(agent.max_steps):
-        raise _step_limit(agent)
+def _step_with(call: turn_pb2.ToolCall) -> turn_pb2.StepBody:
+    return turn_pb2.StepBody(format=STEP_FORMAT, model_reply=turn_pb2.ModelReply(tool_calls=[call]))
 
 
-def _check_size(answer: ModelAnswer, bound: int) -> None:
-    # A code point has at most 4 bytes: most answers need no second look.
-    if len(answer.text) * 4 > bound and len(answer.text.encode()) > bound:
-        raise FailedPrecondition(
-            reasons.ERROR_REASON_MODEL_REJECTED,
-            f"the model's reply is longer than the {bound} bytes that are allowed; set the agent's max_output_tokens",
-            {"max_reply_bytes": str(bound)},
-        )
-    if not answer.text and not answer.calls:
-        raise FailedPrecondition(
-            reasons.ERROR_REASON_MODEL_REJECTED,
-            "the model answered with nothing; if it thinks before it speaks, raise the agent's max_output_tokens",
-        )
+def _rejected(text: str) -> SomaError:
+    return FailedPrecondition(reasons.ERROR_REASON_MODEL_REJECTED, text)
 
 
 def _step_limit(agent: Agent) -> SomaError:

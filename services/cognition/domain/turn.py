@@ -12,12 +12,12 @@ any turn (tests/unit/cognition/test_turn.py). Any other step is INVALID_TRANSITI
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import turn_pb2
@@ -139,6 +139,19 @@ def read_step(stored: bytes) -> turn_pb2.StepBody:
             {"format": str(step.format)},
         )
     return step
+
+
+def check_depth(step: Callable[[], turn_pb2.StepBody]) -> bool:
+    """Whether the step that `step` builds can be read back.
+
+    JSON of a model or a tool may be nested deeper than protobuf's parser goes (100 messages), and a journal that cannot
+    be read would end its turn on the next brain. Building is part of the check, because copying a message parses it.
+    """
+    try:
+        turn_pb2.StepBody.FromString(step().SerializeToString())
+    except (DecodeError, EncodeError):
+        return False
+    return True
 
 
 def replay(journal: Iterable[turn_pb2.StepBody]) -> Turn:

@@ -151,6 +151,54 @@ async def test_a_result_that_is_too_large_is_told_as_such(
     assert result.error.reason == reasons.ERROR_REASON_CONTENT_TOO_LARGE
 
 
+def nested(depth: int) -> Any:
+    value: Any = "deep"
+    for _ in range(depth):
+        value = {"in": value}
+    return value
+
+
+@pytest.mark.parametrize("depth", [10, 25, 28, 30, 31, 32, 33, 34, 60, 200])
+async def test_json_nested_too_deep_is_told_and_leaves_a_journal_that_can_be_read(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway, depth: int
+) -> None:
+    """A parser of protobuf goes 100 messages deep; a journal it cannot read would end the turn on its next brain."""
+
+    async def answer_as_deep(request: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:
+        response = toolgw.InvokeToolResponse()
+        response.result.struct_value.CopyFrom(request.arguments)
+        return response
+
+    tool_gateway.behaviour = answer_as_deep
+    model_server.script(CallTools(ToolRequest("calculate", nested(depth))), Say("done"))
+    await router.start(stories.start("go", **MODEL))
+    assert answer_of(await router.ending()) == "done"
+    for proposal in router.proposals:
+        turn_pb2.StepBody.FromString(proposal.body)
+    (result,) = results_of(router)
+    if depth == 10:
+        assert result.HasField("result")
+    if depth >= 60:
+        assert result.error.reason == reasons.ERROR_REASON_TOOL_ARGUMENTS_INVALID
+
+
+async def test_a_reply_with_too_many_calls_and_a_turn_that_grows_too_large_end(
+    start_brain: StartBrain, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    many, large = bytes([1]) * 16, bytes([2]) * 16
+    brain = await start_brain(max_turn_bytes=10_000)
+    async with brain.router() as router:
+        model_server.script(CallTools(*[ToolRequest("calculate", {})] * 33))
+        await router.start(stories.start("go", turn_id=many, **MODEL))
+        assert failure_of(await router.ending(many)).reason == reasons.ERROR_REASON_MODEL_REJECTED
+        tool_gateway.behaviour = answer_with("x" * 4000)
+        model_server.rule = lambda _: CALL
+        await router.start(stories.start("go", turn_id=large, **MODEL))
+        ending = await router.ending(large)
+        assert failure_of(ending).reason == reasons.ERROR_REASON_CONTEXT_TOO_LONG
+        assert ending.step == 7
+
+
 async def test_descriptions_are_asked_for_once_and_survive_an_outage(
     router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
 ) -> None:
