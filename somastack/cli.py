@@ -241,9 +241,7 @@ def _up_detached(options: StackOptions, demo_model: str | None) -> None:
         raise AlreadyRunning(options.home.path)
     state = asyncio.run(started())
     _tell_next_steps(options.home, state, has_demo=demo_model is not None)
-    console.print(
-        f"\nserving from {options.home.path}; stop it: somastack down --home {options.home.path}", style="bold"
-    )
+    console.print(f"\nserving from {options.home.path}", style="bold")
 
 
 def _tell_next_steps(home: Home, state: StackState, *, has_demo: bool, on: Console = console) -> None:

@@ -26,7 +26,7 @@ def next_steps(home: Home, state: StackState, *, has_demo: bool) -> Iterator[Tex
 
 def _commands(home: Home, state: StackState, has_demo: bool) -> Iterator[tuple[str, str]]:
     program = callable_name("somastack")
-    at_home = "" if Home.chosen(None) == home else f" --home {shlex.quote(str(home.path))}"
+    at_home = "" if Home.chosen(None) == home else f" --home {_from_here(home.path)}"
     if has_demo:
         yield "talk", f"{program} chat{at_home}"
         yield "one question", f"{program} chat{at_home} --message 'what is 17*23'"
@@ -34,7 +34,8 @@ def _commands(home: Home, state: StackState, has_demo: bool) -> Iterator[tuple[s
         yield "talk", "start with --demo, or create a tenant and an agent (docs/guides/standalone.md)"
     yield "look", f"{program} status{at_home}"
     yield "logs", f"{program} logs{at_home} --follow"
-    token_file = shlex.quote(str(AuthMaterial(home).admin_token_file))
+    yield "stop", f"{program} down{at_home}"
+    token_file = _from_here(AuthMaterial(home).admin_token_file)
     control = state.targets("controlplane").partition(",")[0]
     yield (
         "administrate",
@@ -52,5 +53,9 @@ def callable_name(program: str) -> str:
         return program
     if not beside_us.exists():
         return program
-    shown = beside_us.relative_to(Path.cwd()) if beside_us.is_relative_to(Path.cwd()) else beside_us
-    return shlex.quote(str(shown))
+    return _from_here(beside_us)
+
+
+def _from_here(path: Path) -> str:
+    """`path` for a shell in the present directory."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -31,12 +31,17 @@ def server_identity(directory: Path, program: Path) -> str:
                 "run as its owner, or choose another --home",
             )
         return SELF
-    nobody = _nobody()
-    if owner not in (0, nobody.pw_uid if nobody else 0):
+    if owner not in server_owners():
         raise PartFailed(
             f"{directory} belongs to uid {owner}", "run as that user instead of root, or choose another --home"
         )
-    return user_namespace(program) or _as_nobody(nobody, (directory, program))
+    return user_namespace(program) or _as_nobody((directory, program))
+
+
+def server_owners() -> set[int]:
+    """The uids that may own a server's directories: ours, and as root also that of `nobody`, who ran it before."""
+    nobody = _nobody()
+    return {os.geteuid()} | ({nobody.pw_uid} if nobody is not None and os.geteuid() == 0 else set())
 
 
 def user_namespace(program: Path) -> str | None:
@@ -73,7 +78,8 @@ def first_closed_directory(path: Path, uid: int, gid: int) -> Path | None:
     return None
 
 
-def _as_nobody(nobody: pwd.struct_passwd | None, reached: tuple[Path, ...]) -> str:
+def _as_nobody(reached: tuple[Path, ...]) -> str:
+    nobody = _nobody()
     refused = "it refuses to run as root, user namespaces are refused here,"
     if nobody is None:
         raise PartFailed(f"{refused} and there is no user `nobody`", "run as an ordinary user")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import asyncpg
 
-from soma_common.embedded.identity import give, server_identity
+from soma_common.embedded.identity import give, server_identity, server_owners
 from soma_common.embedded.process import (
     ChildProcess,
     PartFailed,
@@ -345,7 +345,7 @@ def _refuse_strange_directory(path: Path) -> None:
     if not os.path.lexists(path):
         return
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or (os.geteuid() != 0 and status.st_uid != os.geteuid()):
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in server_owners():
         raise PartFailed(f"{path} belongs to somebody else", "remove it, or choose a home with a shorter path (--home)")
 
 

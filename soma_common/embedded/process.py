@@ -194,9 +194,9 @@ def open_private(path: str, flags: int) -> int:
 
 
 def private_directory(path: Path) -> Path:
-    """Create `path` (and its parents) for this user alone, mode 0700; an existing directory of ours is narrowed."""
+    """Create `path` (and its parents) for this user alone, mode 0700; one that exists is narrowed, if we may."""
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.stat().st_uid == os.geteuid():
+    if os.geteuid() in (0, path.stat().st_uid):
         path.chmod(0o700)
     return path
 

@@ -132,6 +132,16 @@ async def test_it_stops_within_ten_seconds_even_when_every_service_overruns(tmp_
     assert {state.phase for state in stack.state.parts} == {Phase.STOPPED}
 
 
+async def test_replicas_run_beside_each_other_and_one_may_die(tmp_path: Path) -> None:
+    async with running_stack(options(tmp_path / "home", layout=Layout(free_base(), {"router": 2}))) as stack:
+        first, second = part(stack, "router-0"), part(stack, "router-1")
+        assert stack.state.targets("router") == f"{first.addresses['grpc']},{second.addresses['grpc']}"
+        assert first.process is not None
+        first.process.send(signal.SIGKILL)
+        await eventually(lambda: first.restarts == 1 and first.phase is Phase.READY)
+        assert (second.restarts, second.phase) == (0, Phase.READY)
+
+
 async def test_data_survive_a_restart_of_the_stack(tmp_path: Path) -> None:
     tokens = []
     for _ in range(2):
