@@ -10,6 +10,7 @@ import orjson
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from referencing import Registry
+from referencing.exceptions import Unresolvable
 
 from services.toolgw.domain.tool import Json
 
@@ -29,7 +30,10 @@ class JsonSchemaRules:
 
     def violations(self, parameters: Mapping[str, Json], arguments: Mapping[str, Json]) -> Sequence[str]:
         """What does not fit, each with its place; empty when everything does."""
-        found = itertools.islice(self._validator(parameters).iter_errors(dict(arguments)), SHOWN_VIOLATIONS)
+        try:
+            found = list(itertools.islice(self._validator(parameters).iter_errors(dict(arguments)), SHOWN_VIOLATIONS))
+        except Unresolvable as error:
+            return [f"the tool's own schema refers to what is not in it: {error}"]
         return [f"{error.json_path}: {error.message[:SHOWN_CHARACTERS]}" for error in found]
 
     def _validator(self, parameters: Mapping[str, Json]) -> Draft202012Validator:

@@ -59,7 +59,7 @@ class Plane:
     async def caller(self, tenant: str = "*", role: str = "admin") -> AsyncIterator[Caller]:
         """Somebody with a token of `role` for `tenant`, without the retries of the service config."""
         token = self.identities.bearer("tester", tenant, [role])
-        async with open_channel(self.target, token=token, service="none") as channel:
+        async with open_channel(self.target, token=token, service="none", wait_for_ready=True) as channel:
             yield Caller(TenantServiceStub(channel), AgentServiceStub(channel), ConfigServiceStub(channel))
 
 

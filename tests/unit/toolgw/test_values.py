@@ -89,8 +89,8 @@ def test_arguments_are_checked_and_each_mistake_is_placed() -> None:
 
 def test_no_schema_makes_the_gateway_fetch_anything() -> None:
     schema = {"type": "object", "$ref": "http://127.0.0.1:9/schema.json"}
-    with pytest.raises(Exception, match="Unresolvable"):
-        JsonSchemaRules().violations(schema, {})
+    (violation,) = JsonSchemaRules().violations(schema, {})
+    assert "refers to what is not in it" in violation
 
 
 @pytest.mark.parametrize("schema", [{}, {"type": "string"}, {"type": "object", "required": 1}])
