@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from soma_common.layout import LaneLayout
 from soma_common.nats import lanes, subjects
 
 PAGE = Path(__file__).parents[2] / "docs" / "subjects.md"
@@ -21,7 +22,7 @@ def test_the_stream_is_documented() -> None:
 
 
 def test_the_stream_takes_the_inbound_subjects_of_its_lane() -> None:
-    layout = lanes.LaneLayout(partitions=8, lanes=2)
+    layout = LaneLayout(partitions=8, lanes=2)
     assert lanes.lane_config(1, layout, tenant_bound=10).subjects == [subjects.inbound("*", 1)]
 
 

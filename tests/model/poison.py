@@ -58,7 +58,7 @@ class PoisonedPartition:
                     ended = put(partition.turns, number, turn._replace(ended=True))
                     after = partition._replace(turns=ended, running=partition.running - {number})
                     yield Step(f"turn {number} ends", after)
-            elif not turn.ended and not turn.parked and self._may_start(partition, number):
+            elif not turn.ended and not turn.parked and self._may_start(partition.turns, partition.running, number):
                 journaled = turn._replace(started=True) if self.guards.start_journaled else turn
                 turns = put(partition.turns, number, journaled)
                 running = partition.running | {number}
@@ -78,11 +78,11 @@ class PoisonedPartition:
         """Tell whether every turn has an outcome."""
         return all(turn.ended or turn.parked for turn in partition.turns)
 
-    def _may_start(self, partition: Partition, number: int) -> bool:
+    def _may_start(self, turns: tuple[Turn, ...], running: frozenset[int], number: int) -> bool:
         """A suspect waits until no other suspect runs; what is no suspect may run beside it."""
-        if not self.guards.suspects_alone or not partition.turns[number].strikes:
+        if not self.guards.suspects_alone or not turns[number].strikes:
             return True
-        return not any(partition.turns[other].strikes for other in partition.running)
+        return not any(turns[other].strikes for other in running)
 
     def _take_over(self, partition: Partition) -> Step[Partition]:
         turns = tuple(self._after_takeover(turn) for turn in partition.turns)
