@@ -23,6 +23,7 @@ from services.cognition.application.ports import Outbox, Outgoing
 from services.cognition.application.run_turn import TurnRunner
 from services.cognition.application.running_turn import RunningTurn
 from soma_common.errors import (
+    Conflict,
     FailedPrecondition,
     ResourceExhausted,
     SomaError,
@@ -264,7 +265,7 @@ def _full(granted: int) -> SomaError:
 
 
 def _outdated(start: cognition.StartTurn, running: int) -> SomaError:
-    return FailedPrecondition(
+    return Conflict(
         reasons.ERROR_REASON_LEASE_LOST,
         f"dispatch {start.dispatch} of the turn came after dispatch {running}, which another router started",
         {"dispatch": str(running)},
