@@ -70,6 +70,7 @@ class LiveWatcher:
         self._buffer: deque[tuple[LiveEvent, int]] = deque()
         self._buffered_bytes = 0
         self._overrun = False
+        self._left = False
         self._reconnects: int = nc.stats["reconnects"]
         """Reconnects of the connection before the last snapshot was asked for."""
         self._more = asyncio.Event()
@@ -90,6 +91,9 @@ class LiveWatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
+            # The flag besides the cancel: `asyncio.wait_for` of Python 3.11, under nats-py's request, loses a cancel
+            # that comes together with the answer (cpython#86296).
+            self._left = True
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
@@ -131,9 +135,11 @@ class LiveWatcher:
 
     async def _follow(self) -> None:
         """Asks the owner where the turn stands: at first, to renew the interest, and when something is missing."""
-        while not self._merge.ended and not self._overrun:
+        while not (self._merge.ended or self._overrun or self._left):
             reconnects = self._nc.stats["reconnects"]
             snapshot = await self._snapshot()
+            if self._left:
+                return
             self._ask.clear()
             if snapshot is not None:
                 self._reconnects = reconnects
