@@ -11,23 +11,28 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import SessionKey
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome
 from soma.controlplane.v1.agent_service_pb2 import AgentSpec, DeleteAgentRequest
 from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceStub
+from soma.gateway.v1.channel_service_pb2 import StreamTurnRequest
 from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
 from soma.router.v1.session_service_pb2_grpc import SessionServiceStub
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
 from soma.toolgw.v1.tool_service_pb2 import ListToolsRequest
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
-from soma_common.client.channel_client import ChannelClient
+from soma_common.client.channel_client import ChannelClient, text_message
+from soma_common.errors import from_rpc_error
 from soma_common.grpc.channel import open_channel
 from soma_common.testing.eventually import eventually
-from soma_common.testing.model_server import ModelServer
+from soma_common.testing.model_server import Fail, ModelServer, RecordedCall, Reply, Say, obliging
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
 from somastack.layout import Layout, is_taken
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
 TENANTS = ("demo", "acme")
 ECHO, OFFLINE, WITNESS = "echo", "offline", "witness"
-MODELS = {ECHO: "echo/echo", OFFLINE: "offline/assistant", WITNESS: "openai/witness-1"}
+MODELS = {OFFLINE: "offline/assistant", WITNESS: "openai/witness-1", ECHO: "echo/echo"}
 RESTART_TIMEOUT_S = 30.0
 
 
@@ -115,6 +120,24 @@ class Stack:
         spec = AgentSpec(instructions="Answer in one sentence.", model=model, tools=tools)
         await provision(self.layout.targets("controlplane"), self.admin_token, tenant, agent, spec)
 
+    async def agent_is_known(self, tenant: str, agent: str) -> None:
+        """Wait until the agent answers at every gateway: configuration reaches each service by itself."""
+        for gateway in range(len(self.gateways)):
+            answers = partial(self._answers, tenant, agent, gateway)
+            await eventually(answers, 15.0, f"{agent} of {tenant} answers at gateway {gateway}")
+
+    async def _answers(self, tenant: str, agent: str, gateway: int) -> bool:
+        key = SessionKey(tenant=tenant, agent=agent, channel="probe", session=uuid.uuid4().hex)
+        request = StreamTurnRequest(session=key, idempotency_key="probe", message=text_message("are you there?"))
+        async with self.channels(tenant, gateway) as gateways:
+            try:
+                events = [event async for event in gateways.StreamTurn(request, timeout=10)]
+            except grpc.aio.AioRpcError as error:
+                if from_rpc_error(error).reason != ErrorReason.ERROR_REASON_AGENT_NOT_FOUND:
+                    raise
+                return False
+        return events[-1].outcome.outcome == Outcome.OUTCOME_FINAL
+
     async def delete_agent(self, tenant: str, agent: str) -> None:
         """Delete an agent."""
         async with self._open(self.layout.targets("controlplane"), "controlplane", self.admin_token) as channel:
@@ -128,6 +151,10 @@ class Stack:
                 ListToolsRequest(parent=f"tenants/{TENANTS[0]}"), timeout=10
             )
             return [tool.tool for tool in page.tools]
+
+    def was_asked(self, text: str) -> bool:
+        """Tell whether the witness was ever asked something that contains `text`."""
+        return any(text in call.last_text for call in self.model.calls)
 
     async def kill(self, part: str) -> None:
         """Kill -9 a part and wait until the supervisor has started it again."""
@@ -149,7 +176,7 @@ class Stack:
 async def standing_stack(folder: Path) -> AsyncIterator[Stack]:
     """A stack in `folder` with its tenants and agents, stopped at the end of the block."""
     layout = Layout(_free_base(), replicas={"gateway": 2})
-    async with ModelServer() as model:
+    async with ModelServer(witness) as model:
         options = StackOptions(
             Home(folder),
             layout,
@@ -168,7 +195,21 @@ async def standing_stack(folder: Path) -> AsyncIterator[Stack]:
             for tenant in TENANTS:
                 for agent, name in MODELS.items():
                     await stack.add_agent(tenant, agent, name, () if agent == ECHO else tools)
+                await stack.agent_is_known(tenant, list(MODELS)[-1])  # changes come in order
             yield stack
+
+
+def witness(call: RecordedCall) -> Reply:
+    """How the witness answers: as the user asks it to (`slowly`, `for ever`, `refuse`), else obligingly."""
+    match call.last_text.split(":")[0]:
+        case "slowly":
+            return Say("word " * 30, delay_s=0.1)
+        case "for ever":
+            return Say("word " * 3000, delay_s=0.1)
+        case "refuse":
+            return Fail(400, "this model does not like you")
+        case _:
+            return obliging(call)
 
 
 def _free_base() -> int:

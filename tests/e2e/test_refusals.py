@@ -21,7 +21,6 @@ from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
 from soma_common.client.channel_client import text_message
 from soma_common.errors import DOMAIN, STATUS_DETAILS_KEY, SomaError, from_proto, from_rpc_error
 from soma_common.testing.eventually import eventually
-from soma_common.testing.model_server import Fail, Say
 from tests.e2e.record import Record, answer
 from tests.e2e.stack import ECHO, WITNESS, Stack
 
@@ -51,6 +50,26 @@ async def test_a_bad_item_is_refused_and_its_neighbours_are_answered(stack: Stac
     assert isinstance(refused, SomaError)
     assert refused.reason == reason
     assert refused.message, "an error says what to change"
+
+
+async def test_one_poison_item_in_a_frame_of_64(stack: Stack, channel: str) -> None:
+    """63 are answered in order, one is refused."""
+    seen = Record()
+    answers: dict[str, bytes | SomaError] = {}
+    async with stack.adapter(channel, on_delivery=seen.on_delivery) as adapter:
+        for number in range(64):
+            item = _item(f"item {number:02}")
+            if number == 31:
+                item.message.parts[0].text = "poison\0"
+            adapter.post(item, _note(answers, item.idempotency_key))
+        await eventually(lambda: len(answers) == 64, what="64 answers")
+        refused = answers.pop("item 31")
+        accepted = [message_id for message_id in answers.values() if isinstance(message_id, bytes)]
+        await seen.all_answered(accepted)
+    assert isinstance(refused, SomaError)
+    assert refused.reason == ErrorReason.ERROR_REASON_CONTENT_INVALID
+    assert len(accepted) == 63
+    assert [answer(delivery)[-7:] for delivery in seen.of_session("s")] == sorted(answers)
 
 
 async def test_a_key_is_mandatory(stack: Stack, channel: str) -> None:
@@ -115,28 +134,28 @@ async def test_a_call_without_a_token_is_refused(stack: Stack, channel: str) -> 
 async def test_an_agent_deleted_after_the_accept_still_gives_an_outcome(stack: Stack, channel: str) -> None:
     """Its running turn goes on with the revision it has; what waits behind it ends with AGENT_GONE."""
     await stack.add_agent("demo", "leaving", "openai/witness-1")
-    stack.model.script(Say("one " * 30, delay_s=0.1))
+    await stack.agent_is_known("demo", "leaving")
     seen = Record()
     async with stack.adapter(channel, on_delivery=seen.on_delivery) as adapter:
-        running = await adapter.send("leaving", "s", "first of a leaving agent")
-        await eventually(lambda: any("leaving agent" in call.last_text for call in stack.model.calls), what="the call")
+        running = await adapter.send("leaving", "s", f"slowly: {channel}")
+        await eventually(lambda: stack.was_asked(channel), what="the model is asked")
         waiting = await adapter.send("leaving", "s", "second")
         await stack.delete_agent("demo", "leaving")
         await seen.all_answered([running.message_id, waiting.message_id])
         first, second = seen.of_session("s")
-        assert answer(first).startswith("one one")
+        assert answer(first).startswith("word word")
         assert second.outcome == Outcome.OUTCOME_ERROR
         assert second.error.reason == ErrorReason.ERROR_REASON_AGENT_GONE
-        with pytest.raises(SomaError) as refused:
-            await adapter.send("leaving", "s", "third")
-        assert refused.value.reason == ErrorReason.ERROR_REASON_AGENT_NOT_FOUND
+    request = SendMessageRequest(
+        session=_key(channel, "leaving"), idempotency_key="third", message=text_message("third"), no_delivery=True
+    )
+    assert (await _refusal(stack, request)).reason == ErrorReason.ERROR_REASON_AGENT_NOT_FOUND
 
 
 async def test_a_failing_model_is_a_typed_error_and_the_session_goes_on(stack: Stack, channel: str) -> None:
     seen = Record()
     async with stack.adapter(channel, on_delivery=seen.on_delivery) as adapter:
-        stack.model.script(Fail(400, "this model does not like you"))
-        refused = await adapter.send(WITNESS, "s", "hello")
+        refused = await adapter.send(WITNESS, "s", "refuse: hello")
         failed = await seen.outcome_of(refused.message_id)
         again = await adapter.send(WITNESS, "s", "hello again")
         assert "hello again" in answer(await seen.outcome_of(again.message_id))
@@ -147,12 +166,9 @@ async def test_a_failing_model_is_a_typed_error_and_the_session_goes_on(stack: S
 
 async def test_a_cancelled_turn_ends_and_the_next_one_runs(stack: Stack, channel: str) -> None:
     seen = Record()
-    stack.model.script(Say("for ever " * 300, delay_s=0.1))
     async with stack.adapter(channel, on_delivery=seen.on_delivery) as adapter:
-        running = await adapter.send(WITNESS, "s", "please cancel this one")
-        await eventually(
-            lambda: any("cancel this one" in call.last_text for call in stack.model.calls), what="the call"
-        )
+        running = await adapter.send(WITNESS, "s", f"for ever: {channel}")
+        await eventually(lambda: stack.was_asked(channel), what="the model is asked")
         await adapter.cancel(WITNESS, "s")
         after = await adapter.send(WITNESS, "s", "next")
         await seen.all_answered([running.message_id, after.message_id])
