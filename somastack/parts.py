@@ -115,8 +115,8 @@ class PostgresPart:
     start_after: tuple[str, ...] = ()
     stop_rank = SERVERS_STOP_RANK
 
-    def __init__(self, home: Home) -> None:
-        self.server = PostgresServer(PostgresConfig(home.postgres))
+    def __init__(self, home: Home, *, durable: bool = True) -> None:
+        self.server = PostgresServer(PostgresConfig(home.postgres, durable=durable))
         self.addresses = {"dsn": self.server.dsn()}
         self.log = str(self.server.log_directory)
 
@@ -272,10 +272,16 @@ class ServicePart:
 
 
 def parts_of(
-    home: Home, layout: Layout, auth: AuthMaterial, module: str, overrides: Mapping[str, Mapping[str, str]]
+    home: Home,
+    layout: Layout,
+    auth: AuthMaterial,
+    module: str,
+    overrides: Mapping[str, Mapping[str, str]],
+    *,
+    durable: bool = True,
 ) -> list[Part]:
-    """Every part of the stack, in the order of their start."""
-    nats, postgres = NatsPart(home, layout), PostgresPart(home)
+    """Every part of the stack, in the order of their start; the parameters are explained in `StackOptions`."""
+    nats, postgres = NatsPart(home, layout), PostgresPart(home, durable=durable)
     surroundings = Surroundings(home, layout, nats.server, postgres.server, auth, module, overrides)
     services: list[Part] = [ServicePart(instance, surroundings) for instance in layout.instances()]
     servers: list[Part] = [nats, postgres]

@@ -61,7 +61,8 @@ class StackState:
 
     def save(self, path: Path) -> None:
         """Write the state in one step: a reader never sees half of it."""
-        write_private(path, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
+        # Not synced: it is true only while the supervisor lives, and a slow disk must not hold up a restart.
+        write_private(path, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n", sync=False)
 
     @classmethod
     def load(cls, path: Path) -> "StackState | None":

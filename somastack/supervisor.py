@@ -47,6 +47,8 @@ class StackOptions:
     """Further environment variables by instance (`router-0`) or service (`router`)."""
     module: str = "services.{service}.main"
     """The Python module that runs a service; tests put another in its place."""
+    durable: bool = True
+    """False only for tests: PostgreSQL does not fsync. Commits then survive a killed server, not a killed machine."""
     check_every_s: float = CHECK_EVERY_S
     replace_after_s: float = REPLACE_AFTER_S
 
@@ -227,7 +229,8 @@ async def running_stack(options: StackOptions) -> AsyncIterator[Supervisor]:
         auth = AuthMaterial(options.home)
         auth.make([service.name for service in SERVICES], options.tenants)
         supervisor = Supervisor(
-            options, parts_of(options.home, options.layout, auth, options.module, options.overrides)
+            options,
+            parts_of(options.home, options.layout, auth, options.module, options.overrides, durable=options.durable),
         )
         try:
             await supervisor.start()

@@ -201,11 +201,15 @@ def private_directory(path: Path) -> Path:
     return path
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace the file `path` in one step, readable by this user alone; a reader sees the old text or the new."""
+def write_private(path: Path, text: str, *, sync: bool = True) -> None:
+    """Replace the file `path` in one step, readable by this user alone; a reader sees the old text or the new.
+
+    With `sync` the new text survives the machine.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     with open(draft, "w", encoding="utf-8", opener=open_private) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
     draft.replace(path)
