@@ -116,7 +116,7 @@ class Router:
     async def sessions(self) -> list[str]:
         return [item.session for _, item in await self.stored()]
 
-    async def stream(self, instance: str, tenant: str = TENANT) -> tuple[str, AdapterStream]:
+    async def stream(self, instance: str, tenant: str = TENANT, timeout_s: float = 5.0) -> tuple[str, AdapterStream]:
         """The announced stream of an adapter instance, with its gateway: the newest, once there is one."""
 
         def find() -> list[tuple[str, AdapterStream]]:
@@ -129,7 +129,7 @@ class Router:
             ]
             return sorted(found, key=lambda entry: entry[1].stream)
 
-        return (await eventually(find))[-1]
+        return (await eventually(find, timeout_s))[-1]
 
     async def hand_over(self, gateway: str, stream: int, *deliveries: Delivery, tenant: str = TENANT) -> None:
         batch = OutBatch(router=self.name, deliveries=[Handover(stream=stream, delivery=d) for d in deliveries])
