@@ -21,9 +21,9 @@ class ToolgwSettings(ServiceSettings):
     """This service's own bearer token, shown to the control plane."""
     toolgw_http_tools_file: Path | None = None
     """JSON file that describes the HTTP tools (docs/guides/tools.md); unset: only the built-in tools."""
-    toolgw_max_runs: int = Field(default=64, ge=1, le=10_000)
+    toolgw_max_runs: int = Field(default=256, ge=1, le=10_000)
     """Tool calls that may run at once in this process."""
-    toolgw_max_runs_per_tenant: int = Field(default=16, ge=1, le=10_000)
+    toolgw_max_runs_per_tenant: int = Field(default=64, ge=1, le=10_000)
     """Tool calls of one tenant that may run at once in this process."""
     postgres_pool_size: int = Field(default=8, ge=2, le=100)
     """Connections to the database at most."""

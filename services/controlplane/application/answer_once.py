@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from services.controlplane.application.ports import Ask, Change, ConfigStore
 from services.controlplane.domain.refusals import request_id_reused
+from services.controlplane.domain.text import check_text
 
 
 class _Request(Protocol):
@@ -25,7 +26,12 @@ R = TypeVar("R", bound=Message)
 
 
 def ask(actor: str, method: str, scope: str, request: _Request) -> Ask:
-    """What `actor` asks for with `request`; two requests that differ in anything have different fingerprints."""
+    """What `actor` asks for with `request`; two requests that differ in anything have different fingerprints.
+
+    Raises:
+        InvalidRequest: CONTENT_INVALID, the request id cannot be stored.
+    """
+    check_text("request_id", request.request_id)
     content = request.SerializeToString(deterministic=True)
     fingerprint = blake2b(method.encode() + b"\0" + content, digest_size=16).digest()
     return Ask(actor, method, scope, request.request_id, fingerprint)

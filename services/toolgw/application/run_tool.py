@@ -35,8 +35,8 @@ log = structlog.get_logger(__name__)
 class Bounds:
     """How many calls may run at once."""
 
-    of_process: int = 64
-    of_tenant: int = 16
+    of_process: int
+    of_tenant: int
 
 
 class Run:

@@ -159,8 +159,12 @@ async def test_a_tenant_with_agents_goes_only_by_force(admin: Caller) -> None:
 
 
 async def test_a_text_that_cannot_be_stored_is_refused(admin: Caller) -> None:
-    async with refused("CONTENT_INVALID"):
-        await admin.tenants.CreateTenant(CreateTenantRequest(tenant_id="demo", tenant=Tenant(display_name="a\0b")))
+    for request in (
+        CreateTenantRequest(tenant_id="demo", tenant=Tenant(display_name="a\0b")),
+        CreateTenantRequest(tenant_id="demo", request_id="a\0b"),
+    ):
+        async with refused("CONTENT_INVALID"):
+            await admin.tenants.CreateTenant(request)
 
 
 async def test_a_tenants_own_subject_may_read_its_tenant_alone(admin: Caller, plane: Plane) -> None:

@@ -104,6 +104,9 @@ class HttpWitness:
             case "/hold":
                 await self.release.wait()
                 _respond(writer, 200, b'{"held": true}')
+            case "/slow":
+                await asyncio.sleep(0.3)
+                _respond(writer, 200, b'{"slow": true}')
             case "/error":
                 _respond(writer, 503, b"no more today")
             case "/text":
