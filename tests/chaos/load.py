@@ -122,6 +122,11 @@ class Load:
         """Partitions that have sessions."""
         return range(min(PARTITIONS, self.mix.echo * len(self.tenants)))
 
+    @property
+    def last_arrival(self) -> float:
+        """When the newest outcome reached its adapter (monotonic)."""
+        return max((moments[-1] for moments in self.arrivals.values() if moments), default=0.0)
+
     def silence(self, since: float) -> float:
         """The longest time from `since` (monotonic) on without an outcome on one partition, in seconds, the worst
         partition counts. It begins with the fault, so it is no shorter than the time to the first new outcome, and it

@@ -240,12 +240,12 @@ class FaultyStack:
                 part.process.send(signal.SIGKILL)
             else:
                 self._up[part.name].set()
+            self._environment.get(part.name, {}).pop(FAILPOINTS, None)
             assert part.process is not None
             code = await part.process.ended()
             self._up[part.name].clear()
             if part.process.pid not in self._expected:
                 self.deaths.append(f"{part.name} ended with {code}: {part.process.output_tail()}")
-            self._environment.get(part.name, {}).pop(FAILPOINTS, None)
             await asyncio.sleep(RESTART_AFTER_S)
 
 
