@@ -55,7 +55,7 @@ def turn_id(session: bytes, message: bytes, generation: int = 0) -> bytes:
     `generation` counts replacements: crash recovery keeps the id, a turn that is started anew after a rollback gets
     the next generation, so that its steps never meet results stored under the keys of the dropped one.
     """
-    return _digest(b"turn", session, message, generation.to_bytes(4, "big"))
+    return _digest(b"turn", session, message, generation.to_bytes(8, "big"))
 
 
 def content_hash(content: bytes) -> bytes:

@@ -130,7 +130,7 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         background.spawn,
         desk.add,
         max_strikes=settings.max_strikes,
-        stuck_after_s=settings.stuck_after_s,
+        stuck_margin_s=settings.stuck_margin_s,
     )
 
     def on_cancel(entry: Entry, partition: Partition) -> None:

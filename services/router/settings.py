@@ -29,8 +29,8 @@ class RouterSettings(ServiceSettings):
     """Idle sessions kept in memory, so that their next message costs one transaction less."""
     max_strikes: int = Field(default=8, ge=1)
     """How often a turn's brain or router may die before the turn is set aside as a dead letter."""
-    stuck_after_s: float = Field(default=65.0, gt=0)
-    """A turn of which nothing is heard for so long is restarted. Above the longest step an agent may take."""
+    stuck_margin_s: float = Field(default=5.0, gt=0)
+    """A turn of which nothing is heard for its agent's step timeout and so long is restarted."""
     ack_wait_s: float = Field(default=30.0, gt=0)
     """How long an adapter may keep a delivery unacknowledged before it is sent again."""
     delivery_tries: int = Field(default=10, ge=1)

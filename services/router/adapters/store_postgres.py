@@ -21,7 +21,6 @@ _T = TypeVar("_T")
 
 FENCED: Final = "SM001"
 CONFLICT: Final = "SM002"
-_UNIQUE_VIOLATION: Final = "23505"
 
 _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
 """Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
@@ -140,9 +139,6 @@ def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
         detail = getattr(error, "detail", None) or ""
         lost = frozenset(int(part) for part in detail.split(",") if part)
         return FenceLost(lost or frozenset(group.moves))
-    if error.sqlstate == _UNIQUE_VIOLATION:
-        # A step or turn that is there already: this memory is not what the store holds. Load everything again.
-        return FenceLost(frozenset(group.moves))
     if error.sqlstate and error.sqlstate[:2] in _TRANSIENT_CLASSES:
         return StoreLost(str(error))
     return GroupRejected(f"{type(error).__name__}: {error}")

@@ -14,13 +14,15 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from google.protobuf.message import DecodeError
 from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn, StopTurn, TurnText
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import Error
 from soma.common.v1.turn_pb2 import Delivery, StepBody
+from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 
 from services.router.application.group import CommitItem, GroupResult, StoreLost
-from services.router.application.items import CancelItem, DispatchItem, EndItem, StartItem, StepItem
+from services.router.application.items import KEY_REUSED, CancelItem, DispatchItem, EndItem, StartItem, StepItem
 from services.router.domain.session import PendingCancel, QueuedMessage, Session, Turn
 from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnState, TurnStatus, after, replay
 from soma_common import ids
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 STEP_FORMAT: Final = 1
 DEFAULT_CONTEXT: Final = 100
+DEFAULT_STEP_TIMEOUT_MS: Final = 60_000
+MAX_CONTEXT_BYTES: Final = 1024 * 1024
 _MAX_TEXT: Final = 1_000_000
 _REVISIONS_KNOWN: Final = 4096
 _CONVERGE_RETRY_S: Final = 0.5
@@ -64,7 +68,7 @@ class TurnRunner:
         on_ended: Callable[[EndItem], None],
         *,
         max_strikes: int,
-        stuck_after_s: float,
+        stuck_margin_s: float,
     ) -> None:
         self._state = state
         self._brains = brains
@@ -74,7 +78,7 @@ class TurnRunner:
         self._spawn = spawn
         self._on_ended = on_ended
         self._max_strikes = max_strikes
-        self._stuck_after_s = stuck_after_s
+        self._stuck_margin_s = stuck_margin_s
         self._orphans: deque[Turn] = deque()
         """Turns that are durable and wait for a brain."""
         self._revisions: dict[tuple[str, str, str], None] = {}
@@ -122,7 +126,15 @@ class TurnRunner:
         return StartItem(session.partition, turn, spec, fresh, self._started)
 
     def _new_turn(self, session: Session, message: QueuedMessage, revision: str) -> Turn:
-        turn = Turn(ids.turn_id(session.id, message.message_id), session, session.turn_count + 1, [message], revision)
+        # A key that was used again names the message that had it first: the error about it is a turn of its own.
+        generation = message.position if message.fault == KEY_REUSED else 0
+        turn = Turn(
+            ids.turn_id(session.id, message.message_id, generation),
+            session,
+            session.turn_count + 1,
+            [message],
+            revision,
+        )
         session.turn = turn
         self._state.scheduler.started(session.key.tenant)
         RUNNING.inc()
@@ -215,9 +227,7 @@ class TurnRunner:
         if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
             agent = self._state.directory.agent(session.key.tenant, session.key.agent)
             if agent is not None and agent.revision == turn.revision:
-                self._send_start(
-                    turn, link, agent.spec.SerializeToString(), list(session.context), agent.spec.context_messages
-                )
+                self._send_start(turn, link, agent.spec, list(session.context))
                 return
         self._spawn(self._load_and_start(turn, link, turn.dispatch))
 
@@ -240,11 +250,8 @@ class TurnRunner:
             if spec is None:
                 self._end_unanswered(turn, dispatch, ErrorReason.ERROR_REASON_AGENT_GONE)
                 return
-            limit = DEFAULT_CONTEXT
-            agent = self._state.directory.agent(key.tenant, key.agent)
-            if agent is not None and agent.spec.context_messages:
-                limit = agent.spec.context_messages
             if session.context is None:
+                limit = spec.context_messages or DEFAULT_CONTEXT
                 context = await self._history.context(key.tenant, session.id, limit)
                 session.recall(context)
             else:
@@ -254,28 +261,30 @@ class TurnRunner:
             self._spawn(self._retry_later(turn, link, dispatch))
             return
         if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
-            self._send_start(turn, link, spec, context, limit)
+            self._send_start(turn, link, spec, context)
 
     async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
         await asyncio.sleep(_CONVERGE_RETRY_S)
         if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
             await self._load_and_start(turn, link, dispatch)
 
-    async def _spec(self, turn: Turn) -> bytes | None:
+    async def _spec(self, turn: Turn) -> AgentSpec | None:
         key = turn.session.key
         agent = self._state.directory.agent(key.tenant, key.agent)
         if agent is not None and agent.revision == turn.revision:
-            return agent.spec.SerializeToString()
-        return await self._history.agent_spec(key.tenant, key.agent, turn.revision)
+            return agent.spec
+        stored = await self._history.agent_spec(key.tenant, key.agent, turn.revision)
+        return AgentSpec.FromString(stored) if stored is not None else None
 
-    def _send_start(self, turn: Turn, link: BrainLink, spec: bytes, context: list[bytes], limit: int) -> None:
+    def _send_start(self, turn: Turn, link: BrainLink, spec: AgentSpec, context: list[bytes]) -> None:
         key = turn.session.key
+        turn.patience_s = self._stuck_margin_s + (spec.step_timeout_ms or DEFAULT_STEP_TIMEOUT_MS) / 1000
         start = StartTurn(
             turn_id=turn.id,
             dispatch=turn.dispatch,
             agent_revision=turn.revision,
-            agent_spec=spec,
-            context=context[-(limit or DEFAULT_CONTEXT) :],
+            agent_spec=spec.SerializeToString(),
+            context=_newest(context, spec.context_messages or DEFAULT_CONTEXT),
             inputs=[message.content or b"" for message in turn.inputs],
             journal=turn.journal,
             traceparent=turn.inputs[0].traceparent,
@@ -323,12 +332,16 @@ class TurnRunner:
         turn.in_flight = True
         if kind in (StepKind.FINAL, StepKind.FAILURE):
             answer = Delivery()
-            if kind == StepKind.FINAL:
-                answer.message.ParseFromString(proposal.answer)
-                outcome = Outcome.FINAL
-            else:
-                answer.error.ParseFromString(proposal.answer)
-                outcome = Outcome.ERROR
+            outcome = Outcome.FINAL if kind == StepKind.FINAL else Outcome.ERROR
+            try:
+                (answer.message if kind == StepKind.FINAL else answer.error).ParseFromString(proposal.answer)
+            except DecodeError:
+                self._stop(turn)
+                text = "the brain's answer cannot be read"
+                self.committer.put(
+                    self._failure(turn, Error(reason=ErrorReason.ERROR_REASON_ITEM_CORRUPT, message=text))
+                )
+                return
             steps = [(StepKind(kind), proposal.body)]
             self.committer.put(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
         else:
@@ -368,7 +381,12 @@ class TurnRunner:
         for item in declined:
             turn = self._state.running.get(item.turn_id)
             if turn is not None and turn.link is link and turn.dispatch == item.dispatch:
-                self._redispatch(turn, 0)
+                self._spawn(self._redispatch_after(turn, link, item.error.retry_delay_ms / 1000))
+
+    async def _redispatch_after(self, turn: Turn, link: BrainLink, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        if self._runs(turn) and turn.link is link:
+            self._redispatch(turn, 0)
 
     def on_link_down(self, link: BrainLink) -> None:
         """A brain is gone: what it ran goes on elsewhere from the journal."""
@@ -378,9 +396,9 @@ class TurnRunner:
 
     def restart_stuck(self) -> None:
         """Restarts turns of which nothing was heard for too long."""
-        horizon = monotonic() - self._stuck_after_s
+        now = monotonic()
         for turn in list(self._state.running.values()):
-            if turn.link is not None and not turn.in_flight and turn.progress_at < horizon:
+            if turn.link is not None and not turn.in_flight and now - turn.progress_at > turn.patience_s:
                 log.warning("router.turn_stuck", turn=turn.id.hex(), tenant=turn.session.key.tenant)
                 self._stop(turn)
                 self._redispatch(turn, 1)
@@ -578,6 +596,16 @@ class TurnRunner:
 
     def _runs(self, turn: Turn) -> bool:
         return self._state.running.get(turn.id) is turn and not turn.session.partition.lost
+
+
+def _newest(context: list[bytes], limit: int) -> list[bytes]:
+    """The newest messages of a context: at most `limit`, and no more bytes than fit a frame beside other turns."""
+    size = 0
+    for count, message in enumerate(reversed(context)):
+        size += len(message)
+        if count == limit or size > MAX_CONTEXT_BYTES:
+            return context[len(context) - count :]
+    return context
 
 
 def _queued_target(session: Session, position: int, target: bytes | None, nothing_runs: bool) -> QueuedMessage | None:

@@ -90,6 +90,8 @@ class Turn:
     """Monotonic time of its last dispatch, in seconds."""
     progress_at: float = 0.0
     """Monotonic time of the last frame of the turn, in seconds."""
+    patience_s: float = 65.0
+    """How long nothing may be heard of it before it is restarted."""
 
     @property
     def step_count(self) -> int:

@@ -540,7 +540,7 @@ class ToolCall(_message.Message):
     """Name of the tool."""
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct:
-        """The arguments."""
+        """The arguments. Not set: what the model wrote could not be read; the call is answered with TOOL_ARGUMENTS_INVALID."""
 
     def __init__(
         self,
