@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import asyncpg
 import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from soma_common.embedded.nats import NatsConfig, NatsServer
-from soma_common.embedded.postgres import SERVICE_ROLES, PostgresConfig, PostgresServer
+from soma_common.embedded.postgres import SERVICE_ROLES, UNREACHABLE, PostgresConfig, PostgresServer
 from soma_common.embedded.process import ChildProcess, PartFailed
 from soma_common.settings import EXIT_BAD_SETTINGS
 from somastack.auth_material import AuthMaterial
@@ -130,7 +129,7 @@ class PostgresPart:
         await self.server.start()
         try:
             await self.server.provision()
-        except (asyncpg.PostgresError, OSError) as error:
+        except UNREACHABLE as error:
             message = f"PostgreSQL cannot be provisioned: {_described(error)}"
             raise PartFailed(message, f"read the log in {self.log}") from error
 
@@ -138,7 +137,7 @@ class PostgresPart:
         """Ask for a row."""
         try:
             await self.server.check()
-        except (asyncpg.PostgresError, OSError) as error:
+        except UNREACHABLE as error:
             raise Unresponsive(_described(error)) from error
 
     async def stop(self) -> None:

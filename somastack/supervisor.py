@@ -123,15 +123,11 @@ class Supervisor:
         """One life of the part, from its start to its end; returns for how many seconds it was ready."""
         self._enter(part, Phase.STARTING)
         began = time.monotonic()
-        try:
-            await part.start()
-        except PartFailed as failure:
-            if part.process is not None:
-                part.process.send(signal.SIGKILL)  # Too slow, perhaps, rather than dead.
-                await part.process.ended()
+        failure = await self._started(part)
+        if failure is not None:
             self._enter(part, Phase.FAILED, str(failure))
             if not self._was_ready:
-                raise
+                raise failure
             _log.error("part.start_failed", part=part.name, why=failure.message, advice=failure.advice)
             return 0.0
         self._enter(part, Phase.READY)
@@ -142,39 +138,61 @@ class Supervisor:
         self._states[part.name].trouble = trouble
         return time.monotonic() - ready_at
 
+    async def _started(self, part: Part) -> PartFailed | None:
+        """Start the part; returns what went wrong, with nothing of the part left running, or None."""
+        try:
+            await part.start()
+        except PartFailed as failed:
+            failure = failed
+        except Exception as error:  # noqa: BLE001 - boundary: no part may take the others with it
+            _log.exception("part.start_crashed", part=part.name)
+            failure = PartFailed(f"{part.name} could not be started: {error!r}", f"read {self._options.home.logs}")
+        else:
+            return None
+        if part.process is not None:
+            part.process.send(signal.SIGKILL)  # Too slow, perhaps, rather than dead.
+            await part.process.ended()
+        return failure
+
     async def _until_it_ends(self, part: Part) -> str:
         """Watch a part that is ready; returns why it ended. One that has been silent for too long is ended here."""
         process = part.process
         assert process is not None
         ended = asyncio.ensure_future(process.ended())
-        answered_at = time.monotonic()
+        silent = asyncio.create_task(self._until_silent_too_long(part))
         try:
-            while True:
-                done, _ = await asyncio.wait([ended], timeout=self._options.check_every_s)
-                if done:
-                    return _end_described(ended.result())
-                silence = await self._checked(part)
-                if not silence:
-                    answered_at = time.monotonic()
-                elif time.monotonic() - answered_at > self._options.replace_after_s:
-                    _log.error(
-                        "part.replaced", part=part.name, why=silence, silent_s=round(time.monotonic() - answered_at)
-                    )
-                    process.send(signal.SIGKILL)
-                    await ended
-                    return f"it did not answer for {time.monotonic() - answered_at:.0f} s ({silence})"
+            await asyncio.wait([ended, silent], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                return _end_described(ended.result())
+            process.send(signal.SIGKILL)
+            await ended
+            return f"{silent.result()} and was killed"
         finally:
             ended.cancel()
+            silent.cancel()
+
+    async def _until_silent_too_long(self, part: Part) -> str:
+        """Ask the part for its health again and again; returns when it has not answered for too long."""
+        answered_at = time.monotonic()
+        while True:
+            await asyncio.sleep(self._options.check_every_s)
+            silence = await self._checked(part)
+            silent_s = time.monotonic() - answered_at
+            if not silence:
+                answered_at = time.monotonic()
+            elif silent_s > self._options.replace_after_s:
+                return f"it did not answer for {silent_s:.0f} s ({silence})"
 
     async def _checked(self, part: Part) -> str:
         """Why the part does not answer; empty when it does."""
         try:
             await part.check()
-        except Unresponsive as silence:
+        except Exception as error:  # noqa: BLE001 - boundary: whatever a check runs into, there was no answer
+            silence = str(error) if isinstance(error, Unresponsive) else repr(error)
             if self._states[part.name].phase is Phase.READY:
-                _log.warning("part.unresponsive", part=part.name, why=str(silence))
-            self._enter(part, Phase.UNRESPONSIVE, str(silence))
-            return str(silence)
+                _log.warning("part.unresponsive", part=part.name, why=silence)
+            self._enter(part, Phase.UNRESPONSIVE, silence)
+            return silence
         if self._states[part.name].phase is Phase.UNRESPONSIVE:
             _log.info("part.answers_again", part=part.name)
             self._enter(part, Phase.READY)
@@ -188,14 +206,11 @@ class Supervisor:
         began = time.monotonic()
         await part.stop()
         self._enter(part, Phase.STOPPED)
-        killed = part.process.exit_code == -signal.SIGKILL
-        tell = _log.warning if killed else _log.info
-        tell(
-            "part.stopped",
-            part=part.name,
-            took_s=round(time.monotonic() - began, 2),
-            **({"killed": True} if killed else {}),
-        )
+        took_s = round(time.monotonic() - began, 2)
+        if part.process.exit_code == -signal.SIGKILL:
+            _log.warning("part.killed", part=part.name, took_s=took_s)
+        else:
+            _log.info("part.stopped", part=part.name, took_s=took_s)
 
     def _needed_by(self, part: Part) -> list[str]:
         """The parts that `part` starts after; a service's name stands for all its replicas."""

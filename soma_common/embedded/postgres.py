@@ -50,6 +50,11 @@ ORPHANS_END_WITHIN_S = 10.0
 """How long the sessions of a killed server may take to notice its death; until then a new one cannot start."""
 
 
+UNREACHABLE = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError)
+"""What a connection attempt or a statement ends with while the server is down or going down (a TimeoutError is an
+OSError)."""
+
+
 @dataclass(frozen=True)
 class ServiceRole:
     """What one service is in the database.
@@ -166,7 +171,7 @@ class PostgresServer:
         """Connect as the superuser and ask for a row.
 
         Raises:
-            asyncpg.PostgresError, OSError, TimeoutError: it does not answer.
+            One of UNREACHABLE: it does not answer.
         """
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             connection = await asyncpg.connect(self.dsn(database="postgres"))
@@ -179,7 +184,7 @@ class PostgresServer:
         """Create the service roles, the database and its schemas, as far as they are missing.
 
         Raises:
-            asyncpg.PostgresError: PostgreSQL refused.
+            One of UNREACHABLE: PostgreSQL refused, or is gone.
         """
         server = await asyncpg.connect(self.dsn(database="postgres"))
         try:
@@ -275,7 +280,7 @@ class PostgresServer:
     async def _ready(self) -> bool:
         try:
             await self.check()
-        except (asyncpg.PostgresError, OSError, TimeoutError):
+        except UNREACHABLE:
             return False
         return True
 
