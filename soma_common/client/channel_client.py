@@ -17,13 +17,12 @@ For thousands of messages a second use `post` (no future per message) and the ca
 from __future__ import annotations
 
 import asyncio
-import random
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import grpc
 import structlog
@@ -40,18 +39,15 @@ from soma.gateway.v1.channel_service_pb2 import (
     Receipt,
     Welcome,
 )
-from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
 
 from soma_common.client.inbox import Arrival, Inbox
+from soma_common.client.kept_stream import KeptStream
 from soma_common.client.outbox import Answer, Outbox
 from soma_common.errors import (
-    DeadlineExceeded,
-    Internal,
     ResourceExhausted,
     SomaError,
     Unavailable,
     from_proto,
-    from_rpc_error,
     to_proto,
 )
 from soma_common.grpc.channel import open_channel
@@ -60,14 +56,10 @@ PROTOCOL: Final = 1
 MAX_FRAME_ITEMS: Final = 512
 """The contract's bound."""
 MAX_FRAME_BYTES: Final = 2 * 1024 * 1024
-FIRST_BACKOFF_S: Final = 0.05
-LONGEST_BACKOFF_S: Final = 2.0
-WELCOME_TIMEOUT_S: Final = 10.0
+RETRY_S: Final = 0.05
+"""Before a refused item is tried again, when the refusal names no delay."""
 MAX_LIVE: Final = 4096
 """Live events kept for `events()`; further ones are dropped until it is read."""
-
-_RETRYABLE: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
-"""Ends of a stream after which it is worth connecting again. All others need somebody to change something."""
 
 _log = structlog.get_logger(__name__)
 
@@ -110,7 +102,7 @@ class ChannelClient:
         )
         self._own_channel = grpc_channel is None
         self._grpc = grpc_channel or open_channel(target, token=self._token, service="gateway")
-        self._stub = ChannelServiceStub(self._grpc)
+        self._stream = KeptStream(self._grpc, self)
         self._on_delivery = on_delivery
         self._on_live = on_live
         self._outbox = Outbox(outbox)
@@ -120,22 +112,16 @@ class ChannelClient:
         self._acks: list[bytes] = []
         self._nacks: list[Nack] = []
         self._credit = 0
-        self._stream = 0
-        self._welcome: Welcome | None = None
         self._hold = False
-        self._heard_at = self._wrote_at = 0.0
-        self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._news = asyncio.Event()
-        self._connected = asyncio.Event()
-        self._closing = False
         self._failure: SomaError | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Connects. Raises SomaError when the gateway refuses for a reason that waiting does not change."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="channel-client")
-        await self._connected.wait()
+        self._task = asyncio.get_running_loop().create_task(self._stream.run(), name="channel-client")
+        await self._stream.connected.wait()
         if self._failure is not None:
             await self.close()
             raise self._failure
@@ -149,12 +135,12 @@ class ChannelClient:
     @property
     def welcome(self) -> Welcome | None:
         """What the gateway said at the last connect; None while there is no stream."""
-        return self._welcome
+        return self._stream.welcome
 
     @property
     def streams(self) -> int:
         """How many streams there have been; more than one: the client has reconnected."""
-        return self._stream
+        return self._stream.number
 
     @property
     def unanswered(self) -> int:
@@ -232,7 +218,7 @@ class ChannelClient:
                 {"bound": "client.outbox", "value": str(len(self._outbox))},
             )
         ref = self._outbox.add(item, answer)
-        self._wake.set()
+        self._stream.wake()
         return ref
 
     # Receiving.
@@ -249,7 +235,7 @@ class ChannelClient:
                 yield event
             if self._failure is not None:
                 raise self._failure
-            if self._closing:
+            if self._stream.closing:
                 return
             self._news.clear()
             await self._news.wait()
@@ -261,20 +247,20 @@ class ChannelClient:
     async def nack(self, delivery: Delivery, *, delay_s: float = 1.0, cause: str = "") -> None:
         """The delivery could not be processed: it comes again after the delay, a bounded number of times."""
         self._nacks.append(Nack(delivery_id=delivery.delivery_id, delay_ms=int(delay_s * 1000), cause=cause[:1024]))
-        self._credit += self._inbox.nack(delivery, self._stream)
-        self._wake.set()
+        self._credit += self._inbox.nack(delivery, self._stream.number)
+        self._stream.wake()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Sends what is queued, waits for its answers at most so long, and ends the stream. May be called again."""
         task = self._task
-        if task is not None and not task.done() and not self._closing:
+        if task is not None and not task.done() and not self._stream.closing:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     while len(self._outbox) and self._failure is None:
                         self._room.clear()
                         await self._room.wait()
-        self._closing = True
-        self._wake.set()
+        self._stream.closing = True
+        self._stream.wake()
         self._news.set()
         if task is not None:
             with suppress(TimeoutError, asyncio.CancelledError):
@@ -287,101 +273,27 @@ class ChannelClient:
         if self._own_channel:
             await self._grpc.close()
 
-    # The stream.
+    # What the stream asks for and brings (Traffic).
 
-    async def _run(self) -> None:
-        """Keeps a stream until closed or refused for good."""
-        backoff = FIRST_BACKOFF_S
-        while not self._closing:
-            try:
-                await self._serve()
-                backoff = FIRST_BACKOFF_S
-            except SomaError as error:
-                if self._welcome is not None:
-                    backoff = FIRST_BACKOFF_S
-                if not isinstance(error, _RETRYABLE):
-                    self._fail(error)
-                    return
-                _log.info("channel_client.stream_lost", error=str(error), backoff_s=round(backoff, 3))
-            finally:
-                self._welcome = None
-                self._outbox.rewind()
-            if not self._closing:
-                await asyncio.sleep(random.uniform(backoff / 2, backoff))
-                backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+    def hello(self) -> Hello:
+        """Who connects, and what it has processed: acks and credit of the stream before mean nothing on a new one."""
+        self._acks.clear()
+        self._nacks.clear()
+        self._credit = 0
+        self._hold = False
+        hello = Hello()
+        hello.CopyFrom(self._hello)
+        hello.processed.extend(self._inbox.processed())
+        return hello
 
-    async def _serve(self) -> None:
-        """One stream from hello to its end. Raises SomaError when it ends badly."""
-        call: Any = self._stub.Connect()
-        writer: asyncio.Task[None] | None = None
-        try:
-            # The gateway acknowledges these for us; acks of the old stream mean nothing on the new one.
-            self._acks.clear()
-            self._nacks.clear()
-            self._credit = 0
-            self._stream += 1
-            self._hold = False
-            hello = Hello()
-            hello.CopyFrom(self._hello)
-            hello.processed.extend(self._inbox.processed())
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await call.write(ConnectRequest(hello=hello))
-                first = await call.read()
-            if first is grpc.aio.EOF:
-                return
-            self._welcome = first.welcome
-            self._heard_at = self._wrote_at = asyncio.get_running_loop().time()
-            self._connected.set()
-            writer = asyncio.get_running_loop().create_task(self._write(call), name="channel-client-writer")
-            while (frame := await call.read()) is not grpc.aio.EOF:
-                self._receive(frame)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.InvalidStateError as error:
-            raise _unavailable("the stream ended while it was opened") from error
-        except TimeoutError as error:
-            raise _unavailable("the gateway did not answer hello") from error
-        finally:
-            if writer is not None:
-                writer.cancel()
-                with suppress(asyncio.CancelledError):
-                    await writer
-            call.cancel()
+    @property
+    def finished(self) -> bool:
+        """Whether a stream whose gateway goes away has served its items."""
+        return self._hold and not self._outbox.in_flight
 
-    async def _write(self, call: Any) -> None:
-        """Sends what has gathered, a heartbeat when nothing has; ends the stream when the gateway falls silent."""
-        welcome = self._welcome
-        assert welcome is not None
-        interval = welcome.heartbeat_ms / 1000
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                frame = self._next_frame(welcome.max_unanswered)
-                if frame is None:
-                    if self._closing or (self._hold and not self._outbox.in_flight):
-                        await call.done_writing()
-                        return
-                    if loop.time() - self._heard_at > 3 * interval:
-                        call.cancel()
-                        return
-                    if loop.time() - self._wrote_at < interval:
-                        await self._sleep_until(self._wrote_at + interval)
-                        continue
-                    frame = ConnectRequest(heartbeat=True)
-                await call.write(frame)
-                self._wrote_at = loop.time()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            _log.debug("channel_client.write_failed", error=repr(error))  # the reader learns how the stream ended
-
-    async def _sleep_until(self, when: float) -> None:
-        self._wake.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(when):
-                await self._wake.wait()
-
-    def _next_frame(self, max_unanswered: int) -> ConnectRequest | None:
+    def next_frame(self, welcome: Welcome) -> ConnectRequest | None:
         """What has gathered; None: nothing."""
-        items = [] if self._hold else self._outbox.take(max_unanswered, MAX_FRAME_ITEMS, MAX_FRAME_BYTES)
+        items = [] if self._hold else self._outbox.take(welcome.max_unanswered, MAX_FRAME_ITEMS, MAX_FRAME_BYTES)
         if not (items or self._acks or self._nacks or self._credit):
             return None
         frame = ConnectRequest(acks=self._acks, nacks=self._nacks, credit=self._credit)
@@ -395,8 +307,8 @@ class ChannelClient:
                 frame.cancels.append(item)
         return frame
 
-    def _receive(self, frame: ConnectResponse) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+    def receive(self, frame: ConnectResponse) -> None:
+        """Answers go to their items, live events and deliveries to the application."""
         outbox = self._outbox
         for receipt in frame.receipts:
             outbox.answer(receipt.ref, receipt.message_id, None)
@@ -404,13 +316,27 @@ class ChannelClient:
             outbox.answer(refusal.ref, b"", refusal.error)
         if frame.receipts or frame.refusals:
             self._room.set()
-            self._wake.set()
+            self._stream.wake()
         for event in frame.live:
             self._show_live(event)
         for delivery in frame.deliveries:
             self._show(delivery)
         if frame.HasField("drain"):
-            self._drain(frame.drain.grace_ms / 1000)
+            # No new items on this stream; it is closed when those on their way are answered.
+            self._hold = True
+            self._stream.wake()
+            _log.info("channel_client.drain", grace_ms=frame.drain.grace_ms)
+
+    def lost(self) -> None:
+        """Everything unanswered goes out again on the next stream."""
+        self._outbox.rewind()
+
+    def failed(self, error: SomaError) -> None:
+        """Everybody who waits is told."""
+        self._failure = error
+        self._outbox.fail(to_proto(error))
+        for event in (self._stream.connected, self._news, self._room):
+            event.set()
 
     def _show_live(self, event: LiveEvent) -> None:
         if self._on_live is not None:
@@ -421,11 +347,11 @@ class ChannelClient:
             self._news.set()
 
     def _show(self, delivery: Delivery) -> None:
-        match self._inbox.arrive(delivery, self._stream):
+        match self._inbox.arrive(delivery, self._stream.number):
             case Arrival.PROCESSED:
                 self._acks.append(delivery.delivery_id)
                 self._credit += 1
-                self._wake.set()
+                self._stream.wake()
             case Arrival.IN_HAND:
                 pass
             case Arrival.NEW if self._on_delivery is None:
@@ -440,29 +366,21 @@ class ChannelClient:
         except Exception as error:  # noqa: BLE001 - boundary: the application's own code
             _log.exception("channel_client.on_delivery_failed")
             self._nacks.append(Nack(delivery_id=delivery.delivery_id, delay_ms=1000, cause=repr(error)[:1024]))
-            self._credit += self._inbox.nack(delivery, self._stream)
-            self._wake.set()
+            self._credit += self._inbox.nack(delivery, self._stream.number)
+            self._stream.wake()
         else:
             self._processed(delivery)
 
     def _processed(self, delivery: Delivery) -> None:
         self._acks.append(delivery.delivery_id)
-        self._credit += self._inbox.ack(delivery, self._stream)
-        self._wake.set()
-
-    def _drain(self, grace_s: float) -> None:
-        """The gateway goes away: no new items on this stream; when all are answered, or soon before the end, it is
-        closed.
-        """
-        self._hold = True
-        self._wake.set()
-        _log.info("channel_client.drain", grace_s=grace_s)
+        self._credit += self._inbox.ack(delivery, self._stream.number)
+        self._stream.wake()
 
     async def _until_answered(self, item: InboundMessage | Cancel, patience_s: float) -> Receipt:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience_s
         while True:
-            while self._outbox.full and not self._closing and self._failure is None:
+            while self._outbox.full and not self._stream.closing and self._failure is None:
                 self._room.clear()
                 await self._room.wait()
             answered: asyncio.Future[bytes] = loop.create_future()
@@ -470,9 +388,9 @@ class ChannelClient:
             try:
                 return Receipt(ref=ref, message_id=await answered)
             except (ResourceExhausted, Unavailable) as error:
-                if self._closing:
+                if self._stream.closing:
                     raise ClientClosed from error
-                delay = error.retry_delay_s or FIRST_BACKOFF_S
+                delay = error.retry_delay_s or RETRY_S
                 if loop.time() + delay >= deadline:
                     raise
                 await asyncio.sleep(delay)
@@ -480,14 +398,8 @@ class ChannelClient:
     def _check_open(self) -> None:
         if self._failure is not None:
             raise self._failure
-        if self._closing or self._task is None:
+        if self._stream.closing or self._task is None:
             raise ClientClosed
-
-    def _fail(self, error: SomaError) -> None:
-        self._failure = error
-        self._outbox.fail(to_proto(error))
-        for event in (self._connected, self._news, self._room):
-            event.set()
 
 
 def text_message(text: str) -> Message:
@@ -505,7 +417,3 @@ def _settle(future: asyncio.Future[bytes]) -> Answer:
             future.set_exception(from_proto(error))
 
     return answer
-
-
-def _unavailable(message: str) -> Unavailable:
-    return Unavailable(ErrorReason.ERROR_REASON_SERVICE_UNAVAILABLE, message)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -20,8 +21,8 @@ from tests.integration.gateway.harness import AGENT, CHANNEL, TENANT, World, del
 ROOT = Path(__file__).parents[3]
 
 
-def environment(world: World, listen: str, failpoints: str) -> dict[str, str]:
-    settings = world.settings(listen=listen, failpoints=failpoints)
+def environment(world: World, **changes: object) -> dict[str, str]:
+    settings = world.settings("gateway-0", **changes)
     given = settings.model_dump(mode="json", include=settings.model_fields_set)
     return {
         **os.environ,
@@ -31,12 +32,14 @@ def environment(world: World, listen: str, failpoints: str) -> dict[str, str]:
 
 
 @asynccontextmanager
-async def gateway_process(world: World, listen: str, failpoints: str = "") -> AsyncIterator[asyncio.subprocess.Process]:
+async def gateway_process(
+    world: World, listen: str, failpoints: str = "", **changes: object
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "services.gateway.main",
-        env=environment(world, listen, failpoints),
+        env=environment(world, listen=listen, failpoints=failpoints, **changes),
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
@@ -91,3 +94,18 @@ async def test_killed_after_a_delivery_the_instance_says_what_it_has_processed(w
             await eventually(lambda: delivery(1).delivery_id in world.router.acks)
             assert c.streams >= 2
     assert len(shown) == 1
+
+
+async def test_a_frozen_gateway_is_left_after_three_silent_intervals(world: World, listen: str) -> None:
+    async with gateway_process(world, listen, heartbeat_interval_s=0.3) as frozen, client(world, listen) as c:
+        await c.send(AGENT, "s", "x", idempotency_key="k1")
+        frozen.send_signal(signal.SIGSTOP)
+        try:
+            sending = asyncio.create_task(c.send(AGENT, "s", "x", idempotency_key="k2"))
+            await eventually(lambda: c.welcome is None, timeout_s=3)
+        finally:
+            frozen.send_signal(signal.SIGCONT)
+        await asyncio.wait_for(sending, 15)
+        assert c.streams >= 2
+    stored = [item.message_id for _, item in await world.router.stored()]
+    assert list(dict.fromkeys(stored)) == [ids.message_id(TENANT, AGENT, CHANNEL, "s", key) for key in ("k1", "k2")]

@@ -1,0 +1,177 @@
+"""One stream to a gateway at a time, opened again whenever it is lost, until it is closed or refused for good.
+
+It moves frames and knows nothing of what is in them, except hello, welcome and heartbeats. Reader and writer never
+wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import grpc
+import structlog
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.gateway.v1.channel_service_pb2 import ConnectRequest, ConnectResponse, Hello, Welcome
+from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
+
+from soma_common.errors import (
+    DeadlineExceeded,
+    Internal,
+    ResourceExhausted,
+    SomaError,
+    Unavailable,
+    from_rpc_error,
+)
+
+FIRST_BACKOFF_S: Final = 0.05
+LONGEST_BACKOFF_S: Final = 2.0
+WELCOME_TIMEOUT_S: Final = 10.0
+
+_RETRYABLE: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
+"""Ends of a stream after which it is worth connecting again. All others need somebody to change something."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Traffic(Protocol):
+    """What goes over the stream."""
+
+    def hello(self) -> Hello:
+        """A stream is about to be opened: what belonged to the one before is void. Returns who connects."""
+
+    def next_frame(self, welcome: Welcome) -> ConnectRequest | None:
+        """What has gathered for the gateway; None: nothing."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stream may be closed, once `next_frame` has nothing more."""
+
+    def receive(self, frame: ConnectResponse) -> None:
+        """A frame came. Must not block."""
+
+    def lost(self) -> None:
+        """The stream is gone."""
+
+    def failed(self, error: SomaError) -> None:
+        """There will be no stream any more."""
+
+
+class KeptStream:
+    """Runs as one task (`run`); `wake` says that `next_frame` may have something."""
+
+    def __init__(self, channel: grpc.aio.Channel, traffic: Traffic) -> None:
+        self._stub = ChannelServiceStub(channel)
+        self._traffic = traffic
+        self._wake = asyncio.Event()
+        self._heard_at = self._wrote_at = 0.0
+        self._silent = False
+        self.number = 0
+        """Counts the streams; the present one has this number."""
+        self.welcome: Welcome | None = None
+        """What the gateway said; None while there is no stream."""
+        self.connected = asyncio.Event()
+        """Set with the first welcome."""
+        self.closing = False
+        """Set from outside: the present stream is the last."""
+
+    def wake(self) -> None:
+        """There may be something to send, or a reason to close."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keeps a stream until `closing` or refused for good."""
+        backoff = FIRST_BACKOFF_S
+        while not self.closing:
+            try:
+                await self._serve()
+            except SomaError as error:
+                if not isinstance(error, _RETRYABLE):
+                    self._traffic.failed(error)
+                    return
+                _log.info("channel_client.stream_lost", error=str(error), backoff_s=round(backoff, 3))
+            except Exception as error:  # noqa: BLE001 - boundary: a callback of the application
+                _log.exception("channel_client.failed")
+                self._traffic.failed(Internal(ErrorReason.ERROR_REASON_INTERNAL, f"a callback failed: {error!r}"))
+                return
+            if self.welcome is not None:
+                backoff = FIRST_BACKOFF_S
+            self.welcome = None
+            self._traffic.lost()
+            if not self.closing:
+                await asyncio.sleep(random.uniform(backoff / 2, backoff))
+                backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+
+    async def _serve(self) -> None:
+        """One stream from hello to its end. Raises SomaError when it ends badly."""
+        call: Any = self._stub.Connect()
+        writer: asyncio.Task[None] | None = None
+        self._silent = False
+        try:
+            self.number += 1
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                await call.write(ConnectRequest(hello=self._traffic.hello()))
+                first = await call.read()
+            if first is grpc.aio.EOF:
+                return
+            self.welcome = first.welcome
+            self._heard_at = self._wrote_at = asyncio.get_running_loop().time()
+            self.connected.set()
+            writer = asyncio.get_running_loop().create_task(self._write(call, first.welcome), name="channel-writer")
+            while (frame := await call.read()) is not grpc.aio.EOF:
+                self._heard_at = asyncio.get_running_loop().time()
+                self._traffic.receive(frame)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        except asyncio.InvalidStateError as error:
+            raise _unavailable("the stream ended while it was opened") from error
+        except TimeoutError as error:
+            raise _unavailable("the gateway did not answer hello") from error
+        except asyncio.CancelledError as error:
+            if self._silent:  # cancelled by our own writer
+                raise _unavailable("the gateway has fallen silent") from error
+            raise
+        finally:
+            if writer is not None:
+                writer.cancel()
+                with suppress(asyncio.CancelledError):
+                    await writer
+            call.cancel()
+
+    async def _write(self, call: Any, welcome: Welcome) -> None:
+        """Sends what has gathered, a heartbeat when nothing has; gives up on a gateway that is silent for three
+        intervals.
+        """
+        interval = welcome.heartbeat_ms / 1000
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                frame = self._traffic.next_frame(welcome)
+                if frame is None:
+                    if self.closing or self._traffic.finished:
+                        await call.done_writing()
+                        return
+                    if loop.time() - self._heard_at > 3 * interval:
+                        self._silent = True
+                        call.cancel()
+                        return
+                    if loop.time() - self._wrote_at < interval:
+                        await self._sleep_until(self._wrote_at + interval)
+                        continue
+                    frame = ConnectRequest(heartbeat=True)
+                await call.write(frame)
+                self._wrote_at = loop.time()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            _log.debug("channel_client.write_failed", error=repr(error))  # the reader learns how the stream ended
+
+    async def _sleep_until(self, when: float) -> None:
+        self._wake.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(when):
+                await self._wake.wait()
+
+
+def _unavailable(message: str) -> Unavailable:
+    return Unavailable(ErrorReason.ERROR_REASON_SERVICE_UNAVAILABLE, message)
