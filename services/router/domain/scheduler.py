@@ -88,6 +88,7 @@ class Scheduler:
             if ring.deficit < TURN_COST:
                 ring.visited = False
                 self._active.move_to_end(tenant)
+                passed = 0  # it may start, in a later round: those that may not do not end the search for it
                 continue
             session = ring.sessions.popleft()
             session.ready = False
