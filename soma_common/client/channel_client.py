@@ -41,7 +41,7 @@ from soma.gateway.v1.channel_service_pb2 import (
 )
 
 from soma_common.client.inbox import Arrival, Inbox
-from soma_common.client.kept_stream import KeptStream
+from soma_common.client.kept_stream import KeptStream, Traffic
 from soma_common.client.outbox import Answer, Outbox
 from soma_common.errors import (
     ResourceExhausted,
@@ -102,7 +102,10 @@ class ChannelClient:
         )
         self._own_channel = grpc_channel is None
         self._grpc = grpc_channel or open_channel(target, token=self._token, service="gateway")
-        self._stream = KeptStream(self._grpc, self)
+        self._stream = KeptStream(
+            self._grpc,
+            Traffic(self._open, self._next_frame, self._finished, self._receive, self._lost, self._failed),
+        )
         self._on_delivery = on_delivery
         self._on_live = on_live
         self._outbox = Outbox(outbox)
@@ -273,9 +276,9 @@ class ChannelClient:
         if self._own_channel:
             await self._grpc.close()
 
-    # What the stream asks for and brings (Traffic).
+    # What the stream asks for and brings.
 
-    def hello(self) -> Hello:
+    def _open(self) -> Hello:
         """Who connects, and what it has processed: acks and credit of the stream before mean nothing on a new one."""
         self._acks.clear()
         self._nacks.clear()
@@ -286,12 +289,11 @@ class ChannelClient:
         hello.processed.extend(self._inbox.processed())
         return hello
 
-    @property
-    def finished(self) -> bool:
+    def _finished(self) -> bool:
         """Whether a stream whose gateway goes away has served its items."""
         return self._hold and not self._outbox.in_flight
 
-    def next_frame(self, welcome: Welcome) -> ConnectRequest | None:
+    def _next_frame(self, welcome: Welcome) -> ConnectRequest | None:
         """What has gathered; None: nothing."""
         items = [] if self._hold else self._outbox.take(welcome.max_unanswered, MAX_FRAME_ITEMS, MAX_FRAME_BYTES)
         if not (items or self._acks or self._nacks or self._credit):
@@ -307,7 +309,7 @@ class ChannelClient:
                 frame.cancels.append(item)
         return frame
 
-    def receive(self, frame: ConnectResponse) -> None:
+    def _receive(self, frame: ConnectResponse) -> None:
         """Answers go to their items, live events and deliveries to the application."""
         outbox = self._outbox
         for receipt in frame.receipts:
@@ -327,11 +329,11 @@ class ChannelClient:
             self._stream.wake()
             _log.info("channel_client.drain", grace_ms=frame.drain.grace_ms)
 
-    def lost(self) -> None:
+    def _lost(self) -> None:
         """Everything unanswered goes out again on the next stream."""
         self._outbox.rewind()
 
-    def failed(self, error: SomaError) -> None:
+    def _failed(self, error: SomaError) -> None:
         """Everybody who waits is told."""
         self._failure = error
         self._outbox.fail(to_proto(error))

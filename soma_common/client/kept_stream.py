@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Any, Final
 
 import grpc
 import structlog
@@ -36,27 +38,22 @@ _RETRYABLE: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
 _log = structlog.get_logger(__name__)
 
 
-class Traffic(Protocol):
-    """What goes over the stream."""
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What goes over the stream: the functions of whoever uses it. None may block."""
 
-    def hello(self) -> Hello:
-        """A stream is about to be opened: what belonged to the one before is void. Returns who connects."""
-
-    def next_frame(self, welcome: Welcome) -> ConnectRequest | None:
-        """What has gathered for the gateway; None: nothing."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the stream may be closed, once `next_frame` has nothing more."""
-
-    def receive(self, frame: ConnectResponse) -> None:
-        """A frame came. Must not block."""
-
-    def lost(self) -> None:
-        """The stream is gone."""
-
-    def failed(self, error: SomaError) -> None:
-        """There will be no stream any more."""
+    hello: Callable[[], Hello]
+    """A stream is about to be opened, what belonged to the one before is void: returns who connects."""
+    next_frame: Callable[[Welcome], ConnectRequest | None]
+    """Returns what has gathered for the gateway; None: nothing."""
+    finished: Callable[[], bool]
+    """Whether the stream may be closed, once `next_frame` has nothing more."""
+    receive: Callable[[ConnectResponse], None]
+    """A frame came."""
+    lost: Callable[[], None]
+    """The stream is gone; another follows unless `closing`."""
+    failed: Callable[[SomaError], None]
+    """There will be no stream any more."""
 
 
 class KeptStream:
@@ -150,7 +147,7 @@ class KeptStream:
             while True:
                 frame = self._traffic.next_frame(welcome)
                 if frame is None:
-                    if self.closing or self._traffic.finished:
+                    if self.closing or self._traffic.finished():
                         await call.done_writing()
                         return
                     if loop.time() - self._heard_at > 3 * interval:
