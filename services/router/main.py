@@ -121,6 +121,7 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         retry_s=settings.delivery_retry_s,
     )
     live = LiveDesk(state, history, outbox, desk.adapter_of)
+    desk.on_arrival = live.catch_up
     runner = TurnRunner(
         state,
         brains,

@@ -115,6 +115,8 @@ class DeliveryDesk:
         self._processed: OrderedDict[bytes, None] = OrderedDict()
         """Deliveries that adapters say they have processed, and that may still be in the table."""
         self.committer: GroupCommitter
+        self.on_arrival: Callable[[str, str, set[int]], None] = lambda tenant, channel, streams: None
+        """Told of adapter streams that are new on a channel."""
 
     # ---- what is to be delivered
 
@@ -289,6 +291,7 @@ class DeliveryDesk:
             for known in [s for s in streams.values() if s.gateway == gateway and s.stream not in announced]:
                 self._leave(known)
         changed: set[ChannelKey] = set()
+        arrived: set[int] = set()
         for number, stream in announced.items():
             for delivery_id in stream.processed:
                 self._was_processed(tenant, delivery_id)
@@ -305,6 +308,7 @@ class DeliveryDesk:
                 )
                 self._choices.clear()
                 changed.add(key)
+                arrived.add(number)
             elif known_stream.window != stream.window:
                 known_stream.window = stream.window
                 self._choices.clear()
@@ -314,6 +318,7 @@ class DeliveryDesk:
             del self._streams[key]
         for key in changed:
             self._wake(key)
+            self.on_arrival(*key, arrived)
 
     def _was_processed(self, tenant: str, delivery_id: bytes) -> None:
         pending = self._by_id.get(delivery_id)

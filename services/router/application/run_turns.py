@@ -44,6 +44,9 @@ MAX_CONTEXT_BYTES: Final = 1024 * 1024
 _MAX_TEXT: Final = 1_000_000
 _REVISIONS_KNOWN: Final = 4096
 _CONVERGE_RETRY_S: Final = 0.5
+AGENT_GRACE_S: Final = 2.0
+"""How long an accepted message waits for an agent that this router does not know before it ends with AGENT_GONE."""
+_AGENT_LOOK_S: Final = 0.25
 
 log = structlog.get_logger(__name__)
 
@@ -112,9 +115,28 @@ class TurnRunner:
             elif message.fault:
                 yield self._refuse(session, message, message.fault)
             elif self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+                if self._may_still_come(session, message):
+                    continue
                 yield self._refuse(session, message, ErrorReason.ERROR_REASON_AGENT_GONE)
             else:
                 yield self._start(session, message, fresh=False)
+
+    def _may_still_come(self, session: Session, message: QueuedMessage) -> bool:
+        """An agent that this router does not know may be so new that the gateway heard of it first: waits a little."""
+        now = monotonic()
+        if not message.agent_missed_at:
+            message.agent_missed_at = now
+        if now - message.agent_missed_at >= AGENT_GRACE_S:
+            return False
+        self._state.requeue(session, message)
+        self._spawn(self._look_again(session))
+        return True
+
+    async def _look_again(self, session: Session) -> None:
+        await asyncio.sleep(_AGENT_LOOK_S)
+        if not session.partition.lost and session.turn is None and session.queue:
+            self._state.scheduler.add(session)
+            self.committer.nudge()
 
     def _start(self, session: Session, message: QueuedMessage, *, fresh: bool) -> StartItem:
         key = session.key

@@ -81,6 +81,11 @@ class RouterState:
         self._queued_bytes -= len(message.content or b"")
         return message
 
+    def requeue(self, session: Session, message: QueuedMessage) -> None:
+        """Puts a message back that was taken and cannot be answered yet."""
+        self._queued_bytes += len(message.content or b"")
+        session.queue.appendleft(message)
+
     def forget_partition(self, partition: Partition) -> list[Turn]:
         """Drops a partition whose term has ended; returns the turns that were running in it."""
         partition.lost = True

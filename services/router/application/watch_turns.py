@@ -74,6 +74,17 @@ class LiveDesk:
         if self._watched(turn.session.id):
             self._outbox.broadcast(turn.session.key.tenant, turn.session.id, _event(turn, ended=delivery))
 
+    def catch_up(self, tenant: str, channel: str, streams: set[int]) -> None:
+        """Shows adapter streams that are new where the running turns of their sessions stand."""
+        for turn in self._state.running.values():
+            key = turn.session.key
+            if key.tenant != tenant or key.channel != channel or not turn.deliver:
+                continue
+            adapter = self._adapter_of(turn.session)
+            if adapter is not None and adapter[1] in streams:
+                for event in self._so_far(turn):
+                    self._outbox.show(tenant, *adapter, event)
+
     def _state_event(self, turn: Turn) -> LiveEvent:
         event = _event(turn)
         event.state = turn.state.value  # type: ignore[assignment]

@@ -53,6 +53,8 @@ class QueuedMessage:
     """None once memory is short: then it is read from the store when its turn comes."""
     cancelled: bool = False
     """A cancel reached it before its turn began: it ends without one."""
+    agent_missed_at: float = 0.0
+    """Monotonic time at which its agent was first found missing, in seconds; 0: never."""
 
 
 @dataclass(slots=True)
