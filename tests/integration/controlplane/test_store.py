@@ -108,3 +108,17 @@ async def test_a_frozen_database_ends_no_wait_later_than_its_time(tmp_path: Path
         finally:
             own_postgres.sigcont()
         await admin.tenants.GetTenant(GetTenantRequest(name="tenants/demo"))
+
+
+async def test_a_change_does_not_wait_for_ever_for_another(admin: Caller, plane: Plane) -> None:
+    await admin.tenant()
+    connection = await asyncpg.connect(plane.database.superuser_dsn)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("SELECT FROM controlplane.config_head FOR UPDATE")
+    async with refused("STORE_UNAVAILABLE"):
+        await admin.tenant("acme")
+    await admin.tenants.GetTenant(GetTenantRequest(name="tenants/demo"))  # Who only reads waits for nobody.
+    await transaction.rollback()
+    await connection.close()
+    await admin.tenant("acme")

@@ -18,7 +18,7 @@ from soma.controlplane.v1.tenant_service_pb2 import DeleteTenantRequest, Tenant,
 from services.controlplane.application.watch_config import HEARTBEAT_S
 from soma_common.config_feed import ConfigFeed
 from soma_common.grpc.channel import open_channel
-from soma_common.testing.embedded import Database
+from soma_common.testing.embedded import Database, FaultyPostgres, soma_database
 from soma_common.testing.eventually import eventually
 from tests.integration.controlplane.conftest import Caller, Plane, refused, running_plane
 
@@ -202,6 +202,25 @@ async def test_after_the_feeds_connection_was_cut_watchers_start_anew(admin: Cal
     async with watching(admin) as watch:
         await admin.tenant()
         await watch.until(1)
+
+
+async def test_a_watch_outlives_the_databases_death_and_begins_anew_after_it(
+    tmp_path: Path, own_postgres: FaultyPostgres
+) -> None:
+    async with running_plane(tmp_path, soma_database(own_postgres)) as plane, plane.caller() as admin:
+        await admin.tenant()
+        call = admin.config.WatchConfig(WatchConfigRequest(instance="test-0"))
+        watch = Watch(call)
+        await watch.complete()
+        await own_postgres.kill9()
+        for _ in range(2):
+            assert (await watch.next()).heartbeat
+        await own_postgres.restart()
+        async with refused("STORE_UNAVAILABLE"), asyncio.timeout(5):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        async with watching(admin) as again:
+            assert set(again.known) == {"tenants/demo"}
 
 
 async def test_a_watcher_that_reads_too_slowly_is_ended(admin: Caller) -> None:
