@@ -67,6 +67,8 @@ class Load:
         self.channel = f"chaos-{uuid.uuid4().hex[:12]}"
         self.arrivals: dict[int, list[float]] = defaultdict(list)
         """By partition: when an outcome reached its adapter (monotonic)."""
+        self.session_arrivals: dict[SessionName, list[float]] = defaultdict(list)
+        """The same by session."""
         self.receipts: list[float] = []
         """When receipts came (monotonic)."""
         self._random = random.Random(self.seed)
@@ -128,16 +130,17 @@ class Load:
         return max((moments[-1] for moments in self.arrivals.values() if moments), default=0.0)
 
     def silence(self, since: float) -> float:
-        """The longest time from `since` (monotonic) on without an outcome on one partition, in seconds, the worst
+        """The longest time from `since` (monotonic) on without an outcome on one partition, in seconds; the worst
         partition counts. It begins with the fault, so it is no shorter than the time to the first new outcome, and it
         counts a stall that follows.
         """
-        now = time.monotonic()
-        longest = 0.0
-        for partition in self.partitions:
-            moments = [since, *(at for at in self.arrivals[partition] if at > since), now]
-            longest = max(longest, *(b - a for a, b in pairwise(moments)))
-        return longest
+        return max(_longest_gap(since, self.arrivals[partition]) for partition in self.partitions)
+
+    def session_silence(self, since: float) -> float:
+        """The same, of the worst session: what a turn feels whose brain is gone while others answer for its
+        partition.
+        """
+        return max(_longest_gap(since, moments) for moments in self.session_arrivals.values())
 
     # ---- the end
 
@@ -222,10 +225,17 @@ class Load:
     def _arrived(self, tenant: str, delivery: Delivery) -> None:
         self.story.delivered(tenant, self.channel, delivery)
         name = SessionName(tenant, delivery.agent, self.channel, delivery.session)
-        self.arrivals[ids.partition_of(name.id, PARTITIONS)].append(time.monotonic())
+        now = time.monotonic()
+        self.arrivals[ids.partition_of(name.id, PARTITIONS)].append(now)
+        self.session_arrivals[name].append(now)
         for message_id in delivery.message_ids:
             if message_id in self._waiting:
                 self._waiting.pop(message_id).set()
+
+
+def _longest_gap(since: float, moments: list[float]) -> float:
+    points = [since, *(at for at in moments if at > since), time.monotonic()]
+    return max(b - a for a, b in pairwise(points))
 
 
 def _name_in(partition: int, tenant: str, agent: str, channel: str) -> SessionName:

@@ -1,0 +1,121 @@
+"""Two routers and two brains: one of them dies, freezes, and wakes up as a zombie."""
+
+import asyncio
+import time
+
+from soma_common.testing.eventually import eventually
+from tests.chaos.load import Load, Mix
+from tests.chaos.report import Recoveries
+from tests.chaos.stack import FaultyStack
+from tests.chaos.witness import commit_witness, speech_witness, terms_that_came_back
+
+HEARTBEATS_S = 0.5 * 4
+ROUNDS = 2
+ERRANDS = Mix(echo=8, slow=4, clerk=4)
+OWNED = "soma_router_partitions_owned"
+
+
+async def test_brain_killed(pairs: FaultyStack) -> None:
+    recoveries = Recoveries("kill -9 of one of two brains", 2.0)
+    async with Load(pairs, ERRANDS) as load:
+        await load.flows()
+        for brain in ("cognition-0", "cognition-1"):
+            killed_at = await pairs.kill9(brain)
+            await load.flows(each=4)
+            recoveries.add(load.session_silence(killed_at))
+            await pairs.is_up(brain)
+            await _both_brains(pairs)
+        recoveries.hold(await load.finish())
+    assert not pairs.deaths
+
+
+async def test_brain_frozen(pairs: FaultyStack) -> None:
+    """Its turns go on at the other one; what it says when it wakes up counts for nothing."""
+    recoveries = Recoveries("SIGSTOP of one of two brains", HEARTBEATS_S + 2.0)
+    async with Load(pairs, ERRANDS) as load:
+        await load.flows()
+        frozen_at = pairs.freeze("cognition-0")
+        await asyncio.sleep(HEARTBEATS_S + 0.5)
+        await load.flows(each=4)
+        recoveries.add(load.session_silence(frozen_at))
+        pairs.thaw("cognition-0")
+        await _both_brains(pairs)
+        await load.flows(each=4)
+        recoveries.hold(await load.finish())
+    assert not pairs.deaths
+
+
+async def test_router_killed(pairs: FaultyStack) -> None:
+    recoveries = Recoveries("kill -9 of one of two routers", 5.0)
+    async with Load(pairs, ERRANDS) as load:
+        for router in ("router-0", "router-1"):
+            await _both_own(pairs)
+            await load.flows()
+            killed_at = await pairs.kill9(router)
+            await load.flows(each=2)
+            recoveries.add(load.silence(killed_at))
+            await pairs.is_up(router)
+        await _both_own(pairs)
+        recoveries.hold(await load.finish())
+    assert not pairs.deaths
+
+
+async def test_router_stays_dead(pairs: FaultyStack) -> None:
+    """Nobody starts it again: the other one takes its partitions over."""
+    recoveries = Recoveries("one of two routers gone for good", 5.0)
+    async with Load(pairs, ERRANDS) as load:
+        await _both_own(pairs)
+        await load.flows()
+        pairs.hold_down("router-1")
+        killed_at = await pairs.kill9("router-1")
+        await load.flows(each=2)
+        recoveries.add(load.silence(killed_at))
+        pairs.let_up("router-1")
+        await pairs.is_up("router-1")
+        await _both_own(pairs)
+        recoveries.hold(await load.finish())
+    assert not pairs.deaths
+
+
+async def test_zombie_router(pairs: FaultyStack) -> None:
+    """A frozen owner blocks nobody, and after waking up it writes, delivers and streams nothing of its old terms."""
+    recoveries = Recoveries("SIGSTOP of one of two routers", 5.0)
+    async with commit_witness(pairs) as database, speech_witness(pairs) as speech, Load(pairs, ERRANDS) as load:
+        await _both_own(pairs)
+        await load.flows()
+        frozen_at = pairs.freeze("router-0")
+        locks = asyncio.create_task(database.watch_locks("router-0", 7.0))
+        await load.flows(each=2)
+        recoveries.add(load.silence(frozen_at))
+        await locks
+        print(f"longest lock of the frozen router: {database.longest_lock_s:.3f} s")
+        assert database.longest_lock_s < 1.0
+        owned_by_other = (await pairs.metrics("router-1"))[OWNED]
+        assert owned_by_other == 8.0
+
+        woken_at = time.time()
+        pairs.thaw("router-0")
+        await _both_own(pairs)  # It takes part again.
+        await load.flows(each=4)
+        commits = await database.commits()
+        assert not terms_that_came_back(commits)
+        back_at = min(c.at for c in commits if c.writer.startswith("router-0") and c.at > woken_at)
+        said = [entry for entry in speech.batches["router-0"] if woken_at < entry[0] < back_at]
+        assert not said, f"before it held a partition again, the zombie said {said} (woken at {woken_at})"
+        recoveries.hold(await load.finish())
+    assert not pairs.deaths
+
+
+async def _both_own(stack: FaultyStack) -> None:
+    await _both_say(stack, OWNED, 4.0)
+
+
+async def _both_brains(stack: FaultyStack) -> None:
+    await _both_say(stack, "soma_router_brains", 2.0)
+
+
+async def _both_say(stack: FaultyStack, metric: str, value: float) -> None:
+    async def said() -> bool:
+        return [(await stack.metrics(router)).get(metric) for router in ("router-0", "router-1")] == [value, value]
+
+    await eventually(said, 20, f"{metric} is {value} at both routers", interval_s=0.2)
