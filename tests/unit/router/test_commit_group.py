@@ -1,0 +1,249 @@
+"""The group committer with a writer that does as it is told: every item is told once what became of it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from services.router.application.commit_group import GroupCommitter
+from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
+from services.router.domain.partition import Partition
+from soma_common.testing.eventually import eventually
+from tests.unit.router.builders import NOTHING, a_partition
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """Writes its name as a dead letter and remembers what it was told."""
+
+    partition: Partition
+    name: str = ""
+    told: list[str] = field(default_factory=list)
+
+    def write(self, group: Group) -> None:
+        group.move(self.partition).head += 1
+        group.tenants.add("demo")
+        group.add(group.dead, ("demo", self.name, self.partition.id, b"", 0, "", b""))
+
+    def committed(self, result: GroupResult) -> None:
+        self.told.append("committed")
+
+    def abandoned(self) -> None:
+        self.told.append("abandoned")
+
+
+class Writer:
+    """Answers each group by the script, then with success; remembers what was written."""
+
+    def __init__(self) -> None:
+        self.script: list[BaseException | Callable[[Group], None]] = []
+        self.groups: list[list[str]] = []
+        self.written: list[str] = []
+        self.gate: asyncio.Event | None = None
+        self.writing = 0
+
+    async def commit(self, group: Group) -> GroupResult:
+        self.writing += 1
+        assert self.writing == 1, "groups are written one at a time"
+        try:
+            names = [str(name) for name in group.dead[1]]
+            self.groups.append(names)
+            if self.gate is not None:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+            step = self.script.pop(0) if self.script else None
+            if isinstance(step, BaseException):
+                raise step
+            if step is not None:
+                step(group)
+            self.written += names
+            return NOTHING
+        finally:
+            self.writing -= 1
+
+
+class World:
+    def __init__(self) -> None:
+        self.partitions = {number: a_partition(number) for number in range(3)}
+        self.writer = Writer()
+        self.fenced: list[frozenset[int]] = []
+        self.composed: list[int] = []
+        self.extra: list[CommitItem] = []
+        self.store_lost = 0
+        self.committer = GroupCommitter(self.writer, self.compose, self.on_fenced, self.on_store_lost)
+
+    def compose(self, items: list[CommitItem]) -> None:
+        self.composed.append(len(items))
+        items += self.extra
+        self.extra = []
+
+    def on_fenced(self, numbers: frozenset[int]) -> None:
+        self.fenced.append(numbers)
+        for number in numbers:
+            self.partitions[number].lost = True
+
+    def on_store_lost(self) -> None:
+        self.store_lost += 1
+        for partition in self.partitions.values():
+            partition.lost = True
+
+    def put(self, *places: int) -> list[Item]:
+        items = [Item(self.partitions[number], f"{number}.{n}") for n, number in enumerate(places)]
+        for item in items:
+            self.committer.put(item)
+        return items
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.committer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def told(items: list[Item]) -> list[str]:
+    """What each item was told, once all were told something; nobody may be told twice."""
+    await eventually(lambda: all(item.told for item in items))
+    await asyncio.sleep(0.01)
+    assert all(len(item.told) == 1 for item in items), [item.told for item in items]
+    return [item.told[0] for item in items]
+
+
+async def test_what_is_there_goes_in_one_group_in_order(world: World) -> None:
+    items = world.put(0, 1, 0, 2)
+    async with world.running():
+        assert await told(items) == ["committed"] * 4
+    assert world.writer.groups == [["0.0", "1.1", "0.2", "2.3"]]
+    assert [p.head for p in world.partitions.values()] == [2, 1, 1]
+
+
+async def test_what_comes_while_a_group_is_written_goes_in_the_next(world: World) -> None:
+    world.writer.gate = asyncio.Event()
+    async with world.running():
+        first = world.put(0)
+        await eventually(lambda: world.writer.groups)
+        later = world.put(1, 2)
+        world.writer.gate.set()
+        assert await told(first + later) == ["committed"] * 3
+    assert [len(group) for group in world.writer.groups] == [1, 2]
+
+
+async def test_a_lost_fence_gives_up_that_partition_and_tries_the_rest_again(world: World) -> None:
+    world.writer.script = [FenceLost(frozenset({1}))]
+    items = world.put(0, 1, 2, 1)
+    async with world.running():
+        assert await told(items) == ["committed", "abandoned", "committed", "abandoned"]
+    assert world.writer.written == ["0.0", "2.2"]
+    assert world.fenced == [frozenset({1})]
+    assert [p.head for p in world.partitions.values()] == [1, 0, 1]
+
+
+async def test_fences_lost_one_after_the_other(world: World) -> None:
+    world.writer.script = [FenceLost(frozenset({0})), FenceLost(frozenset({2}))]
+    items = world.put(0, 1, 2)
+    async with world.running():
+        assert await told(items) == ["abandoned", "committed", "abandoned"]
+
+
+async def test_all_fences_lost(world: World) -> None:
+    world.writer.script = [FenceLost(frozenset({0, 1}))]
+    async with world.running():
+        assert await told(world.put(0, 1)) == ["abandoned"] * 2
+        assert await told(world.put(2)) == ["committed"], "the committer goes on"
+
+
+async def test_a_lost_store_abandons_everything(world: World) -> None:
+    """It is not known whether the group was written: nothing is tried again, the terms end."""
+    world.writer.script = [StoreLost("gone")]
+    world.writer.gate = asyncio.Event()
+    async with world.running():
+        items = world.put(0, 1)
+        await eventually(lambda: world.writer.groups)
+        items += world.put(2, 0)  # these wait
+        world.writer.gate.set()
+        assert await told(items) == ["abandoned"] * 4
+    assert world.store_lost == 1
+    assert world.writer.written == []
+    assert [p.head for p in world.partitions.values()] == [0, 0, 0]
+
+
+async def test_a_refused_item_does_not_stop_the_others(world: World) -> None:
+    def refuse_the_bad_one(group: Group) -> None:
+        if "1.1" in group.dead[1]:
+            raise GroupRejected("something is wrong with 1.1")
+
+    world.writer.script = [refuse_the_bad_one] * 20
+    items = world.put(0, 1, 2, 0)
+    async with world.running():
+        assert await told(items) == ["committed", "abandoned", "committed", "committed"]
+    assert sorted(world.writer.written) == ["0.0", "0.3", "2.2"]
+    assert world.fenced == [frozenset({1})], "its term ends: memory and store may differ"
+
+
+async def test_items_of_a_partition_lost_while_the_group_was_written_are_abandoned(world: World) -> None:
+    """The group is in the store; acting on it is for the new owner, who has read it there."""
+    world.writer.gate = asyncio.Event()
+    async with world.running():
+        items = world.put(0, 1)
+        await eventually(lambda: world.writer.groups)
+        world.partitions[1].lost = True
+        world.writer.gate.set()
+        assert await told(items) == ["committed", "abandoned"]
+    assert world.writer.written == ["0.0", "1.1"]
+
+
+async def test_an_item_for_a_lost_partition_is_abandoned_at_once(world: World) -> None:
+    world.partitions[0].lost = True
+    [item] = world.put(0)
+    assert item.told == ["abandoned"]
+    assert len(world.committer) == 0
+
+
+async def test_an_item_whose_partition_is_lost_while_it_waits_is_not_written(world: World) -> None:
+    items = world.put(0, 1)
+    world.partitions[0].lost = True
+    async with world.running():
+        assert await told(items) == ["abandoned", "committed"]
+    assert world.writer.written == ["1.1"]
+
+
+async def test_what_compose_adds_is_in_the_same_group(world: World) -> None:
+    extra = Item(world.partitions[2], "extra")
+    world.extra = [extra]
+    items = world.put(0)
+    async with world.running():
+        assert await told([*items, extra]) == ["committed"] * 2
+    assert world.writer.groups == [["0.0", "extra"]]
+
+
+async def test_a_nudge_composes_and_writes_nothing_if_there_is_nothing(world: World) -> None:
+    async with world.running():
+        for _ in range(3):
+            world.committer.nudge()
+        await eventually(lambda: world.composed)
+        assert world.composed == [0]
+        extra = Item(world.partitions[0], "extra")
+        world.extra = [extra]
+        world.committer.nudge()
+        assert await told([extra]) == ["committed"]
+    assert world.writer.groups == [["extra"]]
+
+
+async def test_under_load_a_small_group_waits_a_little_for_company(world: World) -> None:
+    async with world.running():
+        await told(world.put(*[0] * 8))
+        first = world.put(1)
+        await asyncio.sleep(0)
+        second = world.put(2)
+        await told(first + second)
+    assert [len(group) for group in world.writer.groups] == [8, 2]
