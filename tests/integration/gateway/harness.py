@@ -167,9 +167,11 @@ class Router:
         answers = [self._answer(item) for item in fresh]
         self.answers += answers
         if self._deliver:
-            streams = [(s.stream, g) for (t, g), p in self.presence.items() if t == batch.tenant for s in p.streams]
-            stream, gateway = max(streams)
+            stream, gateway = max(await eventually(lambda: self._streams_of(batch.tenant)))
             await self.hand_over(gateway, stream, *answers, tenant=batch.tenant)
+
+    def _streams_of(self, tenant: str) -> list[tuple[int, str]]:
+        return [(s.stream, gateway) for (t, gateway), p in self.presence.items() if t == tenant for s in p.streams]
 
     def _answer(self, item: Inbound) -> Delivery:
         self.positions[item.session] = position = self.positions.get(item.session, 0) + 1
