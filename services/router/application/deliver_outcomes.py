@@ -46,7 +46,7 @@ WAITING = gauge("soma_router_deliveries_waiting", "Deliveries held in memory.")
 ChannelKey = tuple[str, str]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Pending:
     """A delivery that is not acknowledged."""
 
@@ -149,12 +149,17 @@ class DeliveryDesk:
             del self._backlogs[key]
         for key in [key for key in self._paged if key[0] == partition.id]:
             del self._paged[key]
+        had: list[AdapterStream] = []
         for session_id, line in list(self._lines.items()):
             if line.items and line.items[0].partition is partition:
                 del self._lines[session_id]
+                if line.items[0].stream is not None:
+                    had.append(line.items[0].stream)
                 for pending in line.items:
                     self._by_id.pop(pending.delivery.delivery_id, None)
                     self._take_back(pending)
+        for stream in had:
+            self._fill(stream)
         WAITING.set(len(self._by_id))
 
     def adapter_of(self, session: Session) -> tuple[str, int] | None:
@@ -235,8 +240,8 @@ class DeliveryDesk:
         stream = pending.stream
         self._take_back(pending)
         line = self._lines.get(pending.session_id)
-        if line is not None and line.items and line.items[0] is pending:
-            line.items.popleft()
+        if line is not None and pending in line.items:
+            line.items.remove(pending)  # not always the first: an adapter names what it has processed in any order
             if line.items:
                 self._send(line)
             else:
@@ -310,15 +315,22 @@ class DeliveryDesk:
                 changed.add(key)
                 arrived.add(number)
             elif known_stream.window != stream.window:
-                known_stream.window = stream.window
-                self._choices.clear()
-                self._fill(known_stream)
+                self._resize(known_stream, stream.window)
                 changed.add(key)
         for key in [key for key, streams in self._streams.items() if not streams]:
             del self._streams[key]
         for key in changed:
             self._wake(key)
             self.on_arrival(*key, arrived)
+
+    def _resize(self, stream: AdapterStream, window: int) -> None:
+        """A stream takes more or less; sessions that wait there are to be woken and choose anew."""
+        stream.window = window
+        stream.waiting.clear()
+        for line in self._lines.values():
+            if line.queued_at is stream:
+                line.queued_at = None
+        self._choices.clear()
 
     def _was_processed(self, tenant: str, delivery_id: bytes) -> None:
         pending = self._by_id.get(delivery_id)

@@ -1,0 +1,552 @@
+"""The delivery desk, between an outbox, a table and adapters that a test plays."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, cast
+
+import pytest
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+from soma.router.v1.outbound_pb2 import AckBatch, Presence, Return
+
+from services.router.application import deliver_outcomes
+from services.router.application.deliver_outcomes import DeliveryDesk
+from services.router.application.group import CommitItem
+from services.router.application.items import AckItem, EndItem
+from services.router.application.ports import StoredDelivery
+from services.router.application.state import RouterState
+from services.router.domain.partition import Partition
+from services.router.domain.session import QueuedMessage, Session
+from services.router.domain.turn import Outcome
+from soma_common import ids
+from soma_common.layout import LaneLayout
+from tests.unit.router.builders import CHANNEL, TENANT, a_partition, a_session, a_turn
+
+KEY = (TENANT, CHANNEL)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """A desk, what it handed over and committed, and the table of deliveries behind it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        monkeypatch.setattr(deliver_outcomes, "monotonic", self.clock)
+        self.state = RouterState(LaneLayout(8, 1), cast(Any, None), 100, 100)
+        self.partitions = [a_partition(0), a_partition(1)]
+        for partition in self.partitions:
+            self.state.partitions[partition.id] = partition
+        self.sent: list[tuple[int, bytes, int]] = []
+        """(stream, delivery id, attempt) in the order handed over."""
+        self.table: dict[tuple[int, int], tuple[Session, bytes]] = {}
+        self.reads = 0
+        self.dead: list[AckItem] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.turns = 0
+        self.desk = DeliveryDesk(
+            self.state, cast(Any, self), cast(Any, self), self.spawn, ack_wait_s=30.0, max_tries=3, retry_s=1.0
+        )
+        self.desk.committer = cast(Any, self)
+
+    # ---- ports
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def settle(self) -> None:
+        """Lets pages be read."""
+        while self.tasks:
+            tasks, self.tasks = self.tasks, []
+            await asyncio.gather(*tasks)
+
+    def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
+        assert tenant == TENANT
+        self.sent.append((stream, delivery.delivery_id, delivery.attempt))
+
+    def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
+        raise AssertionError
+
+    def put(self, item: CommitItem) -> None:
+        assert isinstance(item, AckItem)
+        self.table.pop((item.partition.id, item.position), None)
+        if item.dead is not None:
+            self.dead.append(item)
+
+    async def deliveries(
+        self, tenant: str, partition: int, channel: str, after: int, limit: int
+    ) -> list[StoredDelivery]:
+        assert (tenant, channel) == KEY
+        self.reads += 1
+        rows = [
+            StoredDelivery(position, session.id, payload)
+            for (number, position), (session, payload) in sorted(self.table.items(), key=lambda row: row[0])
+            if number == partition and position > after
+        ]
+        await asyncio.sleep(0)
+        return rows[:limit]
+
+    # ---- what happens
+
+    def session(self, name: str = "s", partition: int = 0) -> Session:
+        return a_session(self.partitions[partition], name)
+
+    def store(self, session: Session) -> EndItem:
+        """An outcome of the session becomes durable."""
+        self.turns += 1
+        partition = session.partition
+        partition.head += 1
+        message = QueuedMessage(1, ids.content_hash(b"%d" % self.turns), True, 0, "", b"")
+        turn = a_turn(session, message)
+        answer = Delivery(delivery_id=turn.id, turn_id=turn.id)
+        item = EndItem(partition, turn, Outcome.FINAL, [], answer, lambda _: None, position=partition.head)
+        self.table[partition.id, partition.head] = session, answer.SerializeToString()
+        return item
+
+    def outcome(self, session: Session) -> bytes:
+        """An outcome is durable and the desk is told; returns its id."""
+        item = self.store(session)
+        self.desk.add(item)
+        return item.turn.id
+
+    def adapter(
+        self,
+        stream: int = 1,
+        instance: str = "a",
+        window: int = 10,
+        gateway: str = "g",
+        processed: Sequence[bytes] = (),
+    ) -> None:
+        """A gateway announces one stream: all it has."""
+        presence = Presence(gateway=gateway)
+        presence.streams.add(
+            stream=stream, channel=CHANNEL, instance=instance, window=window, live=True, processed=processed
+        )
+        self.desk.on_presence(TENANT, presence)
+
+    def gone(self, gateway: str = "g") -> None:
+        self.desk.on_presence(TENANT, Presence(gateway=gateway))
+
+    def ack(self, *deliveries: bytes) -> None:
+        self.desk.on_acks(TENANT, AckBatch(acks=deliveries))
+
+    def nack(self, delivery: bytes, delay_ms: int = 0, *, counts: bool = True) -> None:
+        returned = Return(delivery_id=delivery, delay_ms=delay_ms, counts=counts, cause="because")
+        self.desk.on_acks(TENANT, AckBatch(returns=[returned]))
+
+    def sweep_after(self, seconds: float, *gateways: str) -> None:
+        """Time passes; these gateways go on announcing themselves."""
+        self.clock.now += seconds
+        for gateway, tenant in list(self.desk._gateways):
+            if gateway in gateways:
+                self.desk._gateways[gateway, tenant] = self.clock.now
+        self.desk.sweep()
+
+    @property
+    def ids(self) -> list[bytes]:
+        return [delivery for _, delivery, _ in self.sent]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+# ---- order
+
+
+async def test_an_answer_goes_to_the_adapter_of_its_channel(world: World) -> None:
+    world.adapter(7)
+    one = world.outcome(world.session())
+    assert world.sent == [(7, one, 1)]
+    world.ack(one)
+    assert world.table == {}
+
+
+async def test_the_next_goes_after_the_acknowledgement_of_the_former(world: World) -> None:
+    world.adapter()
+    session = world.session()
+    one, two, three = (world.outcome(session) for _ in range(3))
+    assert world.ids == [one]
+    world.ack(one)
+    world.ack(one)
+    assert world.ids == [one, two]
+    world.ack(two)
+    assert world.ids == [one, two, three]
+
+
+async def test_sessions_do_not_wait_for_each_other(world: World) -> None:
+    world.adapter()
+    first = [world.outcome(world.session(f"s{n}")) for n in range(5)]
+    assert world.ids == first
+
+
+async def test_a_session_that_is_not_delivered_is_not_handed_over(world: World) -> None:
+    world.adapter()
+    item = world.store(world.session())
+    item.turn.inputs[0].deliver = False
+    world.desk.add(item)
+    assert world.sent == []
+
+
+async def test_acks_of_another_tenant_are_nothing(world: World) -> None:
+    world.adapter()
+    one = world.outcome(world.session())
+    world.desk.on_acks("other", AckBatch(acks=[one], returns=[Return(delivery_id=one, counts=True)]))
+    assert len(world.table) == 1
+    world.sweep_after(5, "g")
+    assert world.ids == [one]
+
+
+async def test_unknown_acks_are_nothing(world: World) -> None:
+    world.adapter()
+    world.ack(b"?" * 16, b"")
+    world.nack(b"?" * 16)
+
+
+# ---- the window
+
+
+async def test_no_more_than_the_window_is_in_hand(world: World) -> None:
+    world.adapter(window=2)
+    deliveries = [world.outcome(world.session(f"s{n}")) for n in range(5)]
+    assert world.ids == deliveries[:2]
+    world.ack(deliveries[1])
+    assert world.ids == deliveries[:3]
+    world.ack(deliveries[0], deliveries[2])
+    assert world.ids == deliveries
+
+
+async def test_a_larger_window_is_used_at_once(world: World) -> None:
+    world.adapter(window=1)
+    deliveries = [world.outcome(world.session(f"s{n}")) for n in range(3)]
+    world.adapter(window=3)
+    assert world.ids == deliveries
+
+
+async def test_sessions_waiting_for_room_go_elsewhere_when_the_window_closes(world: World) -> None:
+    """The stream they waited at takes nothing any more, and another one serves the channel."""
+    world.adapter(1, "a", window=1, gateway="g1")
+    deliveries = [world.outcome(world.session(f"s{n}")) for n in range(3)]
+    world.adapter(2, "b", window=10, gateway="g2")
+    world.adapter(1, "a", window=0, gateway="g1")
+    assert set(world.ids) == set(deliveries)
+
+
+async def test_a_lost_partition_gives_its_places_in_the_window_back(world: World) -> None:
+    """The acks of what it had in hand will find nobody, and other partitions' sessions wait for the places."""
+    world.adapter(window=1)
+    world.outcome(world.session("lost", partition=0))
+    waiting = world.outcome(world.session("waits", partition=1))
+    world.desk.drop(world.partitions[0])
+    assert world.ids[-1] == waiting
+
+
+# ---- returned, late, dead
+
+
+async def test_a_returned_delivery_comes_again_after_its_delay(world: World) -> None:
+    world.adapter()
+    one = world.outcome(world.session())
+    world.nack(one, 5000)
+    world.sweep_after(4.9, "g")
+    assert world.sent == [(1, one, 1)]
+    world.sweep_after(0.2, "g")
+    assert world.sent == [(1, one, 1), (1, one, 2)]
+
+
+async def test_without_a_delay_of_its_own_it_waits_the_usual_one(world: World) -> None:
+    world.adapter()
+    one = world.outcome(world.session())
+    world.nack(one)
+    world.sweep_after(0.5, "g")
+    assert len(world.sent) == 1
+    world.sweep_after(0.6, "g")
+    assert len(world.sent) == 2
+
+
+async def test_a_returned_delivery_keeps_its_place_before_the_next(world: World) -> None:
+    world.adapter()
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    world.nack(one, 1000)
+    assert world.ids == [one]
+    world.sweep_after(1.1, "g")
+    world.ack(one)
+    assert world.ids == [one, one, two]
+
+
+async def test_a_returned_delivery_frees_its_place_in_the_window(world: World) -> None:
+    world.adapter(window=1)
+    one, other = world.outcome(world.session("a")), world.outcome(world.session("b"))
+    world.nack(one, 60_000)
+    assert world.ids == [one, other]
+
+
+async def test_after_so_many_tries_it_is_a_dead_letter_and_the_next_goes(world: World) -> None:
+    world.adapter()
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    for _ in range(3):
+        world.nack(one)
+        world.sweep_after(1.1, "g")
+    assert [(item.dead.delivery_id, item.cause) for item in world.dead if item.dead] == [(one, "because")]
+    assert world.ids == [one] * 3 + [two]
+
+
+async def test_a_return_that_is_nobodys_fault_does_not_count(world: World) -> None:
+    """The stream was full or gone, says the gateway."""
+    world.adapter()
+    one = world.outcome(world.session())
+    for _ in range(10):
+        world.nack(one, counts=False)
+        world.sweep_after(1.1, "g")
+    assert world.dead == []
+    assert world.sent == [(1, one, 1)] * 11
+
+
+async def test_what_is_not_acknowledged_in_time_is_sent_again_and_dies_in_the_end(world: World) -> None:
+    world.adapter()
+    one = world.outcome(world.session())
+    for attempt in (2, 3):
+        world.sweep_after(30.1, "g")
+        world.sweep_after(0.5, "g")
+        assert world.sent[-1] == (1, one, attempt)
+    world.sweep_after(30.1, "g")
+    assert len(world.dead) == 1
+
+
+async def test_a_late_ack_still_counts(world: World) -> None:
+    world.adapter()
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    world.sweep_after(30.1, "g")
+    world.ack(one)
+    assert world.ids == [one, two]
+
+
+# ---- adapters come and go
+
+
+async def test_what_a_stream_had_in_hand_goes_to_another_without_counting(world: World) -> None:
+    world.adapter(1, "a", gateway="g1")
+    one = world.outcome(world.session())
+    world.adapter(2, "b", gateway="g2")
+    world.gone("g1")
+    assert world.sent == [(1, one, 1), (2, one, 1)]
+
+
+async def test_answers_wait_for_an_adapter(world: World) -> None:
+    session = world.session()
+    deliveries = [world.outcome(session) for _ in range(3)]
+    assert world.desk._by_id == {}, "without an adapter nothing is held in memory"
+    world.adapter()
+    await world.settle()
+    for one in deliveries:
+        world.ack(one)
+    assert world.ids == deliveries
+    assert world.table == {}
+
+
+async def test_an_adapter_that_leaves_and_comes_back_gets_what_it_did_not_acknowledge(world: World) -> None:
+    world.adapter(1)
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    world.gone()
+    world.adapter(2)
+    assert world.sent == [(1, one, 1), (2, one, 1)]
+    world.ack(one)
+    assert world.ids[-1] == two
+
+
+async def test_a_silent_gateway_has_no_adapters(world: World) -> None:
+    world.adapter(1, "a", gateway="g1")
+    one = world.outcome(world.session())
+    world.adapter(2, "b", gateway="g2")
+    world.sweep_after(3.1, "g2")
+    assert world.sent[-1] == (2, one, 1)
+
+
+async def test_a_newer_stream_of_an_instance_takes_the_place_of_its_older_one(world: World) -> None:
+    """It reconnected at another gateway before the first one noticed."""
+    world.adapter(1, "a", gateway="g1")
+    one = world.outcome(world.session())
+    world.adapter(2, "a", gateway="g2")
+    assert world.sent == [(1, one, 1), (2, one, 1)]
+    world.adapter(1, "a", gateway="g1")  # still announced
+    two = world.outcome(world.session("t"))
+    assert world.sent[-1] == (2, two, 1)
+
+
+async def test_one_gateway_speaks_only_for_its_own_streams(world: World) -> None:
+    world.adapter(1, "a", gateway="g1")
+    world.adapter(2, "b", gateway="g2")
+    world.gone("g2")
+    one = world.outcome(world.session())
+    assert world.sent == [(1, one, 1)]
+
+
+# ---- what was processed already
+
+
+async def test_what_an_adapter_says_it_has_processed_is_not_sent_again(world: World) -> None:
+    """The ack was lost with the gateway or the router; the adapter names it when it comes back."""
+    world.adapter(1)
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    world.gone()
+    world.adapter(2, processed=[one])
+    assert world.ids == [one, two] or world.ids == [one, one, two]
+    assert [position for _, position in world.table] == [2]
+
+
+async def test_processed_deliveries_that_are_still_in_the_table_are_acknowledged_from_there(world: World) -> None:
+    session = world.session()
+    one, two = world.outcome(session), world.outcome(session)
+    world.adapter(processed=[one])
+    await world.settle()
+    assert world.ids == [two]
+    assert [position for _, position in world.table] == [2]
+
+
+async def test_processed_deliveries_may_be_named_in_any_order(world: World) -> None:
+    """A new owner has the session's deliveries in line; the adapter had processed two, and names the second first."""
+    world.adapter(1)
+    session = world.session()
+    one, two, three = (world.outcome(session) for _ in range(3))
+    world.adapter(1, processed=[two])
+    world.adapter(1, processed=[one])
+    assert world.ids == [one, three]
+    world.ack(three)
+    assert world.table == {}
+    four = world.outcome(session)
+    assert world.ids == [one, three, four]
+
+
+async def test_what_is_remembered_of_processed_deliveries_is_bounded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver_outcomes, "_RECENT_PROCESSED", 10)
+    world.adapter(processed=[ids.content_hash(b"%d" % n) for n in range(50)])
+    assert len(world.desk._processed) == 10
+
+
+# ---- the backlog
+
+
+async def test_a_backlog_larger_than_memory_is_delivered_in_order(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
+    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 10)
+    session, others = world.session(), [world.session(f"o{n}") for n in range(3)]
+    expected = [world.outcome(session) for _ in range(25)]
+    for other in others:
+        world.outcome(other)
+    world.adapter()
+    for _ in range(200):
+        await world.settle()
+        assert len(world.desk._by_id) <= 10
+        if not world.table:
+            break
+        world.ack(*{delivery for _, delivery, _ in world.sent})
+        world.sweep_after(0.5, "g")
+    assert world.table == {}
+    assert [delivery for delivery in world.ids if delivery in expected] == expected
+
+
+async def test_memory_is_bounded_while_an_adapter_acknowledges_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
+    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 20)
+    world.adapter(window=3)
+    for n in range(200):
+        world.outcome(world.session(f"s{n}"))
+        await world.settle()
+    assert len(world.desk._by_id) <= 20
+    assert len(world.sent) == 3
+
+
+async def test_outcomes_that_come_while_the_backlog_is_read_keep_their_order(world: World) -> None:
+    session = world.session()
+    expected = [world.outcome(session) for _ in range(3)]
+    world.adapter()  # reading begins
+    expected += [world.outcome(session) for _ in range(3)]
+    await world.settle()
+    expected.append(world.outcome(session))
+    for one in expected:
+        world.ack(one)
+        await world.settle()
+    assert world.ids == expected
+    assert world.table == {}
+
+
+async def test_an_outcome_that_is_read_before_the_desk_is_told_of_it_is_delivered_once(world: World) -> None:
+    """It is durable before its group's answer comes back, so a page may bring it first."""
+    session = world.session()
+    one = world.outcome(session)
+    item = world.store(session)
+    world.adapter()
+    await world.settle()
+    world.desk.add(item)
+    world.ack(one)
+    world.ack(item.turn.id)
+    three = world.outcome(session)
+    assert world.ids == [one, item.turn.id, three]
+
+
+async def test_a_partition_taken_over_delivers_what_is_in_the_table(world: World) -> None:
+    session = world.session()
+    items = [world.store(session) for _ in range(3)]
+    world.adapter()
+    world.desk.adopt(world.partitions[0], [KEY])
+    await world.settle()
+    for item in items:
+        world.ack(item.turn.id)
+    assert world.ids == [item.turn.id for item in items]
+
+
+async def test_a_partition_lost_while_its_page_is_read_delivers_nothing(world: World) -> None:
+    world.store(world.session())
+    world.adapter()
+    world.desk.adopt(world.partitions[0], [KEY])
+    lost = world.partitions[0]
+    lost.lost = True
+    world.desk.drop(lost)
+    await world.settle()
+    assert world.sent == []
+
+
+async def test_a_lost_partition_leaves_nothing_behind(world: World) -> None:
+    world.adapter(window=1)
+    for n in range(5):
+        world.outcome(world.session(f"s{n}"))
+    lost: Partition = world.partitions[0]
+    lost.lost = True
+    del world.state.partitions[0]
+    world.desk.drop(lost)
+    world.ack(*world.ids)
+    world.sweep_after(40, "g")
+    assert world.desk._by_id == {}
+    assert world.desk._lines == {}
+    assert len(world.sent) == 1
+    for streams in world.desk._streams.values():
+        assert [stream.in_flight for stream in streams.values()] == [0]
+
+
+async def test_a_partition_lost_and_taken_again_begins_from_the_table(world: World) -> None:
+    world.adapter()
+    session = world.session()
+    one = world.outcome(session)
+    world.desk.drop(world.partitions[0])
+    world.desk.adopt(world.partitions[0], [KEY])
+    await world.settle()
+    assert world.ids == [one, one]
+    world.ack(one)
+    assert world.table == {}
