@@ -61,9 +61,10 @@ soak: setup ## Hours of seeded random faults under load, invariants checked (ARG
 ##@ Change
 
 .PHONY: proto
-proto: setup ## Format proto/ and generate gen/ from it
+proto: setup ## Format proto/, generate gen/ and the API reference from it
 	buf format -w proto
 	buf generate
+	$(RUN) -m tools.api_reference
 
 .PHONY: fmt
 fmt: setup ## Format Python and proto files

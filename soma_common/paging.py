@@ -15,7 +15,7 @@ from typing import Final
 
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
-from soma_common.errors import InvalidRequest
+from soma_common.errors import FieldViolation, InvalidRequest
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
@@ -68,5 +68,6 @@ def _check(list_id: tuple[str, ...], cursor: bytes) -> bytes:
 def _invalid() -> InvalidRequest:
     return InvalidRequest(
         ErrorReason.ERROR_REASON_PAGE_TOKEN_INVALID,
-        "page_token is not one that this list returned: send the token unchanged and with the same parameters, or none",
+        "page_token is not one of this list: send next_page_token of the page before, with the same parameters",
+        field_violations=[FieldViolation(field="page_token", description="not a token of this list")],
     )

@@ -80,7 +80,12 @@ async def stop(stack: Stack) -> None:
 
 async def _somastack(*arguments: str) -> str:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "somastack.cli", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "somastack.cli",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     out, err = await asyncio.wait_for(process.communicate(), timeout=60)
     if process.returncode:

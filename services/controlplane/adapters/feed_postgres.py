@@ -18,7 +18,6 @@ import structlog
 from soma.controlplane.v1.agent_service_pb2 import Agent
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 
-from services.controlplane.adapters.postgres_errors import OVERLOADED, store_errors
 from services.controlplane.adapters.rows import AGENT_COLUMNS, TENANT_COLUMNS, agent_from, tenant_from
 from services.controlplane.adapters.store_postgres import CHANNEL, PooledConnection
 from services.controlplane.application.ports import ALL_TENANTS, ConfigPart
@@ -26,6 +25,7 @@ from services.controlplane.application.watch_config import Watchers
 from services.controlplane.domain.refusals import watch_again
 from soma_common.errors import Unavailable
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool
+from soma_common.postgres.errors import OVERLOADED, store_errors
 
 POLL_S: Final = 1.0
 """Longest time until a change is noticed whose notification was lost."""

@@ -18,12 +18,12 @@ from google.protobuf.json_format import MessageToDict
 from soma.controlplane.v1.agent_service_pb2 import Agent
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 
-from services.controlplane.adapters.postgres_errors import store_errors
 from services.controlplane.adapters.rows import AGENT_COLUMNS, TENANT_COLUMNS, agent_from, tenant_from
 from services.controlplane.application.ports import ALL_TENANTS, Answered, Ask
 from services.controlplane.domain.names import AgentName, TenantName
 from services.controlplane.domain.version import Stamp
 from soma_common.postgres.connect import Pool
+from soma_common.postgres.errors import store_errors
 
 REQUEST_ID_LIFE_H: Final = 24
 """How long an answer is kept for retries."""

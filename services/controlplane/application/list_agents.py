@@ -6,8 +6,8 @@ from soma.controlplane.v1.agent_service_pb2 import ListAgentsRequest, ListAgents
 
 from services.controlplane.application.ports import ConfigStore
 from services.controlplane.domain.names import AgentName, TenantName
-from services.controlplane.domain.paging import Page
 from services.controlplane.domain.refusals import tenant_not_found
+from soma_common.paging import Page
 
 
 class ListAgents:

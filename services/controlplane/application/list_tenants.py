@@ -6,7 +6,7 @@ from soma.controlplane.v1.tenant_service_pb2 import ListTenantsRequest, ListTena
 
 from services.controlplane.application.ports import ConfigStore
 from services.controlplane.domain.names import TenantName
-from services.controlplane.domain.paging import Page
+from soma_common.paging import Page
 
 
 class ListTenants:

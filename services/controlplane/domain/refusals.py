@@ -92,15 +92,6 @@ def request_id_reused(request_id: str) -> AlreadyExists:
     )
 
 
-def page_token_invalid() -> InvalidRequest:
-    """A page token that is damaged or belongs to another list."""
-    return InvalidRequest(
-        ErrorReason.ERROR_REASON_PAGE_TOKEN_INVALID,
-        "page_token is not one of this list: send next_page_token of the page before as it is, with the same parent",
-        field_violations=[FieldViolation(field="page_token", description="not a token of this list")],
-    )
-
-
 def watcher_too_slow(instance: str, bound: int) -> ResourceExhausted:
     """A watcher that let more than `bound` changes pile up."""
     return ResourceExhausted(

@@ -15,13 +15,13 @@ import asyncpg
 import orjson
 from soma.common.v1.message_pb2 import Error
 
-from services.toolgw.adapters.postgres_errors import store_errors
 from services.toolgw.application.hold_lease import LEASE_S
 from services.toolgw.application.ports import Note
 from services.toolgw.domain.invocation import Call, Invocation, Runner, State
 from services.toolgw.domain.outcome import Failure, Outcome
 from services.toolgw.domain.tool import Effect
 from soma_common.postgres.connect import Pool
+from soma_common.postgres.errors import store_errors
 
 RETENTION_H: Final = 48
 """How long the end of a call is kept: longer than the longest turn, which may take 24 h."""

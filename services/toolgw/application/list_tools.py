@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from services.toolgw.application.catalog import ToolCatalog
-from services.toolgw.domain.paging import Page
 from services.toolgw.domain.tool import ToolDefinition
+from soma_common.paging import Page
 
 
 class ToolPage(NamedTuple):

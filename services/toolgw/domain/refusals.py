@@ -98,15 +98,6 @@ def draining() -> Unavailable:
     )
 
 
-def page_token_invalid() -> InvalidRequest:
-    """A page token that is damaged or belongs to another list."""
-    return InvalidRequest(
-        ErrorReason.ERROR_REASON_PAGE_TOKEN_INVALID,
-        "page_token is not one of this list: send next_page_token of the page before as it is, with the same parent",
-        field_violations=[FieldViolation("page_token", "not a token of this list")],
-    )
-
-
 def access_unknown() -> Unavailable:
     """No configuration has arrived yet, so nobody is known to be allowed anything."""
     return Unavailable(

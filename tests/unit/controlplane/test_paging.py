@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.controlplane.domain.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
 from soma_common.errors import InvalidRequest
+from soma_common.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, Page
 
 LIST = ("agents", "tenants/demo")
 

@@ -29,7 +29,7 @@ from soma.common.v1 import authz_pb2 as soma_dot_common_dot_v1_dot_authz__pb2
 from soma.common.v1 import turn_pb2 as soma_dot_common_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(soma/controlplane/v1/agent_service.proto\x12\x14soma.controlplane.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x19soma/common/v1/turn.proto\"\xa7\x02\n\x05\x41gent\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01R\x0b\x64isplayName\x12\x33\n\x04spec\x18\x03 \x01(\x0b\x32\x1f.soma.controlplane.v1.AgentSpecR\x04spec\x12\x1a\n\x08revision\x18\x04 \x01(\tR\x08revision\x12\x12\n\x04\x65tag\x18\x05 \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\"\xe5\x04\n\tAgentSpec\x12-\n\x0cinstructions\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x0cinstructions\x12\x42\n\x05model\x18\x02 \x01(\tB,\xbaH)r\'2%^[a-z0-9-]+/[A-Za-z0-9._:@/-]{1,200}$R\x05model\x12<\n\x05tools\x18\x03 \x03(\tB&\xbaH#\x92\x01 \x10\x80\x01\x18\x01\"\x19r\x17\x32\x15^[A-Za-z0-9_-]{1,64}$R\x05tools\x12\x44\n\x0e\x61rrival_policy\x18\x04 \x01(\x0e\x32\x1d.soma.common.v1.ArrivalPolicyR\rarrivalPolicy\x12\x33\n\x10\x63ontext_messages\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x0f\x63ontextMessages\x12\x32\n\x0fstep_timeout_ms\x18\x06 \x01(\rB\n\xbaH\x07*\x05\x18\x80\xdd\xdb\x01R\rstepTimeoutMs\x12\x32\n\x0fturn_timeout_ms\x18\x07 \x01(\rB\n\xbaH\x07*\x05\x18\x80\xb8\x99)R\rturnTimeoutMs\x12%\n\tmax_steps\x18\x08 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08maxSteps\x12<\n\x12temperature_millis\x18\t \x01(\rB\x08\xbaH\x05*\x03\x18\xd0\x0fH\x00R\x11temperatureMillis\x88\x01\x01\x12*\n\x11max_output_tokens\x18\n \x01(\rR\x0fmaxOutputTokens\x12\x1c\n\tsuspended\x18\x0b \x01(\x08R\tsuspendedB\x15\n\x13_temperature_millis\"\xe1\x01\n\x12\x43reateAgentRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12\x46\n\x08\x61gent_id\x18\x02 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x07\x61gentId\x12\x39\n\x05\x61gent\x18\x03 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentB\x06\xbaH\x03\xc8\x01\x01R\x05\x61gent\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"H\n\x13\x43reateAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\".\n\x0fGetAgentRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"E\n\x10GetAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\"\x84\x01\n\x11ListAgentsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"q\n\x12ListAgentsResponse\x12\x33\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x06\x61gents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb5\x01\n\x12UpdateAgentRequest\x12\x39\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentB\x06\xbaH\x03\xc8\x01\x01R\x05\x61gent\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"H\n\x13UpdateAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\"x\n\x12\x44\x65leteAgentRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"\x15\n\x13\x44\x65leteAgentResponse2\x84\x05\n\x0c\x41gentService\x12\x7f\n\x0b\x43reateAgent\x12(.soma.controlplane.v1.CreateAgentRequest\x1a).soma.controlplane.v1.CreateAgentResponse\"\x1b\xa2\xbb\x18\x17\n\ragents.create\x12\x06parent\x12r\n\x08GetAgent\x12%.soma.controlplane.v1.GetAgentRequest\x1a&.soma.controlplane.v1.GetAgentResponse\"\x17\xa2\xbb\x18\x13\n\x0b\x61gents.read\x12\x04name\x12z\n\nListAgents\x12\'.soma.controlplane.v1.ListAgentsRequest\x1a(.soma.controlplane.v1.ListAgentsResponse\"\x19\xa2\xbb\x18\x15\n\x0b\x61gents.read\x12\x06parent\x12\x83\x01\n\x0bUpdateAgent\x12(.soma.controlplane.v1.UpdateAgentRequest\x1a).soma.controlplane.v1.UpdateAgentResponse\"\x1f\xa2\xbb\x18\x1b\n\ragents.update\x12\nagent.name\x12}\n\x0b\x44\x65leteAgent\x12(.soma.controlplane.v1.DeleteAgentRequest\x1a).soma.controlplane.v1.DeleteAgentResponse\"\x19\xa2\xbb\x18\x15\n\ragents.delete\x12\x04nameb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(soma/controlplane/v1/agent_service.proto\x12\x14soma.controlplane.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x19soma/common/v1/turn.proto\"\xa7\x02\n\x05\x41gent\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01R\x0b\x64isplayName\x12\x33\n\x04spec\x18\x03 \x01(\x0b\x32\x1f.soma.controlplane.v1.AgentSpecR\x04spec\x12\x1a\n\x08revision\x18\x04 \x01(\tR\x08revision\x12\x12\n\x04\x65tag\x18\x05 \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\"\xe8\x04\n\tAgentSpec\x12-\n\x0cinstructions\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x0cinstructions\x12\x45\n\x05model\x18\x02 \x01(\tB/\xbaH,r\'2%^[a-z0-9-]+/[A-Za-z0-9._:@/-]{1,200}$\xd8\x01\x01R\x05model\x12<\n\x05tools\x18\x03 \x03(\tB&\xbaH#\x92\x01 \x10\x80\x01\x18\x01\"\x19r\x17\x32\x15^[A-Za-z0-9_-]{1,64}$R\x05tools\x12\x44\n\x0e\x61rrival_policy\x18\x04 \x01(\x0e\x32\x1d.soma.common.v1.ArrivalPolicyR\rarrivalPolicy\x12\x33\n\x10\x63ontext_messages\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x0f\x63ontextMessages\x12\x32\n\x0fstep_timeout_ms\x18\x06 \x01(\rB\n\xbaH\x07*\x05\x18\x80\xdd\xdb\x01R\rstepTimeoutMs\x12\x32\n\x0fturn_timeout_ms\x18\x07 \x01(\rB\n\xbaH\x07*\x05\x18\x80\xb8\x99)R\rturnTimeoutMs\x12%\n\tmax_steps\x18\x08 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08maxSteps\x12<\n\x12temperature_millis\x18\t \x01(\rB\x08\xbaH\x05*\x03\x18\xd0\x0fH\x00R\x11temperatureMillis\x88\x01\x01\x12*\n\x11max_output_tokens\x18\n \x01(\rR\x0fmaxOutputTokens\x12\x1c\n\tsuspended\x18\x0b \x01(\x08R\tsuspendedB\x15\n\x13_temperature_millis\"\xe1\x01\n\x12\x43reateAgentRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12\x46\n\x08\x61gent_id\x18\x02 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x07\x61gentId\x12\x39\n\x05\x61gent\x18\x03 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentB\x06\xbaH\x03\xc8\x01\x01R\x05\x61gent\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"H\n\x13\x43reateAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\".\n\x0fGetAgentRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"E\n\x10GetAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\"\x84\x01\n\x11ListAgentsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"q\n\x12ListAgentsResponse\x12\x33\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x06\x61gents\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb5\x01\n\x12UpdateAgentRequest\x12\x39\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentB\x06\xbaH\x03\xc8\x01\x01R\x05\x61gent\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"H\n\x13UpdateAgentResponse\x12\x31\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x1b.soma.controlplane.v1.AgentR\x05\x61gent\"x\n\x12\x44\x65leteAgentRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"\x15\n\x13\x44\x65leteAgentResponse2\x84\x05\n\x0c\x41gentService\x12\x7f\n\x0b\x43reateAgent\x12(.soma.controlplane.v1.CreateAgentRequest\x1a).soma.controlplane.v1.CreateAgentResponse\"\x1b\xa2\xbb\x18\x17\n\ragents.create\x12\x06parent\x12r\n\x08GetAgent\x12%.soma.controlplane.v1.GetAgentRequest\x1a&.soma.controlplane.v1.GetAgentResponse\"\x17\xa2\xbb\x18\x13\n\x0b\x61gents.read\x12\x04name\x12z\n\nListAgents\x12\'.soma.controlplane.v1.ListAgentsRequest\x1a(.soma.controlplane.v1.ListAgentsResponse\"\x19\xa2\xbb\x18\x15\n\x0b\x61gents.read\x12\x06parent\x12\x83\x01\n\x0bUpdateAgent\x12(.soma.controlplane.v1.UpdateAgentRequest\x1a).soma.controlplane.v1.UpdateAgentResponse\"\x1f\xa2\xbb\x18\x1b\n\ragents.update\x12\nagent.name\x12}\n\x0b\x44\x65leteAgent\x12(.soma.controlplane.v1.DeleteAgentRequest\x1a).soma.controlplane.v1.DeleteAgentResponse\"\x19\xa2\xbb\x18\x15\n\ragents.delete\x12\x04nameb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,7 +41,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENTSPEC'].fields_by_name['instructions']._loaded_options = None
   _globals['_AGENTSPEC'].fields_by_name['instructions']._serialized_options = b'\272H\006r\004(\200\200\004'
   _globals['_AGENTSPEC'].fields_by_name['model']._loaded_options = None
-  _globals['_AGENTSPEC'].fields_by_name['model']._serialized_options = b'\272H)r\'2%^[a-z0-9-]+/[A-Za-z0-9._:@/-]{1,200}$'
+  _globals['_AGENTSPEC'].fields_by_name['model']._serialized_options = b'\272H,r\'2%^[a-z0-9-]+/[A-Za-z0-9._:@/-]{1,200}$\330\001\001'
   _globals['_AGENTSPEC'].fields_by_name['tools']._loaded_options = None
   _globals['_AGENTSPEC'].fields_by_name['tools']._serialized_options = b'\272H#\222\001 \020\200\001\030\001\"\031r\0272\025^[A-Za-z0-9_-]{1,64}$'
   _globals['_AGENTSPEC'].fields_by_name['context_messages']._loaded_options = None
@@ -93,27 +93,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENT']._serialized_start=218
   _globals['_AGENT']._serialized_end=513
   _globals['_AGENTSPEC']._serialized_start=516
-  _globals['_AGENTSPEC']._serialized_end=1129
-  _globals['_CREATEAGENTREQUEST']._serialized_start=1132
-  _globals['_CREATEAGENTREQUEST']._serialized_end=1357
-  _globals['_CREATEAGENTRESPONSE']._serialized_start=1359
-  _globals['_CREATEAGENTRESPONSE']._serialized_end=1431
-  _globals['_GETAGENTREQUEST']._serialized_start=1433
-  _globals['_GETAGENTREQUEST']._serialized_end=1479
-  _globals['_GETAGENTRESPONSE']._serialized_start=1481
-  _globals['_GETAGENTRESPONSE']._serialized_end=1550
-  _globals['_LISTAGENTSREQUEST']._serialized_start=1553
-  _globals['_LISTAGENTSREQUEST']._serialized_end=1685
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=1687
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=1800
-  _globals['_UPDATEAGENTREQUEST']._serialized_start=1803
-  _globals['_UPDATEAGENTREQUEST']._serialized_end=1984
-  _globals['_UPDATEAGENTRESPONSE']._serialized_start=1986
-  _globals['_UPDATEAGENTRESPONSE']._serialized_end=2058
-  _globals['_DELETEAGENTREQUEST']._serialized_start=2060
-  _globals['_DELETEAGENTREQUEST']._serialized_end=2180
-  _globals['_DELETEAGENTRESPONSE']._serialized_start=2182
-  _globals['_DELETEAGENTRESPONSE']._serialized_end=2203
-  _globals['_AGENTSERVICE']._serialized_start=2206
-  _globals['_AGENTSERVICE']._serialized_end=2850
+  _globals['_AGENTSPEC']._serialized_end=1132
+  _globals['_CREATEAGENTREQUEST']._serialized_start=1135
+  _globals['_CREATEAGENTREQUEST']._serialized_end=1360
+  _globals['_CREATEAGENTRESPONSE']._serialized_start=1362
+  _globals['_CREATEAGENTRESPONSE']._serialized_end=1434
+  _globals['_GETAGENTREQUEST']._serialized_start=1436
+  _globals['_GETAGENTREQUEST']._serialized_end=1482
+  _globals['_GETAGENTRESPONSE']._serialized_start=1484
+  _globals['_GETAGENTRESPONSE']._serialized_end=1553
+  _globals['_LISTAGENTSREQUEST']._serialized_start=1556
+  _globals['_LISTAGENTSREQUEST']._serialized_end=1688
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=1690
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=1803
+  _globals['_UPDATEAGENTREQUEST']._serialized_start=1806
+  _globals['_UPDATEAGENTREQUEST']._serialized_end=1987
+  _globals['_UPDATEAGENTRESPONSE']._serialized_start=1989
+  _globals['_UPDATEAGENTRESPONSE']._serialized_end=2061
+  _globals['_DELETEAGENTREQUEST']._serialized_start=2063
+  _globals['_DELETEAGENTREQUEST']._serialized_end=2183
+  _globals['_DELETEAGENTRESPONSE']._serialized_start=2185
+  _globals['_DELETEAGENTRESPONSE']._serialized_end=2206
+  _globals['_AGENTSERVICE']._serialized_start=2209
+  _globals['_AGENTSERVICE']._serialized_end=2853
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ class AgentSpec(_message.Message):
     """The instructions given to the model before the conversation, at most 64 KiB."""
     model: _builtins.str
     """The model as `provider/name`: `offline/assistant` and `echo/echo` are built in, `openai/<model>` is any OpenAI-compatible
-    endpoint that the brain is configured with.
+    endpoint that the brain is configured with. Required to create; an update that does not name it may leave it out.
     """
     arrival_policy: _turn_pb2.ArrivalPolicy.ValueType
     """What a message does that arrives while a turn runs; unset: enqueue. This release knows enqueue."""
