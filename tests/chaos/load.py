@@ -19,11 +19,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from soma.common.v1.turn_pb2 import Delivery
+from soma.gateway.v1.channel_service_pb2 import Receipt
 from soma.router.v1.turn_service_pb2 import ListStepsRequest
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
 
 from soma_common import ids
-from soma_common.client.channel_client import ChannelClient
+from soma_common.client.channel_client import ChannelClient, ClientClosed
 from soma_common.errors import ResourceExhausted, Unavailable
 from soma_common.grpc.channel import open_channel
 from soma_common.ids import SessionName
@@ -96,6 +97,18 @@ class Load:
 
     async def connect(self, tenant: str) -> None:
         """Connect the tenant's adapter, again if it was disconnected."""
+        await self._use(tenant, credit=256)
+
+    async def disconnect(self, tenant: str) -> None:
+        """Leave the tenant without an adapter: what is sent from here on goes over a stream that takes no answers."""
+        await self._use(tenant, credit=0)
+
+    def client(self, tenant: str) -> ChannelClient:
+        """The stream over which the tenant's messages go."""
+        return self._clients[tenant]
+
+    async def _use(self, tenant: str, credit: int) -> None:
+        former = self._clients.get(tenant)
         self._clients[tenant] = await self._exit.enter_async_context(
             ChannelClient(
                 self.stack.gateways,
@@ -103,10 +116,13 @@ class Load:
                 tenant=tenant,
                 channel=self.channel,
                 instance=f"{tenant}-{uuid.uuid4().hex[:8]}",
+                credit=credit,
                 on_delivery=lambda delivery: self._arrived(tenant, delivery),
                 on_live=self.story.live,
             )
         )
+        if former is not None:
+            await former.close()
 
     # ---- watching
 
@@ -209,9 +225,7 @@ class Load:
         message_id = self.story.sent(name, key, text, _right_answer(name.agent, text))
         answered = self._waiting[message_id] = asyncio.Event()
         try:
-            receipt = await self._clients[name.tenant].send(
-                name.agent, name.session, text, idempotency_key=key, patience_s=PATIENCE_S
-            )
+            receipt = await self._send(name, key, text)
         except ResourceExhausted:
             answered.set()  # It is not stored.
         except Unavailable:
@@ -221,6 +235,15 @@ class Load:
             self.receipts.append(time.monotonic())
             self.story.accepted(name, key, receipt.message_id)
         return answered
+
+    async def _send(self, name: SessionName, key: str, text: str) -> Receipt:
+        while True:
+            try:
+                return await self._clients[name.tenant].send(
+                    name.agent, name.session, text, idempotency_key=key, patience_s=PATIENCE_S
+                )
+            except ClientClosed:  # Another stream has taken its place.
+                await asyncio.sleep(0.05)
 
     def _arrived(self, tenant: str, delivery: Delivery) -> None:
         self.story.delivered(tenant, self.channel, delivery)
