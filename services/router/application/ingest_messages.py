@@ -69,7 +69,7 @@ class Ingest:
             partition = owned.get(number)
             if partition is None or not partition.attached or seq <= partition.read_seq:
                 continue
-            if _is_addressed(inbound):
+            if _is_addressed(inbound, subject_tenant):
                 entries.setdefault(number, []).append(self._entry(inbound, subject_tenant))
             else:
                 # Nobody to answer: no session can be named.
@@ -166,13 +166,16 @@ class Ingest:
             self.committer.nudge()
 
 
-def _is_addressed(inbound: Inbound) -> bool:
-    """Whether an item can be stored: names and ids of the right form, no character that a text column refuses."""
+def _is_addressed(inbound: Inbound, tenant: str) -> bool:
+    """Whether an item can be stored: names and ids of the right form, a session of its own tenant, nothing that a
+    column or an index refuses.
+    """
     return (
-        len(inbound.session_id) == ids.ID_BYTES
-        and len(inbound.message_id) == ids.ID_BYTES
+        len(inbound.message_id) == ids.ID_BYTES
+        and len(inbound.content_hash) == ids.ID_BYTES
         and ids.is_slug(inbound.agent)
         and ids.is_slug(inbound.channel)
         and ids.is_session(inbound.session)
+        and inbound.session_id == ids.session_id(tenant, inbound.agent, inbound.channel, inbound.session)
         and "\0" not in inbound.traceparent
     )
