@@ -76,6 +76,7 @@ class OwnPartitions:
         self._desk = desk
         self._router = router
         self._deadline = 0.0
+        self._beat_at = 0.0
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[UUID | None, float]] = {}
@@ -91,16 +92,9 @@ class OwnPartitions:
 
     async def run(self) -> None:
         """Beats and takes partitions until cancelled."""
-        beat_at = 0.0
         while True:
-            now = monotonic()
-            if self._state.partitions and now >= self._deadline:
-                log.warning("router.lease_overdue", partitions=sorted(self._state.partitions))
-                self.end_all("overdue")
             try:
-                if now >= beat_at:
-                    await self._beat()
-                    beat_at = now + BEAT_S
+                await self._beat_if_due()
                 if not self._releasing:
                     await self._balance()
             except StoreLost as error:
@@ -108,11 +102,25 @@ class OwnPartitions:
             self.ready.set()
             await asyncio.sleep(_POLL_S)
 
+    async def _beat_if_due(self) -> None:
+        self._end_overdue()
+        now = monotonic()
+        if now >= self._beat_at:
+            await self._beat()
+            self._beat_at = now + BEAT_S
+
+    def _end_overdue(self) -> None:
+        """What was said while this router was not in time was held back, so its terms cannot just go on."""
+        if self._state.partitions and not self.in_time:
+            log.warning("router.lease_overdue", partitions=sorted(self._state.partitions))
+            self.end_all("overdue")
+
     async def _beat(self) -> None:
         terms = [partition.term for partition in self._state.partitions.values()]
         asked = set(self._state.partitions)
         before = monotonic()
         held = await self._store.beat(terms)
+        self._end_overdue()
         self._deadline = before + LEASE_S
         for number in asked - held:
             partition = self._state.partitions.get(number)
@@ -128,9 +136,11 @@ class OwnPartitions:
             if not lease.expired or seen is None or seen[0] != lease.term:
                 self._seen[lease.partition] = (lease.term, now)
         for lease in leases:
-            if len(self._state.partitions) >= share:
+            if len(self._state.partitions) >= share or self._releasing:
                 break
             if lease.partition not in self._state.partitions and self._free(lease, now):
+                # A take-over may wait for a commit in flight: several must not cost this router its own leases.
+                await self._beat_if_due()
                 await self._take(lease)
         surplus = len(self._state.partitions) - share
         for partition in list(self._state.partitions.values())[: min(max(surplus, 0), _RELEASE_PER_BEAT)]:

@@ -1,0 +1,371 @@
+"""The lease keeper against a database whose clock and delays a test sets."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from services.router.application import own_partitions
+from services.router.application.group import FenceLost, StoreLost
+from services.router.application.own_partitions import LEASE_S, OwnPartitions
+from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
+from services.router.application.state import RouterState
+from services.router.domain.partition import Partition
+from services.router.domain.session import Turn
+from services.router.domain.turn import TurnStatus
+from soma_common import ids
+from soma_common.layout import LaneLayout
+from tests.unit.router.builders import AGENT, CHANNEL, TENANT
+
+ME = "router-0"
+
+
+class Lease:
+    def __init__(self) -> None:
+        self.owner: str | None = None
+        self.term: UUID | None = None
+        self.expires_at = float("-inf")
+
+
+class World:
+    """Everything around the lease keeper; time passes only where a test says so."""
+
+    def __init__(self, partitions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(own_partitions, "monotonic", lambda: self.now)
+        self.rows = [Lease() for _ in range(partitions)]
+        self.routers = 1
+        self.down = False
+        self.beat_takes_s = 0.0
+        self.acquire_takes_s: Callable[[int], float] = lambda _: 0.0
+        self.acquire_fails: set[int] = set()
+        self.load_fails: BaseException | None = None
+        self.pending: dict[int, list[PendingRow]] = {}
+        self.strikes: dict[int, bool] = {}
+        self.events: list[str] = []
+        self.state = RouterState(LaneLayout(partitions, 1), cast(Any, None), 100, 100)
+        self.keeper = OwnPartitions(
+            self.state, cast(Any, self), cast(Any, self), cast(Any, self), cast(Any, self), ME
+        )  # fmt: skip
+        self.always_in_time = True
+
+    # ---- the database
+
+    def check(self) -> None:
+        if self.down:
+            raise StoreLost("down")
+
+    async def beat(self, terms: Sequence[UUID]) -> frozenset[int]:
+        self.now += self.beat_takes_s
+        self.check()
+        held = {n for n, row in enumerate(self.rows) if row.owner == ME and row.term in terms}
+        for number in held:
+            self.rows[number].expires_at = self.now + LEASE_S
+        return frozenset(held)
+
+    async def leases(self) -> tuple[list[LeaseRow], int]:
+        self.check()
+        rows = [LeaseRow(n, row.owner, row.term, row.expires_at < self.now) for n, row in enumerate(self.rows)]
+        return rows, self.routers
+
+    async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
+        self.check()
+        self.pass_(self.acquire_takes_s(partition))
+        if partition in self.acquire_fails:
+            return None
+        row = self.rows[partition]
+        former = row.owner
+        row.owner, row.term, row.expires_at = ME, term, self.now + LEASE_S
+        return AcquiredRow(1, 0, 0, 1, "", 0, "", former)
+
+    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
+        if self.load_fails is not None:
+            raise self.load_fails
+        self.strikes[partition] = strike
+        return self.pending.get(partition, [])
+
+    async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
+        return []
+
+    async def release(self, terms: Sequence[UUID]) -> None:
+        for row in self.rows:
+            if row.term in terms:
+                row.owner, row.expires_at = None, float("-inf")
+
+    # ---- lanes, runner, desk
+
+    def attach(self, partition: Partition) -> None:
+        self.events.append(f"attach {partition.id}")
+
+    def detach(self, partition: Partition) -> None:
+        self.events.append(f"detach {partition.id}")
+
+    def resume(self, turn: Turn) -> None:
+        self.events.append(f"resume {turn.session.key.session}")
+
+    def cancel(self, session: Any, position: int, target: bytes | None) -> None:
+        self.events.append(f"cancel {session.key.session} {position}")
+
+    def assign(self) -> None:
+        pass
+
+    def end_terms(self, turns: Sequence[Turn]) -> None:
+        pass
+
+    def adopt(self, partition: Partition, channels: list[tuple[str, str]]) -> None:
+        self.events.append(f"adopt {partition.id}")
+
+    def drop(self, partition: Partition) -> None:
+        self.events.append(f"drop {partition.id}")
+
+    # ---- what happens
+
+    def pass_(self, seconds: float) -> None:
+        """Time passes."""
+        self.now += seconds
+        if self.state.partitions and not self.keeper.in_time:
+            self.always_in_time = False
+
+    async def rounds(self, count: int = 1, each_s: float = 0.25) -> None:
+        """The keeper's loop goes round."""
+        for _ in range(count):
+            try:
+                await self.keeper._beat_if_due()
+                await self.keeper._balance()
+            except StoreLost:
+                pass
+            self.pass_(each_s)
+
+    def held_by(self, router: str, *numbers: int, for_s: float = LEASE_S) -> None:
+        """Another router takes or renews."""
+        for number in numbers:
+            row = self.rows[number]
+            if row.owner != router:
+                row.owner, row.term = router, uuid4()
+            row.expires_at = self.now + for_s
+
+    @property
+    def owned(self) -> set[int]:
+        return set(self.state.partitions)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(8, monkeypatch)
+
+
+async def test_alone_it_takes_everything(world: World) -> None:
+    assert not world.keeper.in_time
+    await world.rounds()
+    assert world.owned == set(range(8))
+    assert world.keeper.in_time
+
+
+async def test_it_takes_its_share_and_leaves_the_rest(world: World) -> None:
+    world.routers = 2
+    await world.rounds(3)
+    assert len(world.owned) == 4
+
+
+async def test_it_gives_up_what_is_beyond_its_share_a_few_at_a_time(world: World) -> None:
+    await world.rounds()
+    world.routers = 2
+    await world.rounds()
+    assert len(world.owned) == 6
+    await world.rounds()
+    assert len(world.owned) == 4
+    assert sum(row.owner is None for row in world.rows) == 4
+
+
+async def test_what_another_holds_is_left_alone_while_it_is_renewed(world: World) -> None:
+    world.routers = 2
+    for _ in range(40):
+        world.held_by("router-1", 0, 1, 2, 3, 4)
+        await world.rounds()
+    assert world.owned == {5, 6, 7}
+
+
+async def test_a_lease_that_ran_out_is_taken_after_it_was_seen_so_for_a_while(world: World) -> None:
+    world.held_by("router-1", 0)
+    await world.rounds()
+    died = world.now
+    while 0 not in world.owned:
+        await world.rounds()
+        assert world.now - died < 5.0, "the recovery of a killed router takes less than 5 s"
+    assert world.now - died >= LEASE_S
+
+
+async def test_a_stall_of_the_database_robs_nobody(world: World) -> None:
+    """All leases run out while it is away; whoever wakes first must give the others a heartbeat's time."""
+    world.routers = 2
+    world.held_by("router-1", 0, 1, 2, 3)
+    await world.rounds(2)
+    world.down = True
+    world.pass_(10)
+    world.down = False
+    await world.rounds()  # sees them expired: only now does the wait begin
+    world.held_by("router-1", 0, 1, 2, 3)
+    await world.rounds(20, each_s=0.1)
+    assert world.owned <= {4, 5, 6, 7}
+
+
+async def test_a_lease_that_changed_hands_is_waited_for_anew(world: World) -> None:
+    world.held_by("router-1", 0, for_s=0.1)
+    await world.rounds(6)
+    world.held_by("router-2", 0, for_s=0.0)
+    world.rows[0].expires_at = world.now - 1
+    await world.rounds()
+    assert 0 not in world.owned
+    await world.rounds(8)
+    assert 0 in world.owned
+
+
+async def test_what_it_owned_before_a_crash_is_its_own_at_once(world: World) -> None:
+    world.held_by(ME, 0, 1)
+    await world.rounds()
+    assert {0, 1} <= world.owned
+
+
+async def test_a_take_over_counts_a_strike_but_not_for_itself_again(world: World) -> None:
+    world.held_by("router-1", 0, for_s=-1)
+    await world.rounds(8)
+    assert world.strikes == {0: True, **dict.fromkeys(range(1, 8), False)}
+    world.keeper.end_all("database away")
+    await world.rounds()
+    assert world.strikes == dict.fromkeys(range(8), False)
+
+
+async def test_losing_a_lease_ends_the_term(world: World) -> None:
+    await world.rounds()
+    partition = world.state.partitions[3]
+    world.routers = 2
+    world.held_by("router-1", 3)
+    await world.rounds(5)
+    assert partition.lost
+    assert 3 not in world.owned
+
+
+async def test_frozen_for_longer_than_a_lease_it_ends_all_terms_before_it_beats_again(world: World) -> None:
+    await world.rounds()
+    old = list(world.state.partitions.values())
+    world.pass_(LEASE_S + 0.1)
+    await world.rounds()
+    assert all(partition.lost for partition in old)
+    assert world.owned == set(range(8)), "nobody had taken them: it has them under new terms"
+
+
+async def test_a_beat_that_took_too_long_ends_all_terms(world: World) -> None:
+    """While it was not in time, what it had to say was held back: confirmations, starts, deliveries. Nobody says them
+    again, so the terms cannot just go on.
+    """
+    await world.rounds()
+    old = list(world.state.partitions.values())
+    world.pass_(0.9)
+    world.beat_takes_s = 2.5  # since the last beat 3.65 s; the answer's own deadline is still ahead
+    await world.rounds()
+    assert all(partition.lost for partition in old)
+
+
+async def test_waiting_for_blocked_partitions_does_not_cost_it_its_own(world: World) -> None:
+    """A frozen owner's commits hold the rows: each try waits two seconds, for four partitions, again and again."""
+    world.held_by("router-1", 4, 5, 6, 7, for_s=-1)
+    world.routers = 2
+    await world.rounds(2)
+    assert world.owned == {0, 1, 2, 3}
+    own = list(world.state.partitions.values())
+    world.routers = 1
+    world.acquire_fails = {4, 5, 6, 7}
+    world.acquire_takes_s = lambda number: 2.0 if number in world.acquire_fails else 0.0
+    await world.rounds(10)
+    assert world.always_in_time
+    assert not any(partition.lost for partition in own)
+
+
+async def test_a_partition_lost_again_while_it_was_loaded_is_not_taken(world: World) -> None:
+    world.load_fails = FenceLost(frozenset({0}))
+    await world.rounds()
+    assert world.owned == set()
+
+
+async def test_a_database_lost_while_loading_is_tried_again(world: World) -> None:
+    world.load_fails = StoreLost("gone")
+    await world.rounds()
+    assert world.owned == set()
+    world.load_fails = None
+    await world.rounds()
+    assert world.owned == set(range(8))
+
+
+async def test_a_partition_that_is_taken_is_read_and_delivered_for(world: World) -> None:
+    await world.rounds()
+    assert sorted(event for event in world.events if event.endswith(" 3")) == ["adopt 3", "attach 3"]
+
+
+async def test_ending_a_term_forgets_all_of_it(world: World) -> None:
+    await world.rounds()
+    world.events.clear()
+    world.keeper.end_fenced(frozenset({2, 99}))
+    assert world.events == ["detach 2", "drop 2"]
+    world.keeper.end_fenced(frozenset({2}))
+    assert world.events == ["detach 2", "drop 2"]
+
+
+async def test_shutdown_frees_all_leases_and_takes_none_again(world: World) -> None:
+    await world.rounds()
+    await world.keeper.release_all()
+    assert [row.owner for row in world.rows] == [None] * 8
+    assert world.owned == set()
+    async with running(world):
+        await asyncio.sleep(0)
+    assert world.owned == set()
+
+
+@asynccontextmanager
+async def running(world: World) -> AsyncIterator[None]:
+    task = asyncio.create_task(world.keeper.run())
+    try:
+        await world.keeper.ready.wait()
+        yield
+    finally:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+# ---- putting back what the store has
+
+
+def pending(position: int, session: str, turn: tuple[bytes, int, int] | None = None, kind: int = 1) -> PendingRow:
+    """A message without an outcome; `turn` is the session's running turn as (id, first, last)."""
+    session_id = ids.session_id(TENANT, AGENT, CHANNEL, session)
+    message = (position, b"m%d" % position, kind, True, 0, None, "")
+    running = (turn[0], TurnStatus.RUNNING, 2, 0, turn[1], turn[2], "r1") if turn else (None,) * 7
+    return PendingRow(*message, session_id, TENANT, AGENT, CHANNEL, session, 4, 3, *running)
+
+
+async def test_turns_queues_and_cancels_are_as_they_were(world: World) -> None:
+    turn = (b"t" * 16, 2, 3)
+    world.pending[5] = [
+        pending(2, "runs", turn),
+        pending(3, "runs", turn),
+        pending(4, "waits"),
+        pending(5, "runs", turn),
+        pending(6, "runs", turn, kind=2),
+        pending(7, "waits"),
+    ]
+    await world.rounds()
+    partition = world.state.partitions[5]
+    runs, waits = partition.sessions.values()
+    assert runs.turn is not None
+    assert [message.position for message in runs.turn.inputs] == [2, 3]
+    assert (runs.turn.number, runs.turn.dispatch, runs.turn.journal_loaded) == (5, 2, False)
+    assert [message.position for message in runs.queue] == [5]
+    assert [message.position for message in waits.queue] == [4, 7]
+    assert list(partition.pending) == [2, 3, 4, 5, 6, 7]
+    assert partition.floor == 2
+    mine = [event for event in world.events if not event.startswith(("adopt", "attach"))]
+    assert mine == ["resume runs", "cancel runs 6"]
+    assert world.state.scheduler.waiting == 1
