@@ -61,6 +61,10 @@ class _Line:
             except (*CONNECTION_LOST, Unavailable) as error:
                 self.drop()
                 raise StoreLost(str(error) or type(error).__name__) from error
+            except asyncpg.PostgresError as error:
+                if _is_transient(error):
+                    raise StoreLost(str(error)) from error
+                raise
             except asyncio.CancelledError:
                 self.drop()  # the statement may still run: nothing may follow it on this connection
                 raise
@@ -134,12 +138,16 @@ def failpoint_cut() -> bool:
     return False
 
 
+def _is_transient(error: asyncpg.PostgresError) -> bool:
+    return (error.sqlstate or "")[:2] in _TRANSIENT_CLASSES
+
+
 def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
     if error.sqlstate in (FENCED, CONFLICT):
         detail = getattr(error, "detail", None) or ""
         lost = frozenset(int(part) for part in detail.split(",") if part)
         return FenceLost(lost or frozenset(group.moves))
-    if error.sqlstate and error.sqlstate[:2] in _TRANSIENT_CLASSES:
+    if _is_transient(error):
         return StoreLost(str(error))
     return GroupRejected(f"{type(error).__name__}: {error}")
 

@@ -10,7 +10,7 @@ import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.adapters.store_postgres import PostgresLeases
-from services.router.application.group import FenceLost
+from services.router.application.group import FenceLost, StoreLost
 from services.router.application.items import AckItem, CancelItem, EndItem
 from services.router.application.ports import LeaseRow
 from services.router.domain.partition import Partition
@@ -141,6 +141,33 @@ async def test_a_take_over_gives_up_waiting_for_a_lock_after_two_seconds(store: 
     await holder.close()
     assert (await lease_of(store, 1)).owner is None, "a try that failed leaves nothing behind"
     assert await store.leases.acquire(1, uuid4(), None) is not None
+
+
+async def test_a_beat_that_waits_too_long_for_a_lock_says_that_the_store_is_lost(store: Store) -> None:
+    """Two routers that take over wait for each other behind the lease's row, and the owner's beat behind them."""
+    p = await store.take(1)
+    holder = await connect(store.database.superuser_dsn)
+    async with holder.transaction():
+        await holder.execute("SELECT FROM router.leases WHERE partition = 1 FOR UPDATE")
+        with pytest.raises(StoreLost):
+            await store.leases.beat([p.term])
+    await holder.close()
+    assert await store.leases.beat([p.term]) == {1}
+
+
+async def test_a_cut_connection_is_a_lost_store_once_and_then_there_is_another(store: Store) -> None:
+    p = await store.take(1)
+    await store.leases.beat([p.term])
+    await store.commit(ingest(p, 1, inbound()))
+    await store.eye.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name ~ '^router-0 '"
+    )
+    with pytest.raises(StoreLost):
+        await store.leases.beat([p.term])
+    with pytest.raises(StoreLost):
+        await store.commit(ingest(p, 2, inbound(key="k2")))
+    assert await store.leases.beat([p.term]) == {1}
+    assert (await store.commit(ingest(p, 2, inbound(key="k2")))).inserted == {(1, 2)}
 
 
 # ---- the layout
