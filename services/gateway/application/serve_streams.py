@@ -198,7 +198,7 @@ class ServeStreams:
                 continue  # told again within a second; until then the bus carries no deliveries either
 
     def _presence(self, tenant: str, streams: Iterable[AdapterStream]) -> Presence:
-        presence = Presence(gateway=self.gateway)
+        presence = Presence(gateway=self.gateway, losses=self._routers.losses)
         room = PROCESSED_PER_ANNOUNCEMENT
         for stream in streams:
             if not stream.takes_deliveries:

@@ -45,6 +45,11 @@ class NatsOutbox:
         self._live: dict[tuple[str, bytes], LiveBatch] = {}
         self._wake = asyncio.Event()
 
+    @property
+    def losses(self) -> int:
+        """How often the connection was lost and made again."""
+        return self._client.stats["reconnects"]
+
     def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
         """Sends an outcome to an adapter stream."""
         self._batch(tenant, gateway).deliveries.add(stream=stream, delivery=delivery)

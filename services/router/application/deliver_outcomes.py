@@ -105,6 +105,8 @@ class DeliveryDesk:
         self._streams: dict[ChannelKey, dict[int, AdapterStream]] = {}
         self._gateways: dict[tuple[str, str], float] = {}
         """(gateway, tenant) -> when it was last heard."""
+        self._losses: dict[tuple[str, str], tuple[int, int]] = {}
+        """(gateway, tenant) -> how often it had lost the bus by then, and how often this router had."""
         self._lines: dict[bytes, _Line] = {}
         self._by_id: dict[bytes, _Pending] = {}
         self._backlogs: dict[tuple[int, ChannelKey], _Backlog] = {}
@@ -322,6 +324,25 @@ class DeliveryDesk:
         for key in changed:
             self._wake(key)
             self.on_arrival(*key, arrived)
+        self._check_losses(tenant, presence)
+
+    def _check_losses(self, tenant: str, presence: Presence) -> None:
+        """Hands over again what a gateway has in hand if its connection to the bus was lost since it was last heard,
+        or ours: the bus keeps nothing. Now that it is heard, both are back; what it has got it drops.
+        """
+        place = (presence.gateway, tenant)
+        losses = (presence.losses, self._outbox.losses)
+        before = self._losses.get(place, losses)
+        if presence.streams:
+            self._losses[place] = losses
+        else:
+            self._losses.pop(place, None)
+        if before == losses:
+            return
+        for pending in self._by_id.values():
+            stream = pending.stream
+            if stream is not None and (stream.gateway, stream.tenant) == place:
+                self._outbox.hand_over(tenant, stream.gateway, stream.stream, pending.delivery)
 
     def _resize(self, stream: AdapterStream, window: int) -> None:
         """A stream takes more or less; sessions that wait there are to be woken and choose anew."""

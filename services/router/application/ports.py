@@ -157,6 +157,10 @@ class ToolCanceller(Protocol):
 class Outbox(Protocol):
     """Hands things to gateways and watchers. Sending never waits and may be lost: the store has the truth."""
 
+    @property
+    def losses(self) -> int:
+        """How often the connection was lost and made again; what was sent shortly before may not have arrived."""
+
     def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
         """Sends an outcome to an adapter stream."""
 

@@ -56,6 +56,8 @@ class World:
 
     # ---- ports
 
+    losses = 0
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(work))
 
@@ -121,9 +123,10 @@ class World:
         window: int = 10,
         gateway: str = "g",
         processed: Sequence[bytes] = (),
+        losses: int = 0,
     ) -> None:
         """A gateway announces one stream: all it has."""
-        presence = Presence(gateway=gateway)
+        presence = Presence(gateway=gateway, losses=losses)
         presence.streams.add(
             stream=stream, channel=CHANNEL, instance=instance, window=window, live=True, processed=processed
         )
@@ -178,6 +181,19 @@ async def test_the_next_goes_after_the_acknowledgement_of_the_former(world: Worl
     assert world.ids == [one, two]
     world.ack(two)
     assert world.ids == [one, two, three]
+
+
+@pytest.mark.parametrize("whose", ["the gateway's", "the router's"])
+async def test_what_a_lost_connection_may_have_swallowed_is_handed_over_again(world: World, whose: str) -> None:
+    world.adapter()
+    one, two = world.outcome(world.session("s1")), world.outcome(world.session("s2"))
+    world.ack(one)
+    world.adapter()
+    assert world.ids == [one, two]
+    world.losses = int(whose == "the router's")
+    for _ in range(2):
+        world.adapter(losses=int(whose == "the gateway's"))
+    assert world.sent[2:] == [(1, two, 1)], "once, to the same stream, and not counted as a try"
 
 
 async def test_sessions_do_not_wait_for_each_other(world: World) -> None:

@@ -183,8 +183,13 @@ class Presence(_message.Message):
 
     GATEWAY_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
     gateway: _builtins.str
     """The gateway."""
+    losses: _builtins.int
+    """How often the gateway has lost its connection to the bus and made it again. When this changes, what was handed over to it before
+    may not have arrived: the routers hand it over again.
+    """
     @_builtins.property
     def streams(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterStream]:
         """The streams."""
@@ -194,10 +199,11 @@ class Presence(_message.Message):
         *,
         gateway: _builtins.str = ...,
         streams: _abc.Iterable[Global___AdapterStream] | None = ...,
+        losses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "streams", b"streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "losses", b"losses", "streams", b"streams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
