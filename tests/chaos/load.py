@@ -72,6 +72,8 @@ class Load:
         """The same by session."""
         self.receipts: list[float] = []
         """When receipts came (monotonic)."""
+        self.drain_s = 0.0
+        """How long the last open message took to be answered after the last was sent."""
         self._random = random.Random(self.seed)
         self._clients: dict[str, ChannelClient] = {}
         self._waiting: dict[bytes, asyncio.Event] = {}
@@ -163,6 +165,7 @@ class Load:
     async def finish(self) -> dict[str, int]:
         """Send nothing more, wait for what is open, and assert every promise; returns what was counted."""
         self._stopping.set()
+        stopped_at = time.monotonic()
         await asyncio.wait(self._sessions, timeout=PATIENCE_S)
         for session in self._sessions:
             if session.done():
@@ -172,6 +175,7 @@ class Load:
             ANSWERED_WITHIN_S,
             f"an outcome of each accepted message ({self.story.counts()})",
         )
+        self.drain_s = time.monotonic() - stopped_at
         await asyncio.sleep(0.3)  # What comes twice or too late comes now.
         problems = self.story.violations() + await self._journal_problems()
         assert not problems, f"{len(problems)} promises broken:\n" + "\n".join(problems[:20])
