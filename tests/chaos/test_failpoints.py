@@ -46,8 +46,8 @@ async def test_death_at_a_failpoint(stack: FaultyStack, part: str, point: str, a
         died_at = await stack.hit(part, point)
         await stack.is_up(part)
         await load.flows(each=2)
-        recoveries.add(load.silence(died_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, died_at)
+        await recoveries.hold(load)
     assert not stack.deaths
 
 
@@ -60,6 +60,6 @@ async def test_commit_is_sent_and_the_connection_cut(stack: FaultyStack) -> None
         await eventually(lambda: len(stack.logged("router-0", "failpoint.hit")) > before, 20, "the commit is cut")
         cut_at = load.last_arrival
         await load.flows(each=3)
-        recoveries.add(load.silence(cut_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, cut_at)
+        await recoveries.hold(load)
     assert not stack.deaths

@@ -2,25 +2,31 @@
 
 import pytest
 
-from tests.chaos.load import Load
+from tests.chaos.load import Load, Mix
 from tests.chaos.report import Recoveries
 from tests.chaos.stack import FaultyStack
 
-BARS_S = {"router-0": 5.0, "nats": 5.0, "postgres": 5.0}
-ROUNDS = 2
+PARTS = {
+    "gateway-0": None,
+    "router-0": 5.0,
+    "cognition-0": None,
+    "toolgw-0": None,
+    "controlplane-0": None,
+    "nats": 5.0,
+    "postgres": 5.0,
+}
+"""With the time in which everything goes on again, where one is promised for a stack of one of each."""
 
 
-@pytest.mark.parametrize(
-    "part", ["gateway-0", "router-0", "cognition-0", "toolgw-0", "controlplane-0", "nats", "postgres"]
-)
-async def test_killed_under_load(stack: FaultyStack, part: str) -> None:
-    recoveries = Recoveries(f"kill -9 {part}", BARS_S.get(part))
-    async with Load(stack) as load:
+@pytest.mark.parametrize(("part", "bar_s"), PARTS.items(), ids=PARTS)
+async def test_killed_under_load(stack: FaultyStack, part: str, bar_s: float | None) -> None:
+    recoveries = Recoveries(f"kill -9 {part}", bar_s)
+    async with Load(stack, Mix(clerk=4)) as load:
         await load.flows()
-        for _ in range(ROUNDS):
+        for _ in range(5 if bar_s else 2):
             killed_at = await stack.kill9(part)
             await stack.is_up(part)
             await load.flows(each=2)
-            recoveries.add(load.silence(killed_at))
-        recoveries.hold(await load.finish())
+            recoveries.add(load, killed_at)
+        await recoveries.hold(load)
     assert not stack.deaths

@@ -29,8 +29,8 @@ async def test_postgres_frozen(stack: FaultyStack) -> None:
         woken_at = stack.thaw("postgres")
         _assert_accepts_went_on(load, frozen_at, woken_at)
         await load.flows(each=3)
-        recoveries.add(load.silence(woken_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, woken_at)
+        await recoveries.hold(load)
     assert not stack.deaths
 
 
@@ -46,8 +46,8 @@ async def test_postgres_down(stack: FaultyStack) -> None:
         await stack.is_up("postgres")
         back_at = time.monotonic()
         await load.flows(each=3)
-        recoveries.add(load.silence(back_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, back_at)
+        await recoveries.hold(load)
     assert not stack.deaths
 
 
@@ -65,8 +65,8 @@ async def test_bus_down(stack: FaultyStack) -> None:
         await stack.is_up("nats")
         back_at = time.monotonic()
         await load.flows(each=3)
-        recoveries.add(load.silence(back_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, back_at)
+        await recoveries.hold(load)
     assert not stack.deaths
 
 
@@ -78,8 +78,8 @@ async def test_bus_frozen(stack: FaultyStack) -> None:
         await asyncio.sleep(AWAY_S)
         woken_at = stack.thaw("nats")
         await load.flows(each=3)
-        recoveries.add(load.silence(woken_at))
-        recoveries.hold(await load.finish())
+        recoveries.add(load, woken_at)
+        await recoveries.hold(load)
     assert not stack.deaths
 
 

@@ -10,7 +10,6 @@ from tests.chaos.stack import FaultyStack
 from tests.chaos.witness import commit_witness, speech_witness, terms_that_came_back
 
 HEARTBEATS_S = 0.5 * 4
-ROUNDS = 2
 ERRANDS = Mix(echo=8, slow=4, clerk=4)
 OWNED = "soma_router_partitions_owned"
 
@@ -19,13 +18,13 @@ async def test_brain_killed(pairs: FaultyStack) -> None:
     recoveries = Recoveries("kill -9 of one of two brains", 2.0)
     async with Load(pairs, ERRANDS) as load:
         await load.flows()
-        for brain in ("cognition-0", "cognition-1"):
+        for brain in ("cognition-0", "cognition-1") * 2:
             killed_at = await pairs.kill9(brain)
             await load.flows(each=4)
-            recoveries.add(load.session_silence(killed_at))
+            recoveries.add(load, killed_at)
             await pairs.is_up(brain)
             await _both_brains(pairs)
-        recoveries.hold(await load.finish())
+        await recoveries.hold(load)
     assert not pairs.deaths
 
 
@@ -34,14 +33,15 @@ async def test_brain_frozen(pairs: FaultyStack) -> None:
     recoveries = Recoveries("SIGSTOP of one of two brains", HEARTBEATS_S + 2.0)
     async with Load(pairs, ERRANDS) as load:
         await load.flows()
-        frozen_at = pairs.freeze("cognition-0")
-        await asyncio.sleep(HEARTBEATS_S + 0.5)
-        await load.flows(each=4)
-        recoveries.add(load.session_silence(frozen_at))
-        pairs.thaw("cognition-0")
-        await _both_brains(pairs)
-        await load.flows(each=4)
-        recoveries.hold(await load.finish())
+        for brain in ("cognition-0", "cognition-1"):
+            frozen_at = pairs.freeze(brain)
+            await asyncio.sleep(HEARTBEATS_S + 0.5)
+            await load.flows(each=4)
+            recoveries.add(load, frozen_at)
+            pairs.thaw(brain)
+            await _both_brains(pairs)
+            await load.flows(each=2)
+        await recoveries.hold(load)
     assert not pairs.deaths
 
 
@@ -53,10 +53,10 @@ async def test_router_killed(pairs: FaultyStack) -> None:
             await load.flows()
             killed_at = await pairs.kill9(router)
             await load.flows(each=2)
-            recoveries.add(load.silence(killed_at))
+            recoveries.add(load, killed_at)
             await pairs.is_up(router)
         await _both_own(pairs)
-        recoveries.hold(await load.finish())
+        await recoveries.hold(load)
     assert not pairs.deaths
 
 
@@ -69,11 +69,11 @@ async def test_router_stays_dead(pairs: FaultyStack) -> None:
         pairs.hold_down("router-1")
         killed_at = await pairs.kill9("router-1")
         await load.flows(each=2)
-        recoveries.add(load.silence(killed_at))
+        recoveries.add(load, killed_at)
         pairs.let_up("router-1")
         await pairs.is_up("router-1")
         await _both_own(pairs)
-        recoveries.hold(await load.finish())
+        await recoveries.hold(load)
     assert not pairs.deaths
 
 
@@ -86,7 +86,7 @@ async def test_zombie_router(pairs: FaultyStack) -> None:
         frozen_at = pairs.freeze("router-0")
         locks = asyncio.create_task(database.watch_locks("router-0", 7.0))
         await load.flows(each=2)
-        recoveries.add(load.silence(frozen_at))
+        recoveries.add(load, frozen_at)
         await locks
         print(f"longest lock of the frozen router: {database.longest_lock_s:.3f} s")
         assert database.longest_lock_s < 1.0
@@ -102,7 +102,7 @@ async def test_zombie_router(pairs: FaultyStack) -> None:
         back_at = min(c.at for c in commits if c.writer.startswith("router-0") and c.at > woken_at)
         said = [entry for entry in speech.batches["router-0"] if woken_at < entry[0] < back_at]
         assert not said, f"before it held a partition again, the zombie said {said} (woken at {woken_at})"
-        recoveries.hold(await load.finish())
+        await recoveries.hold(load)
     assert not pairs.deaths
 
 
