@@ -169,6 +169,10 @@ class TurnRunner:
             # The message turned out to be a retry, or its key was used for something else: the mailbox knows, not
             # this turn.
             self._release(turn)
+            message = turn.inputs[0]
+            if message.position in session.partition.pending and not message.fault:
+                # It is in the mailbox, written apart from this start because something in their group was refused.
+                self._state.requeue(session, message)
             self._next(session)
             return
         if item.spec is not None:

@@ -1,0 +1,238 @@
+"""The turn engine in memory: real ingest, scheduler, runner and committer; a mailbox, brains and tools that a test
+plays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from google.protobuf.message import Message as ProtoMessage
+from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn
+from soma.common.v1.message_pb2 import Message, Part
+from soma.common.v1.turn_pb2 import Delivery, StepBody
+from soma.controlplane.v1.agent_service_pb2 import Agent
+from soma.controlplane.v1.tenant_service_pb2 import Tenant
+from soma.router.v1.inbound_pb2 import InBatch, Inbound
+
+from services.router.application.brains import BrainPool
+from services.router.application.commit_group import GroupCommitter
+from services.router.application.group import Group, GroupResult, SessionFacts
+from services.router.application.ingest_messages import Ingest
+from services.router.application.items import KEY_REUSED, EndItem, Entry
+from services.router.application.run_turns import TurnRunner
+from services.router.application.state import RouterState
+from services.router.domain.partition import Partition
+from services.router.domain.turn import Outcome, StepKind
+from soma_common.layout import BATCH_FORMAT, LaneLayout
+from soma_common.testing.eventually import eventually
+from tests.unit.router.builders import TENANT, a_partition
+
+
+class MemoryStore:
+    """Does to dictionaries what router.commit_group does to tables, as far as the engine can tell."""
+
+    def __init__(self) -> None:
+        self.messages: dict[tuple[bytes, bytes], tuple[int, int]] = {}
+        self.hashes: dict[bytes, bytes] = {}
+        self.turns: dict[bytes, str] = {}
+        self.steps: dict[tuple[bytes, int], bytes] = {}
+        self.refuse: Callable[[Group], BaseException | None] = lambda _: None
+        self.gate: asyncio.Event | None = None
+        self.groups = 0
+
+    async def commit(self, group: Group) -> GroupResult:
+        await asyncio.sleep(0)
+        if self.gate is not None:
+            await self.gate.wait()
+        error = self.refuse(group)
+        if error is not None:
+            raise error
+        self.groups += 1
+        inserted, reused, sessions = set(), set(), {}
+        for row in zip(*group.messages, strict=True):
+            partition, position, session, message, digest, *_ = row
+            fault = row[9]
+            if (message, digest) in self.messages:
+                continue
+            if self.hashes.setdefault(message, digest) != digest:
+                fault = KEY_REUSED
+            self.messages[message, digest] = (partition, position)
+            inserted.add((partition, position))
+            sessions[session] = SessionFacts(0, 0, 0)
+            if fault == KEY_REUSED:
+                reused.add((partition, position))
+        started = set()
+        for turn, _, partition, _, _, first, _, _, fresh in zip(*group.turns, strict=True):
+            if fresh and ((partition, first) not in inserted or (partition, first) in reused):
+                continue
+            assert turn not in self.turns, "a turn id is used once"
+            self.turns[turn] = "running"
+            started.add(turn)
+        for turn, step, _, _, _, body in zip(*group.steps, strict=True):
+            assert (turn, step) not in self.steps, "a step is journaled once"
+            self.steps[turn, step] = body
+        for turn, *_ in zip(*group.ends, strict=True):
+            assert self.turns[turn] == "running", "a turn ends once"
+            self.turns[turn] = "ended"
+        return GroupResult(frozenset(inserted), frozenset(reused), sessions, frozenset(started))
+
+
+class Brain:
+    """A link to a brain; what it was told."""
+
+    def __init__(self, credit: int = 100, name: str = "brain-0") -> None:
+        self.brain = name
+        self.credit = credit
+        self.starts: list[StartTurn] = []
+        self.confirms: list[tuple[bytes, int, int]] = []
+        self.stops: list[tuple[bytes, int]] = []
+
+    def start(self, start: StartTurn) -> None:
+        self.starts.append(start)
+
+    def confirm(self, turn_id: bytes, dispatch: int, step: int) -> None:
+        self.confirms.append((turn_id, dispatch, step))
+
+    def stop(self, turn_id: bytes, dispatch: int) -> None:
+        self.stops.append((turn_id, dispatch))
+
+
+class Directory:
+    """One agent for everybody."""
+
+    def __init__(self) -> None:
+        self.has_agent = True
+
+    def tenant(self, tenant: str) -> Tenant | None:
+        return Tenant(name=f"tenants/{tenant}")
+
+    def agent(self, tenant: str, agent: str) -> Agent | None:
+        return Agent(name=f"tenants/{tenant}/agents/{agent}", revision="r1") if self.has_agent else None
+
+
+class Silent:
+    """Nobody watches."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class Engine:
+    """Eight partitions, all ours, and one brain."""
+
+    def __init__(self, max_strikes: int = 3) -> None:
+        self.store, self.directory, self.brain = MemoryStore(), Directory(), Brain()
+        self.state = RouterState(LaneLayout(8, 1), cast(Any, self.directory), 100, 100)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.ended: list[EndItem] = []
+        self.settled: list[bytes] = []
+        self.brains = BrainPool()
+        self.runner = TurnRunner(
+            self.state, self.brains, cast(Any, self), cast(Any, self), cast(Any, Silent()), self.spawn,
+            self.ended.append, max_strikes=max_strikes, stuck_margin_s=5.0,
+        )  # fmt: skip
+        self.ingest = Ingest(self.state, self.runner, self.on_cancel)
+        self.committer = GroupCommitter(self.store, self.ingest.compose, self.end_fenced, lambda: None)
+        self.runner.committer = self.ingest.committer = self.committer
+        self.seq = 0
+        for number in range(8):
+            partition = self.state.partitions[number] = a_partition(number)
+            partition.attached = True
+        self.connect(self.brain)
+
+    # ---- ports
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def on_cancel(self, entry: Entry, partition: Partition) -> None:
+        session = self.state.session(partition, entry.inbound.session_id)
+        assert session is not None
+        self.runner.cancel(session, entry.message.position, entry.inbound.cancel_turn_id or None)
+
+    def end_fenced(self, numbers: frozenset[int]) -> None:
+        for number in numbers:
+            partition = self.state.partitions.get(number)
+            if partition is not None:
+                self.runner.end_terms(self.state.forget_partition(partition))
+
+    async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
+        return []
+
+    async def settle(self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str]) -> bytes:
+        self.settled.append(reply)
+        return b"settled"
+
+    # ---- what happens
+
+    def connect(self, brain: Brain) -> None:
+        """A brain comes."""
+        self.brains.add(cast(Any, brain))
+        if hasattr(self, "committer"):
+            self.runner.assign()
+
+    def disconnect(self, brain: Brain) -> None:
+        """A brain is gone."""
+        self.runner.on_link_down(cast(Any, brain))
+
+    def accept(self, *items: Inbound) -> None:
+        """A batch comes by the lane."""
+        self.seq += 1
+        batch = InBatch(format=BATCH_FORMAT, tenant=TENANT, items=items)
+        self.ingest.on_message(0, TENANT, "stream", self.seq, f"b{self.seq}", batch.SerializeToString())
+
+    def propose(
+        self, start: StartTurn, kind: StepKind, step: int, *, answer: ProtoMessage | None = None,
+        brain: Brain | None = None, inputs_seen: int = 1,
+    ) -> None:  # fmt: skip
+        """The brain proposes a step of a turn it was told to start."""
+        proposal = Proposal(
+            turn_id=start.turn_id,
+            dispatch=start.dispatch,
+            step=step,
+            kind=cast(Any, int(kind)),
+            body=StepBody(format=1).SerializeToString(),
+            inputs_seen=inputs_seen,
+            answer=answer.SerializeToString() if answer is not None else b"",
+        )
+        self.runner.on_proposals(cast(Any, brain or self.brain), [proposal])
+
+    def answer(self, start: StartTurn, text: str, step: int = 1) -> None:
+        """The brain proposes the final message."""
+        self.propose(start, StepKind.FINAL, step, answer=Message(parts=[Part(text=text)]))
+
+    async def started(self, count: int, brain: Brain | None = None) -> list[StartTurn]:
+        """Waits until a brain was told to start so many turns in all."""
+        starts = (brain or self.brain).starts
+        await eventually(lambda: len(starts) >= count, what=f"{count} starts, there are {len(starts)}")
+        return starts
+
+    async def outcomes(self, count: int) -> list[tuple[Outcome, Delivery]]:
+        """Waits until so many turns have ended in all."""
+        await eventually(lambda: len(self.ended) >= count, what=f"{count} ends")
+        return [(item.outcome, item.answer) for item in self.ended]
+
+    async def quiet(self) -> None:
+        """Waits until nothing happens any more by itself."""
+        for _ in range(50):
+            await asyncio.sleep(0.002)
+        assert len(self.committer) == 0
+
+
+@asynccontextmanager
+async def running_engine(max_strikes: int = 3) -> AsyncIterator[Engine]:
+    """An engine whose committer runs."""
+    engine = Engine(max_strikes)
+    committing = asyncio.create_task(engine.committer.run())
+    try:
+        yield engine
+        assert not committing.done(), committing
+    finally:
+        for task in [committing, *engine.tasks]:
+            task.cancel()
+        await asyncio.gather(committing, *engine.tasks, return_exceptions=True)
