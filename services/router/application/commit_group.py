@@ -14,11 +14,17 @@ from typing import Final
 import structlog
 
 from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
+from services.router.application.items import IngestItem
 from services.router.application.ports import GroupWriter
 from soma_common.gather import Gather
 from soma_common.telemetry.metrics import SIZE_BUCKETS, counter, histogram
 
 _GROUP_LIMIT: Final = 1024
+_GROUP_WEIGHT: Final = 2048
+"""Most rows a group asks answers about, unless a single item has more: the answer has to fit the connection's buffer.
+The server waits with the transaction open for a client that does not read a longer one, so a frozen router would hold
+its partitions' rows.
+"""
 _LINGER_S: Final = 0.002
 _LINGER_AFTER: Final = 8
 _LINGER_BELOW: Final = 32
@@ -79,11 +85,12 @@ class GroupCommitter:
                 taken += self._gather.take_now(_GROUP_LIMIT)
             self._nudged = False
             items = [item for item in taken if item is not None]
-            self._compose(items)
             previous = len(items)
-            if items:
-                GROUP_ITEMS.observe(len(items))
-                await self._write(items)
+            for group in _cut(items):
+                self._compose(group)
+                if group:
+                    GROUP_ITEMS.observe(len(group))
+                    await self._write(group)
 
     async def _write(self, items: list[CommitItem]) -> None:
         """Writes items in one group; without those of partitions that turn out to be lost, until none is or all are."""
@@ -141,3 +148,17 @@ class GroupCommitter:
             return
         for item in items:
             await self._write([item])
+
+
+def _cut(items: list[CommitItem]) -> list[list[CommitItem]]:
+    """The items in groups that are not too heavy, in order; one empty group if there are none."""
+    groups: list[list[CommitItem]] = [[]]
+    weight = 0
+    for item in items:
+        more = len(item.entries) if isinstance(item, IngestItem) else 1
+        if groups[-1] and weight + more > _GROUP_WEIGHT:
+            groups.append([])
+            weight = 0
+        groups[-1].append(item)
+        weight += more
+    return groups

@@ -11,7 +11,7 @@ from services.router.application.commit_group import GroupCommitter
 from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
 from services.router.domain.partition import Partition
 from soma_common.testing.eventually import eventually
-from tests.unit.router.builders import NOTHING, a_partition
+from tests.unit.router.builders import NOTHING, a_partition, inbound, ingest
 
 
 @dataclass(slots=True, eq=False)
@@ -247,3 +247,20 @@ async def test_under_load_a_small_group_waits_a_little_for_company(world: World)
         second = world.put(2)
         await told(first + second)
     assert [len(group) for group in world.writer.groups] == [8, 2]
+
+
+async def test_a_group_is_cut_before_its_answer_gets_too_long(world: World) -> None:
+    """After an outage thousands of messages have gathered; each cut is composed for itself, so that turns start in the
+    group of their message.
+    """
+    p = world.partitions[0]
+    mails = [ingest(p, seq, *(inbound(f"{seq}-{n}") for n in range(1000))) for seq in range(1, 6)]
+    mails.append(ingest(p, 6, *(inbound(f"6-{n}") for n in range(5000))))
+    for mail in mails:
+        world.committer.put(mail)
+    last = world.put(0)
+    async with world.running():
+        assert await told(last) == ["committed"]
+    assert world.composed == [2, 2, 1, 1, 1]
+    assert p.mail_head == 10_000
+    assert p.cursor.seq == 6
