@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 PRESENCE_S: Final = 3.0
 """A gateway that is silent for so long has no adapters."""
+STREAM_GRACE_S: Final = 1.0
+"""How long deliveries in hand wait for the instance whose stream is gone."""
+GATEWAY_GRACE_S: Final = 3.0
+"""The same when its whole gateway is silent: the instance has to find another, or to wait for that one's restart."""
 _PAGE: Final = 256
 _IN_MEMORY: Final = 20_000
 """Most deliveries of all channels held in memory."""
@@ -59,6 +63,9 @@ class _Pending:
     """Who has it in hand."""
     sent_at: float = 0.0
     not_before: float = 0.0
+    awaits: str = ""
+    """The instance that had it when its stream went away: it may have processed it, so until `not_before` only it is
+    given it again."""
     tries: int = 0
 
 
@@ -186,11 +193,16 @@ class DeliveryDesk:
     def _send(self, line: _Line) -> None:
         """Hands the first delivery of a session over, if somebody can take it."""
         pending = line.items[0]
-        if pending.stream is not None or line.queued_at is not None or pending.not_before > monotonic():
+        if pending.stream is not None or line.queued_at is not None:
             return
-        stream = self._choose(pending.session_id, pending.key)
+        if pending.not_before > monotonic():
+            streams = self._streams.get(pending.key, {}).values()
+            stream = next((s for s in streams if s.instance == pending.awaits), None)
+        else:
+            stream = self._choose(pending.session_id, pending.key)
         if stream is None:
             return
+        pending.awaits = ""
         if not stream.has_room:
             stream.waiting.append(pending.session_id)
             line.queued_at = stream
@@ -286,8 +298,10 @@ class DeliveryDesk:
 
     # ---- who is there
 
-    def on_presence(self, tenant: str, presence: Presence) -> None:
-        """A gateway says which adapters of a tenant it has."""
+    def on_presence(self, tenant: str, presence: Presence, grace_s: float = STREAM_GRACE_S) -> None:
+        """A gateway says which adapters of a tenant it has. What those had in hand that are gone waits `grace_s` for
+        their instances to come back, here or elsewhere.
+        """
         gateway = presence.gateway
         if presence.streams:
             self._gateways[gateway, tenant] = monotonic()
@@ -296,7 +310,7 @@ class DeliveryDesk:
         announced = {stream.stream: stream for stream in presence.streams}
         for streams in [s for (t, _), s in self._streams.items() if t == tenant]:
             for known in [s for s in streams.values() if s.gateway == gateway and s.stream not in announced]:
-                self._leave(known)
+                self._leave(known, grace_s)
         changed: set[ChannelKey] = set()
         arrived: set[int] = set()
         for number, stream in announced.items():
@@ -306,10 +320,11 @@ class DeliveryDesk:
             streams = self._streams.setdefault(key, {})
             known_stream = streams.get(number)
             if known_stream is None:
-                for older in [s for s in streams.values() if s.instance == stream.instance and s.stream < number]:
-                    self._leave(older)
-                if any(s.instance == stream.instance for s in streams.values()):
+                others = [s for s in streams.values() if s.instance == stream.instance]
+                if any(s.stream > number for s in others):
                     continue  # the same instance has a newer stream at another gateway
+                for older in others:
+                    self._leave(older, STREAM_GRACE_S)
                 streams[number] = AdapterStream(
                     gateway, number, tenant, stream.channel, stream.instance, stream.window, stream.live
                 )
@@ -362,8 +377,10 @@ class DeliveryDesk:
             while len(self._processed) > _RECENT_PROCESSED:
                 self._processed.popitem(last=False)
 
-    def _leave(self, stream: AdapterStream) -> None:
-        """An adapter is gone: what it had in hand goes to another, or waits."""
+    def _leave(self, stream: AdapterStream, grace_s: float) -> None:
+        """An adapter is gone: what waited for it goes to others; what it had in hand too, unless its instance is back
+        in time.
+        """
         streams = self._streams.get((stream.tenant, stream.channel), {})
         streams.pop(stream.stream, None)
         self._choices.clear()
@@ -372,8 +389,11 @@ class DeliveryDesk:
         for line in freed:
             line.queued_at = None
             if line.items[0].stream is stream:
-                line.items[0].tries -= 1
-                self._take_back(line.items[0])
+                pending = line.items[0]
+                pending.tries -= 1
+                self._take_back(pending)
+                pending.awaits, pending.not_before = stream.instance, monotonic() + grace_s
+                self._delayed[pending.session_id] = None
             self._send(line)
 
     def _wake(self, key: ChannelKey) -> None:
@@ -392,7 +412,7 @@ class DeliveryDesk:
         now = monotonic()
         for gateway, tenant in [k for k, heard in self._gateways.items() if heard < now - PRESENCE_S]:
             log.warning("router.gateway_silent", gateway=gateway, tenant=tenant)
-            self.on_presence(tenant, Presence(gateway=gateway))
+            self.on_presence(tenant, Presence(gateway=gateway), GATEWAY_GRACE_S)
         for session_id in list(self._delayed):
             line = self._lines.get(session_id)
             if line is None:

@@ -354,7 +354,21 @@ async def test_what_a_stream_had_in_hand_goes_to_another_without_counting(world:
     one = world.outcome(world.session())
     world.adapter(2, "b", gateway="g2")
     world.gone("g1")
+    assert world.sent == [(1, one, 1)], "its instance may have processed it and be about to come back"
+    world.sweep_after(1.1, "g2")
     assert world.sent == [(1, one, 1), (2, one, 1)]
+
+
+async def test_what_a_stream_had_in_hand_waits_for_its_instance(world: World) -> None:
+    """Another instance that comes first does not get it: it would be shown twice."""
+    world.adapter(1, "a", gateway="g1")
+    one = world.outcome(world.session())
+    world.adapter(2, "b", gateway="g2")
+    world.gone("g1")
+    world.adapter(3, "c", gateway="g3")
+    assert world.sent == [(1, one, 1)]
+    world.adapter(4, "a", gateway="g4")
+    assert world.sent == [(1, one, 1), (4, one, 1)]
 
 
 async def test_answers_wait_for_an_adapter(world: World) -> None:
@@ -384,6 +398,8 @@ async def test_a_silent_gateway_has_no_adapters(world: World) -> None:
     world.adapter(1, "a", gateway="g1")
     one = world.outcome(world.session())
     world.adapter(2, "b", gateway="g2")
+    world.sweep_after(3.1, "g2")
+    assert world.sent == [(1, one, 1)], "the instance is given time to find another gateway"
     world.sweep_after(3.1, "g2")
     assert world.sent[-1] == (2, one, 1)
 
