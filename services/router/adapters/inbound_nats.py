@@ -219,6 +219,8 @@ class LaneReader:
                 log.error("router.ingest_gap", cursor=cursor.seq, **facts)
                 # Everything that is there is read again: what is known already is dropped by its message id.
                 partition.read_seq = min(partition.read_seq, first - 1)
+            # What was read beyond the end is on its way to the mailbox; its sequences are given to other messages now.
+            partition.read_seq = min(partition.read_seq, last)
             start = min(start, partition.read_seq + 1)
         self.last_seq = min(self.last_seq, start - 1) if self.last_seq else start - 1
         return max(start, first, 1)

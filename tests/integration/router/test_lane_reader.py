@@ -178,6 +178,17 @@ async def test_a_cursor_beyond_the_end_of_the_stream_is_noticed(lane: Lane) -> N
     assert lane.mailbox.got[0] == numbers(0, 5)
 
 
+async def test_a_tail_that_was_read_and_then_lost_hides_nothing_that_takes_its_place(lane: Lane) -> None:
+    """The server has ten messages; the reader had five more in hand that it lost. The next five get their sequences."""
+    places = await lane.send_many(A, 0, 10)
+    partition = lane.own(0, places[7])
+    partition.read_seq = places[-1].seq + 5
+    lane.attach(partition)
+    await eventually(lambda: lane.reader._consumer is not None)
+    await lane.send_many(A, 100, 5)
+    await eventually(lambda: set(numbers(100, 5)) <= set(lane.mailbox.got[0]))
+
+
 async def test_only_the_partition_whose_cursor_does_not_fit_is_read_again(lane: Lane) -> None:
     places = [await lane.send(inbound(A, f"k{n}", b"a"), inbound(B, f"k{n}", b"b")) for n in range(10)]
     fits, does_not = lane.own(0, places[7]), lane.own(1, Cursor(places[7].stream, places[7].seq, "other"))
