@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
+from soma.common.v1.error_reason_pb2 import ErrorReason
 
 from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
-from services.router.application.items import IngestItem
+from services.router.application.items import DeadItem, IngestItem
 from services.router.application.ports import GroupWriter
 from soma_common.gather import Gather
 from soma_common.telemetry.metrics import SIZE_BUCKETS, counter, histogram
@@ -142,12 +143,36 @@ class GroupCommitter:
     async def _isolate(self, items: list[CommitItem], error: GroupRejected) -> None:
         """The database refuses something in the group: finds the item, so that the others do not wait for it."""
         log.error("router.group_rejected", items=len(items), error=str(error))
-        if len(items) == 1:
-            self._on_fenced(frozenset({items[0].partition.id}))
-            items[0].abandoned()
+        if len(items) > 1:
+            for each in items:
+                await self._write([each])
             return
-        for item in items:
-            await self._write([item])
+        item = items[0]
+        if isinstance(item, IngestItem) and item.entries:
+            await self._set_aside(item, error)
+            return
+        self._on_fenced(frozenset({item.partition.id}))
+        item.abandoned()
+
+    async def _set_aside(self, item: IngestItem, error: GroupRejected) -> None:
+        """Ingest is total: of what a lane message holds, what the database refuses becomes a dead letter. Were its
+        term ended instead, the partition would read the same message again, for ever.
+        """
+        if item.cursor is not None or len(item.entries) > 1:
+            for part in item.parts():
+                await self._write([part])
+            return
+        entry = item.entries[0]
+        refused = DeadItem(
+            item.partition,
+            entry.tenant,
+            entry.message.message_id,
+            ErrorReason.ERROR_REASON_ITEM_CORRUPT,
+            str(error),
+            entry.inbound.SerializeToString(),
+        )
+        item.abandoned()
+        await self._write([refused])
 
 
 def _cut(items: list[CommitItem]) -> list[list[CommitItem]]:

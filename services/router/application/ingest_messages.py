@@ -130,7 +130,7 @@ class Ingest:
 
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
-        self.backlog -= 1
+        self.backlog -= item.cursor is not None
         if result is None:
             return
         for entry in item.entries:

@@ -42,7 +42,8 @@ class IngestItem:
     """What one lane message holds for one partition: items into the mailbox, the cursor past it. Both or neither."""
 
     partition: Partition
-    cursor: Cursor
+    cursor: Cursor | None
+    """None in a part that another part follows: a cursor passes what is all in the mailbox."""
     entries: list[Entry]
     done: Callable[[IngestItem, GroupResult | None], None]
     """Called once, with None if nothing came of it."""
@@ -50,7 +51,8 @@ class IngestItem:
     def write(self, group: Group) -> None:
         """Gives the entries their positions."""
         move = group.move(self.partition)
-        move.cursor = self.cursor
+        if self.cursor is not None:
+            move.cursor = self.cursor
         for entry in self.entries:
             move.mail_head += 1
             message, inbound = entry.message, entry.inbound
@@ -74,6 +76,11 @@ class IngestItem:
     def abandoned(self) -> None:
         """The new owner reads the lane from the committed cursor."""
         self.done(self, None)
+
+    def parts(self) -> list[IngestItem]:
+        """One for each entry, and the cursor last: to find the entry that the database refuses."""
+        alone = [IngestItem(self.partition, None, [entry], self.done) for entry in self.entries]
+        return alone if self.cursor is None else [*alone, IngestItem(self.partition, self.cursor, [], self.done)]
 
 
 @dataclass(slots=True)

@@ -58,6 +58,7 @@ class Mailbox:
                 item.abandoned()
             elif isinstance(item, IngestItem):
                 self.got[item.partition.id] += [entry.inbound.content for entry in item.entries]
+                assert item.cursor is not None
                 item.partition.cursor = item.cursor
                 self.ingest.backlog -= 1
             elif isinstance(item, CursorItem):

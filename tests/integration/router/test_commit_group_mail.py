@@ -1,16 +1,19 @@
 """Ingest: every message is in the mailbox once, in order, whatever it holds and however often it comes."""
 
 import asyncio
+import random
 from time import monotonic
 
 import pytest
 
 from services.router.adapters.store_postgres import PostgresGroupWriter
+from services.router.application.commit_group import GroupCommitter
 from services.router.application.group import FenceLost, StoreLost
 from services.router.domain.partition import Cursor
 from services.router.domain.turn import Outcome
 from soma_common import ids
 from soma_common.failpoints import arm_failpoints
+from soma_common.testing.eventually import eventually
 from tests.integration.router.store import Store, end, start
 from tests.unit.router.builders import STREAM, a_session, a_turn, cancel, inbound, ingest
 
@@ -205,3 +208,21 @@ async def test_the_group_after_an_outage_is_written_in_time(store: Store) -> Non
     result = await store.commit(ingest(p, 1, *(inbound(f"s{n}") for n in range(8000))))
     assert len(result.inserted) == len(result.sessions) == 8000
     assert monotonic() - began < 5.0
+
+
+async def test_one_item_of_64_that_the_database_refuses_is_a_dead_letter_and_63_are_written(store: Store) -> None:
+    """Past every check of the router: a hash that no index takes. Written by the real committer, which finds it."""
+    p = await store.take(0)
+    items = [inbound(f"s{n}") for n in range(64)]
+    items[17].content_hash = random.Random(1).randbytes(20_000)
+    fenced: list[frozenset[int]] = []
+    committer = GroupCommitter(store.writer, lambda _: None, fenced.append, lambda: None)
+    committer.put(ingest(p, 7, *items))
+    committing = asyncio.create_task(committer.run())
+    await eventually(lambda: p.cursor.seq == 7)
+    committing.cancel()
+    await asyncio.gather(committing, return_exceptions=True)
+    assert len(await store.rows("messages", "partition, position")) == 63
+    [(ref, payload)] = await store.rows("dead_letters", "ref, payload")
+    assert (ref, payload) == (items[17].message_id, items[17].SerializeToString())
+    assert fenced == []

@@ -264,3 +264,33 @@ async def test_a_group_is_cut_before_its_answer_gets_too_long(world: World) -> N
     assert world.composed == [2, 2, 1, 1, 1]
     assert p.mail_head == 10_000
     assert p.cursor.seq == 6
+
+
+@pytest.mark.parametrize("count", [1, 64])
+async def test_of_a_lane_message_only_what_the_database_refuses_is_set_aside(world: World, count: int) -> None:
+    """Ending the term would have the partition read it again, for ever."""
+    p = world.partitions[0]
+    bad = inbound(key="k0", content=b"bad")
+    told: list[tuple[int, bool]] = []
+    mail = ingest(p, 7, bad, *(inbound(key=f"k{n}") for n in range(1, count)))
+    mail.done = lambda item, result: told.append((len(item.entries), item.cursor is not None))
+    after = Item(p, "after")
+
+    def refuse(group: Group) -> None:
+        if b"bad" in group.messages[13]:
+            raise GroupRejected("something nobody thought of")
+        contents.extend(group.messages[13])
+        payloads.extend(group.dead[6])
+
+    contents: list[object] = []
+    payloads: list[object] = []
+    world.writer.script = [refuse] * 200
+    world.committer.put(mail)
+    world.committer.put(after)
+    async with world.running():
+        await eventually(lambda: after.told == ["committed"])
+    assert contents == [b"hi"] * (count - 1)
+    assert payloads[0] == bad.SerializeToString()
+    assert world.fenced == []
+    assert p.cursor.seq == 7
+    assert [with_cursor for _, with_cursor in told].count(True) == 1, "the lane message is done with once"

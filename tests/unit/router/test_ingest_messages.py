@@ -178,7 +178,7 @@ def test_a_partition_whose_only_item_is_bad_moves_on() -> None:
     item = inbound(A)
     item.agent = "?"
     world.message(5, item)
-    assert [(mail.cursor.seq, mail.entries) for mail in world.mail] == [(5, [])]
+    assert [(mail.cursor, mail.entries) for mail in world.mail] == [(Cursor("stream", 5, "batch-5"), [])]
     assert world.state.partitions[0].read_seq == 5
 
 
@@ -198,7 +198,8 @@ def test_any_bytes_are_taken_in_some_way(data: bytes) -> None:
     world = World(*range(PARTITIONS))
     world.raw(1, data)
     world.message(2, *(inbound(f"s{n}") for n in range(30)))
-    assert sum(len(item.entries) for item in world.mail if item.cursor.seq == 2) == 30
+    second = Cursor("stream", 2, "batch-2")
+    assert sum(len(item.entries) for item in world.mail if item.cursor == second) == 30
 
 
 # ---- once it is written
