@@ -145,7 +145,8 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     committer = GroupCommitter(
         writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("connection to the database lost")
     )
-    runner.committer = ingest.committer = desk.committer = committer
+    runner.use(committer)
+    ingest.committer = desk.committer = committer
     for reader in readers:
         reader.committer = committer
     inbox = NatsInbox(client, router, desk, live.query)

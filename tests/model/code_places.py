@@ -32,7 +32,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "inputs_seen": (f"{ROUTER}.run_turns:TurnRunner._take",),
     "tombstone": (
-        f"{ROUTER}.run_turns:TurnRunner._converge",
+        f"{ROUTER}.cancel_turns:Canceller.converge",
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),

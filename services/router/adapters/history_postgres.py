@@ -131,6 +131,19 @@ class PostgresHistory:
             )
         return [StoredDelivery(*row) for row in map(tuple, rows)]
 
+    async def turn_answering(self, tenant: str, message_id: bytes, content_hash: bytes) -> bytes | None:
+        """The turn that takes the message with this content."""
+        async with self._as(tenant) as connection:
+            turn_id: bytes | None = await connection.fetchval(
+                "SELECT t.turn_id FROM router.messages m JOIN router.turns t ON t.session_id = m.session_id"
+                " AND m.position BETWEEN t.first_position AND t.last_position"
+                # Backwards: who asks has just sent it, and a session may have many turns.
+                " WHERE m.message_id = $1 AND m.content_hash = $2 ORDER BY t.number DESC LIMIT 1",
+                message_id,
+                content_hash,
+            )
+        return turn_id
+
     async def ended_turn(self, tenant: str, turn_id: bytes) -> tuple[Delivery, int, int] | None:
         """The outcome of an ended turn, its last dispatch and its number of steps."""
         turn = await self.turn(tenant, turn_id)

@@ -134,6 +134,9 @@ class HistoryStore(Protocol):
     ) -> list[StoredDelivery]:
         """Waiting outcomes of a channel in a partition beyond a position, in order."""
 
+    async def turn_answering(self, tenant: str, message_id: bytes, content_hash: bytes) -> bytes | None:
+        """The turn that takes the message with this content; None if there is none yet."""
+
     async def ended_turn(self, tenant: str, turn_id: bytes) -> tuple[Delivery, int, int] | None:
         """The outcome, the last dispatch and the number of steps of a turn that has ended; None if it has not."""
 

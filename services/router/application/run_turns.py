@@ -9,22 +9,22 @@ journal at a time; a stopped turn ends only when every call it was confirmed has
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from google.protobuf.message import DecodeError
-from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn, StopTurn, TurnText
+from soma.cognition.v1.cognition_service_pb2 import Proposal, StopTurn, TurnText
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import Error
 from soma.common.v1.turn_pb2 import Delivery, StepBody
-from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 
-from services.router.application.group import CommitItem, GroupResult, StoreLost
-from services.router.application.items import KEY_REUSED, CancelItem, DispatchItem, EndItem, StartItem, StepItem
-from services.router.domain.session import PendingCancel, QueuedMessage, Session, Turn
-from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnState, TurnStatus, after, replay
+from services.router.application.cancel_turns import Canceller
+from services.router.application.dispatch_turns import Dispatcher
+from services.router.application.group import CommitItem, GroupResult
+from services.router.application.items import KEY_REUSED, DispatchItem, EndItem, StartItem, StepItem
+from services.router.domain.session import QueuedMessage, Session, Turn
+from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnStatus, after
 from soma_common import ids
 from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
@@ -75,24 +75,26 @@ class TurnRunner:
     ) -> None:
         self._state = state
         self._brains = brains
-        self._history = history
-        self._tools = tools
         self._live = live
         self._spawn = spawn
         self._on_ended = on_ended
         self._max_strikes = max_strikes
-        self._stuck_margin_s = stuck_margin_s
-        self._orphans: deque[Turn] = deque()
-        """Turns that are durable and wait for a brain."""
+        self._dispatcher = Dispatcher(state, brains, history, live, spawn, self._agent_gone, stuck_margin_s)
+        self._canceller = Canceller(state, self._dispatcher, tools, spawn, self._ended)
+        self.assign = self._dispatcher.assign
+        self.cancel = self._canceller.cancel
         self._revisions: dict[tuple[str, str, str], None] = {}
         self._room = 0
-        self.committer: GroupCommitter
+
+    def use(self, committer: GroupCommitter) -> None:
+        """Names the committer that everything is written with; before anything runs."""
+        self.committer = self._dispatcher.committer = self._canceller.committer = committer
 
     # ---- starting
 
     def open_group(self) -> None:
         """Called before each group: turns started in it may not be more than the brains take."""
-        self._room = self._brains.room() - len(self._orphans)
+        self._room = self._dispatcher.room
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
@@ -183,31 +185,19 @@ class TurnRunner:
         self._state.running[turn.id] = turn
         failpoint("router.after_ingest_before_dispatch")
         if turn.status is TurnStatus.RUNNING:
-            self._dispatch(turn)
+            self._dispatcher.dispatch(turn)
 
     def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
         """Ends a turn as it starts: no brain can answer this message."""
         turn = self._new_turn(session, message, "")
-        return self._failure(
-            turn,
-            Error(
-                reason=reason,  # type: ignore[arg-type]
-                message=_EXPLAIN.get(reason, "the message cannot be answered"),
-            ),
-            True,
-        )
+        return self._failure(turn, _explained(reason), is_new=True)
 
     def _skip(self, session: Session, message: QueuedMessage) -> EndItem:
         """Ends a turn as it starts: it was cancelled before any brain saw it."""
         turn = self._new_turn(session, message, "")
         turn.in_flight = True
-        for cancel in session.cancels:
-            if cancel.waits_for is message:
-                cancel.waits_for = None
-        self._settle_cancels(session)
+        self._canceller.message_ended(session, message)
         return EndItem(session.partition, turn, Outcome.CANCELLED, [], Delivery(), self._ended, is_new=True)
-
-    # ---- dispatching
 
     def resume(self, turn: Turn) -> None:
         """Takes over a turn that the store says is running; its dispatch is already raised."""
@@ -215,117 +205,11 @@ class TurnRunner:
         self._state.scheduler.started(turn.session.key.tenant)
         RUNNING.inc()
         if turn.status is TurnStatus.CONVERGING:
-            self._spawn(self._converge(turn))
+            self._spawn(self._canceller.converge(turn))
         elif turn.strikes >= self._max_strikes:
             self._spawn(self._poisoned(turn))
         else:
-            self._dispatch(turn)
-
-    def assign(self) -> None:
-        """Gives waiting turns to brains: called whenever a brain may have room."""
-        while self._orphans:
-            turn = self._orphans[0]
-            if not self._runs(turn):
-                self._orphans.popleft()
-                continue
-            link = self._brains.take()
-            if link is None:
-                return
-            self._orphans.popleft()
-            self._begin(turn, link)
-        if self._state.scheduler.waiting and self._brains.room() > 0:
-            self.committer.nudge()
-
-    def _dispatch(self, turn: Turn) -> None:
-        link = self._brains.take()
-        if link is None or self._orphans:
-            if link is not None:
-                link.credit += 1
-            self._orphans.append(turn)
-            self.assign()
-            return
-        self._begin(turn, link)
-
-    def _begin(self, turn: Turn, link: BrainLink) -> None:
-        turn.link = link
-        turn.started_at = turn.progress_at = monotonic()
-        session = turn.session
-        if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
-            agent = self._state.directory.agent(session.key.tenant, session.key.agent)
-            if agent is not None and agent.revision == turn.revision:
-                self._send_start(turn, link, agent.spec, list(session.context))
-                return
-        self._spawn(self._load_and_start(turn, link, turn.dispatch))
-
-    async def _load_and_start(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
-        """Reads from the store what memory does not hold, then starts the turn."""
-        session, key = turn.session, turn.session.key
-        try:
-            if not turn.journal_loaded:
-                steps = await self._history.journal(key.tenant, turn.id)
-                turn.journal = [body for _, body in steps]
-                turn.state = replay([kind for kind, _ in steps])
-                turn.journal_loaded = True
-            missing = [m.position for m in turn.inputs if m.content is None]
-            if missing:
-                contents = await self._history.contents(key.tenant, session.partition.id, missing)
-                for message in turn.inputs:
-                    if message.content is None:
-                        message.content = contents[message.position]
-            spec = await self._spec(turn)
-            if spec is None:
-                self._end_unanswered(turn, dispatch, ErrorReason.ERROR_REASON_AGENT_GONE)
-                return
-            if session.context is None:
-                limit = spec.context_messages or DEFAULT_CONTEXT
-                context = await self._history.context(key.tenant, session.id, limit)
-                session.recall(context)
-            else:
-                context = list(session.context)
-        except StoreLost:
-            log.warning("router.load_failed", turn=turn.id.hex())
-            self._spawn(self._retry_later(turn, link, dispatch))
-            return
-        if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
-            self._send_start(turn, link, spec, context)
-
-    async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
-        await asyncio.sleep(_CONVERGE_RETRY_S)
-        if self._runs(turn) and turn.dispatch == dispatch and turn.link is link:
-            await self._load_and_start(turn, link, dispatch)
-
-    async def _spec(self, turn: Turn) -> AgentSpec | None:
-        key = turn.session.key
-        agent = self._state.directory.agent(key.tenant, key.agent)
-        if agent is not None and agent.revision == turn.revision:
-            return agent.spec
-        stored = await self._history.agent_spec(key.tenant, key.agent, turn.revision)
-        return AgentSpec.FromString(stored) if stored is not None else None
-
-    def _send_start(self, turn: Turn, link: BrainLink, spec: AgentSpec, context: list[bytes]) -> None:
-        key = turn.session.key
-        turn.patience_s = self._stuck_margin_s + (spec.step_timeout_ms or DEFAULT_STEP_TIMEOUT_MS) / 1000
-        start = StartTurn(
-            turn_id=turn.id,
-            dispatch=turn.dispatch,
-            agent_revision=turn.revision,
-            agent_spec=spec.SerializeToString(),
-            context=_newest(context, spec.context_messages or DEFAULT_CONTEXT),
-            inputs=[message.content or b"" for message in turn.inputs],
-            journal=turn.journal,
-            traceparent=turn.inputs[0].traceparent,
-        )
-        session = start.session
-        session.tenant, session.agent, session.channel, session.session = (
-            key.tenant,
-            key.agent,
-            key.channel,
-            key.session,
-        )
-        if turn.dispatch > 1:
-            self._live.restarted(turn)
-        self._live.state(turn)
-        link.start(start)
+            self._dispatcher.dispatch(turn)
 
     # ---- what brains say
 
@@ -348,7 +232,7 @@ class TurnRunner:
             after(turn.state, kind)
         except InvalidTransition as error:
             log.error("router.invalid_transition", turn=turn.id.hex(), error=str(error))
-            self._stop(turn)
+            turn.stop()
             failed = Error(reason=ErrorReason.ERROR_REASON_INVALID_TRANSITION, message=str(error))
             self.committer.put(self._failure(turn, failed))
             return
@@ -362,7 +246,7 @@ class TurnRunner:
             try:
                 (answer.message if kind == StepKind.FINAL else answer.error).ParseFromString(proposal.answer)
             except DecodeError:
-                self._stop(turn)
+                turn.stop()
                 text = "the brain's answer cannot be read"
                 self.committer.put(
                     self._failure(turn, Error(reason=ErrorReason.ERROR_REASON_ITEM_CORRUPT, message=text))
@@ -383,7 +267,7 @@ class TurnRunner:
         turn.text_length = 0
         self._live.step(turn, item.body)
         if turn.status is TurnStatus.CONVERGING:
-            self._spawn(self._converge(turn))
+            self._spawn(self._canceller.converge(turn))
         elif turn.link is not None:
             turn.link.confirm(turn.id, turn.dispatch, turn.step_count)
 
@@ -411,7 +295,7 @@ class TurnRunner:
 
     async def _redispatch_after(self, turn: Turn, link: BrainLink, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        if self._runs(turn) and turn.link is link:
+        if self._state.runs(turn) and turn.link is link:
             self._redispatch(turn, 0)
 
     def on_link_down(self, link: BrainLink) -> None:
@@ -424,15 +308,18 @@ class TurnRunner:
         """Restarts turns of which nothing was heard for too long."""
         now = monotonic()
         for turn in list(self._state.running.values()):
-            if turn.link is not None and not turn.in_flight and now - turn.progress_at > turn.patience_s:
+            if turn.in_flight or now - turn.progress_at <= turn.patience_s:
+                continue
+            turn.progress_at = now
+            if turn.status is TurnStatus.CONVERGING:
+                self._spawn(self._canceller.converge(turn))
+            elif turn.link is not None:
                 log.warning("router.turn_stuck", turn=turn.id.hex(), tenant=turn.session.key.tenant)
-                self._stop(turn)
+                turn.stop()
                 self._redispatch(turn, 1)
 
     def _redispatch(self, turn: Turn, strikes: int) -> None:
-        if turn.link is not None:
-            turn.link.credit += 1
-        turn.link = None
+        turn.let_go()
         turn.dispatch += 1
         turn.strikes += strikes
         turn.text.clear()
@@ -443,12 +330,12 @@ class TurnRunner:
 
     def _redispatched(self, turn: Turn) -> None:
         # Behind everything of the former dispatch that was on its way: what the journal got is in memory by now.
-        if not self._runs(turn) or turn.link is not None or turn.status is not TurnStatus.RUNNING:
+        if not self._state.runs(turn) or turn.link is not None or turn.status is not TurnStatus.RUNNING:
             return
         if turn.strikes >= self._max_strikes:
             self._spawn(self._poisoned(turn))
         else:
-            self._dispatch(turn)
+            self._dispatcher.dispatch(turn)
 
     # ---- ending
 
@@ -467,25 +354,17 @@ class TurnRunner:
             dead_letter,
         )
 
-    def _end_unanswered(self, turn: Turn, dispatch: int, reason: int) -> None:
-        if self._runs(turn) and turn.dispatch == dispatch and not turn.in_flight:
-            self._stop(turn)
-            self.committer.put(
-                self._failure(
-                    turn,
-                    Error(
-                        reason=reason,  # type: ignore[arg-type]
-                        message=_EXPLAIN.get(reason, ""),
-                    ),
-                )
-            )
+    def _agent_gone(self, turn: Turn, dispatch: int) -> None:
+        if self._state.runs(turn) and turn.dispatch == dispatch and not turn.in_flight:
+            turn.stop()
+            self.committer.put(self._failure(turn, _explained(ErrorReason.ERROR_REASON_AGENT_GONE)))
 
     async def _poisoned(self, turn: Turn) -> None:
-        if not await self._ensure_journal(turn):
+        if not await self._dispatcher.ensure_journal(turn):
             return
         text = f"the turn's brain or router died {turn.strikes} times while it ran; it is set aside as a dead letter"
         error = Error(reason=ErrorReason.ERROR_REASON_TURN_POISONED, message=text)
-        if self._runs(turn) and not turn.in_flight:
+        if self._state.runs(turn) and not turn.in_flight:
             self.committer.put(self._failure(turn, error, dead_letter=text))
 
     def _ended(self, item: EndItem) -> None:
@@ -502,7 +381,7 @@ class TurnRunner:
         else:
             if item.outcome is Outcome.FINAL:
                 said.append(item.answer.message.SerializeToString())
-            session.remember(said)
+            session.remember(said, turn.context_limit)
         if turn.link is not None and not item.is_new:
             turn.link.confirm(turn.id, turn.dispatch, turn.step_count + len(item.steps))
         if turn.started_at:
@@ -519,132 +398,28 @@ class TurnRunner:
         self._state.scheduler.ended(turn.session.key.tenant)
         RUNNING.dec()
         turn.session.turn = None
-        if turn.link is not None:
-            turn.link.credit += 1
-            turn.link = None
+        turn.let_go()
 
     def _next(self, session: Session) -> None:
         if session.queue:
             self._state.scheduler.add(session)
         else:
             self._state.idle(session)
-        if self._orphans:
-            self.assign()
+        if self._dispatcher.waiting:
+            self._dispatcher.assign()
         elif self._state.scheduler.waiting:
             self.committer.nudge()
-
-    # ---- stopping
-
-    def cancel(self, session: Session, position: int, target: bytes | None) -> None:
-        """A cancel reaches the session: it stops the turn that runs, else the next of what was accepted before it; or
-        only the turn that it names."""
-        cancel = PendingCancel(position)
-        session.cancels.append(cancel)
-        self._state.busy(session)
-        turn = session.turn
-        stopped: Turn | None = None
-        if turn is not None and turn.inputs[0].position < position and target in (None, turn.id):
-            stopped = turn
-            if turn.status is TurnStatus.RUNNING:
-                turn.status = TurnStatus.CONVERGING
-                self._stop(turn)
-        elif (message := _queued_target(session, position, target, turn is None)) is not None:
-            # It ends without a turn when it comes to it, in its order; until then the cancel is not done with.
-            message.cancelled = True
-            cancel.waits_for = message
-        self._settle_cancels(session, stopped)
-
-    def _settle_cancels(self, session: Session, stopped: Turn | None = None) -> None:
-        """Notes durably how far the session's cancels are done with, and which turn is to converge."""
-        done: list[int] = []
-        while session.cancels and session.cancels[0].waits_for is None:
-            done.append(session.cancels.popleft().position)
-        if done or stopped is not None:
-            self.committer.put(
-                CancelItem(session.partition, session.id, session.key.tenant, done, stopped, self._cancel_stored)
-            )
-
-    def _cancel_stored(self, item: CancelItem) -> None:
-        for position in item.positions:
-            item.partition.pending.pop(position, None)
-        turn = item.turn
-        if turn is not None and self._runs(turn) and not turn.in_flight:
-            self._spawn(self._converge(turn))
-        session = item.partition.sessions.get(item.session_id)
-        if session is not None and session.idle:
-            self._state.idle(session)
-
-    def _stop(self, turn: Turn) -> None:
-        if turn.link is not None:
-            turn.link.stop(turn.id, turn.dispatch)
-
-    async def _converge(self, turn: Turn) -> None:
-        """Closes the calls that the stopped turn was confirmed, then ends it: the transcript is valid for any model."""
-        if not await self._ensure_journal(turn):
-            return
-        steps: list[tuple[StepKind, bytes]] = []
-        key = turn.session.key
-        while turn.state is TurnState.TOOL_CALL and self._runs(turn):
-            try:
-                results = await self._tools.settle(
-                    key.tenant, turn.id, turn.step_count, turn.journal[-1], (key.agent, key.channel, key.session)
-                )
-            except ConnectionError as error:
-                log.warning("router.converge_waits", turn=turn.id.hex(), error=str(error))
-                await asyncio.sleep(_CONVERGE_RETRY_S)
-                continue
-            steps.append((StepKind.TOOL_RESULTS, results))
-            break
-        if self._runs(turn) and not turn.in_flight:
-            turn.in_flight = True
-            self.committer.put(EndItem(turn.session.partition, turn, Outcome.CANCELLED, steps, Delivery(), self._ended))
-
-    async def _ensure_journal(self, turn: Turn) -> bool:
-        while not turn.journal_loaded and self._runs(turn):
-            try:
-                steps = await self._history.journal(turn.session.key.tenant, turn.id)
-            except StoreLost:
-                await asyncio.sleep(_CONVERGE_RETRY_S)
-                continue
-            turn.journal = [body for _, body in steps]
-            turn.state = replay([kind for kind, _ in steps])
-            turn.journal_loaded = True
-        return self._runs(turn)
 
     def end_terms(self, turns: Iterable[Turn]) -> None:
         """Lets go of turns whose partition is not ours any more."""
         for turn in turns:
-            self._stop(turn)
+            turn.stop()
             RUNNING.dec()
-            if turn.link is not None:
-                turn.link.credit += 1
-                turn.link = None
-
-    def _runs(self, turn: Turn) -> bool:
-        return self._state.running.get(turn.id) is turn and not turn.session.partition.lost
+            turn.let_go()
 
 
-def _newest(context: list[bytes], limit: int) -> list[bytes]:
-    """The newest messages of a context: at most `limit`, and no more bytes than fit a frame beside other turns."""
-    size = 0
-    for count, message in enumerate(reversed(context)):
-        size += len(message)
-        if count == limit or size > MAX_CONTEXT_BYTES:
-            return context[len(context) - count :]
-    return context
-
-
-def _queued_target(session: Session, position: int, target: bytes | None, nothing_runs: bool) -> QueuedMessage | None:
-    """The waiting message that a cancel means: the one whose turn it names, or the next if it names none."""
-    for message in session.queue:
-        if message.position > position:
-            return None
-        if target is None:
-            if nothing_runs and not message.cancelled:
-                return message
-        elif ids.turn_id(session.id, message.message_id) == target:
-            return message
-    return None
+def _explained(reason: int) -> Error:
+    return Error(reason=reason, message=_EXPLAIN.get(reason, "the message cannot be answered"))  # type: ignore[arg-type]
 
 
 _EXPLAIN: Final[dict[int, str]] = {

@@ -48,7 +48,7 @@ class RouterState:
         """Takes a session into memory."""
         session = Session(id_, key, partition, turn_count, delivery_count)
         if turn_count == 0:
-            session.remember([])
+            session.remember([], 0)
         partition.sessions[id_] = session
         return session
 
@@ -85,6 +85,10 @@ class RouterState:
         """Puts a message back that was taken and cannot be answered yet."""
         self._queued_bytes += len(message.content or b"")
         session.queue.appendleft(message)
+
+    def runs(self, turn: Turn) -> bool:
+        """Whether a turn is this router's to go on with."""
+        return self.running.get(turn.id) is turn and not turn.session.partition.lost
 
     def forget_partition(self, partition: Partition) -> list[Turn]:
         """Drops a partition whose term has ended; returns the turns that were running in it."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from services.router.application.ports import HistoryStore, Outbox
     from services.router.application.state import RouterState
-    from services.router.domain.session import Session, Turn
+    from services.router.domain.session import QueuedMessage, Session, Turn
 
 INTEREST_S: Final = 10.0
 _MAX_INTERESTS: Final = 100_000
@@ -132,10 +132,13 @@ class LiveDesk:
             snapshot = self._in_memory(session, query)
             if snapshot is not None:
                 return snapshot
-        turn_id = query.turn_id or (ids.turn_id(query.session_id, query.message_id) if query.message_id else b"")
-        if not turn_id:
-            return WatchSnapshot()
         try:
+            turn_id = await self._turn_asked_for(tenant, query)
+            if not turn_id:
+                return WatchSnapshot()
+            running = self._state.running.get(turn_id)
+            if running is not None and running.session.key.tenant == tenant:  # its content was not in memory
+                return WatchSnapshot(known=True, events=self._so_far(running))
             ended = await self._history.ended_turn(tenant, turn_id)
         except StoreLost:
             return WatchSnapshot()
@@ -148,17 +151,22 @@ class LiveDesk:
         event.ended.CopyFrom(delivery)
         return WatchSnapshot(known=True, events=[event])
 
+    async def _turn_asked_for(self, tenant: str, query: WatchQuery) -> bytes | None:
+        if query.turn_id or not query.message_id:
+            return query.turn_id
+        if query.content_hash:
+            return await self._history.turn_answering(tenant, query.message_id, query.content_hash)
+        return ids.turn_id(query.session_id, query.message_id)
+
     def _in_memory(self, session: Session, query: WatchQuery) -> WatchSnapshot | None:
         turn = session.turn
         anything = not query.message_id and not query.turn_id
         if turn is not None and (
-            anything
-            or turn.id == query.turn_id
-            or any(message.message_id == query.message_id for message in turn.inputs)
+            anything or turn.id == query.turn_id or any(_is_meant(message, query) for message in turn.inputs)
         ):
             return WatchSnapshot(known=True, events=self._so_far(turn))
         for ahead, message in enumerate(session.queue):
-            if message.message_id == query.message_id or ids.turn_id(session.id, message.message_id) == query.turn_id:
+            if _is_meant(message, query) or ids.turn_id(session.id, message.message_id) == query.turn_id:
                 return WatchSnapshot(known=True, queued=True, ahead=ahead + (turn is not None))
         return None
 
@@ -169,6 +177,17 @@ class LiveDesk:
         if turn.text:
             events.append(_event(turn, text=TextDelta(offset=0, text="".join(turn.text))))
         return events
+
+
+def _is_meant(message: QueuedMessage, query: WatchQuery) -> bool:
+    """Whether a query asks for this message. One whose content memory does not hold is not told from another under
+    the same key: the store knows.
+    """
+    if message.message_id != query.message_id:
+        return False
+    if not query.content_hash:
+        return True
+    return message.content is not None and ids.content_hash(message.content) == query.content_hash
 
 
 def _event(

@@ -26,7 +26,6 @@ class BrainLink(Protocol):
         """Stops a turn there."""
 
 
-CONTEXT_MESSAGES: Final = 1000
 CONTEXT_BYTES: Final = 64 * 1024
 
 
@@ -92,8 +91,21 @@ class Turn:
     """Monotonic time of its last dispatch, in seconds."""
     progress_at: float = 0.0
     """Monotonic time of the last frame of the turn, in seconds."""
+    context_limit: int = 100
+    """Messages of the session that its agent is given."""
     patience_s: float = 65.0
     """How long nothing may be heard of it before it is restarted."""
+
+    def stop(self) -> None:
+        """Tells whoever runs it to stop."""
+        if self.link is not None:
+            self.link.stop(self.id, self.dispatch)
+
+    def let_go(self) -> None:
+        """Nobody runs it any more; the brain that did can take another."""
+        if self.link is not None:
+            self.link.credit += 1
+            self.link = None
 
     @property
     def step_count(self) -> int:
@@ -139,9 +151,9 @@ class Session:
         """What was said before, oldest first; None if it must be read from the store."""
         self.context_bytes = 0
 
-    def remember(self, said: list[bytes]) -> None:
-        """Adds to what was said before; forgets all of it once it is more than the cache keeps (then the store is
-        read).
+    def remember(self, said: list[bytes], keep: int) -> None:
+        """Adds to what was said before and keeps the newest `keep` messages; forgets all of it if they are more bytes
+        than the cache holds (then the store is read).
         """
         if self.context is None:
             if self.turn_count:
@@ -149,7 +161,7 @@ class Session:
             self.context = deque()
         self.context.extend(said)
         self.context_bytes += sum(map(len, said))
-        while len(self.context) > CONTEXT_MESSAGES:
+        while len(self.context) > keep:
             self.context_bytes -= len(self.context.popleft())
         if self.context_bytes > CONTEXT_BYTES:
             self.context, self.context_bytes = None, 0
@@ -157,7 +169,7 @@ class Session:
     def recall(self, said: list[bytes]) -> None:
         """Takes over what the store knows was said before."""
         self.context, self.context_bytes = deque(), 0
-        self.remember(said)
+        self.remember(said, len(said))
 
     @property
     def idle(self) -> bool:

@@ -136,7 +136,8 @@ class Engine:
         )  # fmt: skip
         self.ingest = Ingest(self.state, self.runner, self.on_cancel)
         self.committer = GroupCommitter(self.store, self.ingest.compose, self.end_fenced, lambda: None)
-        self.runner.committer = self.ingest.committer = self.committer
+        self.runner.use(self.committer)
+        self.ingest.committer = self.committer
         self.seq = 0
         for number in range(8):
             partition = self.state.partitions[number] = a_partition(number)

@@ -1,0 +1,199 @@
+"""Gives turns to brains, and tells them what they need: the agent, the context, the inputs and the journal so far."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from soma.cognition.v1.cognition_service_pb2 import StartTurn
+from soma.controlplane.v1.agent_service_pb2 import AgentSpec
+
+from services.router.application.group import StoreLost
+from services.router.domain.session import Turn
+from services.router.domain.turn import replay
+from soma_common.clock import monotonic
+
+if TYPE_CHECKING:
+    from services.router.application.brains import BrainPool
+    from services.router.application.commit_group import GroupCommitter
+    from services.router.application.ports import BrainLink, HistoryStore
+    from services.router.application.state import RouterState
+    from services.router.application.watch_turns import LiveDesk
+
+DEFAULT_CONTEXT: Final = 100
+DEFAULT_STEP_TIMEOUT_MS: Final = 60_000
+MAX_CONTEXT_BYTES: Final = 1024 * 1024
+RETRY_S: Final = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatcher:
+    """Turns that are durable and wait for a brain, and how they get one.
+
+    `on_agent_gone(turn, dispatch)` is told of a turn whose agent's revision nobody knows any more. A turn of which
+    nothing is heard for its agent's step timeout and `stuck_margin_s` is to be restarted.
+    """
+
+    def __init__(
+        self,
+        state: RouterState,
+        brains: BrainPool,
+        history: HistoryStore,
+        live: LiveDesk,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        on_agent_gone: Callable[[Turn, int], None],
+        stuck_margin_s: float,
+    ) -> None:
+        self._state = state
+        self._brains = brains
+        self._history = history
+        self._live = live
+        self._spawn = spawn
+        self._on_agent_gone = on_agent_gone
+        self._stuck_margin_s = stuck_margin_s
+        self._orphans: deque[Turn] = deque()
+        self.committer: GroupCommitter
+
+    @property
+    def room(self) -> int:
+        """How many turns could be started now, beside those that wait already."""
+        return self._brains.room() - len(self._orphans)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether turns wait for a brain."""
+        return bool(self._orphans)
+
+    def assign(self) -> None:
+        """Gives waiting turns to brains: called whenever a brain may have room."""
+        while self._orphans:
+            turn = self._orphans[0]
+            if not self._state.runs(turn):
+                self._orphans.popleft()
+                continue
+            link = self._brains.take()
+            if link is None:
+                return
+            self._orphans.popleft()
+            self._begin(turn, link)
+        if self._state.scheduler.waiting and self._brains.room() > 0:
+            self.committer.nudge()
+
+    def dispatch(self, turn: Turn) -> None:
+        """Has a turn that is durable run by a brain, after those that wait for one already."""
+        link = self._brains.take()
+        if link is None or self._orphans:
+            if link is not None:
+                link.credit += 1
+            self._orphans.append(turn)
+            self.assign()
+            return
+        self._begin(turn, link)
+
+    def _begin(self, turn: Turn, link: BrainLink) -> None:
+        turn.link = link
+        turn.started_at = turn.progress_at = monotonic()
+        session = turn.session
+        if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
+            agent = self._state.directory.agent(session.key.tenant, session.key.agent)
+            if agent is not None and agent.revision == turn.revision:
+                self._send_start(turn, link, agent.spec, list(session.context))
+                return
+        self._spawn(self._load_and_start(turn, link, turn.dispatch))
+
+    async def _load_and_start(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
+        """Reads from the store what memory does not hold, then starts the turn."""
+        session, key = turn.session, turn.session.key
+        try:
+            if not turn.journal_loaded:
+                await self._load_journal(turn)
+            missing = [m.position for m in turn.inputs if m.content is None]
+            if missing:
+                contents = await self._history.contents(key.tenant, session.partition.id, missing)
+                for message in turn.inputs:
+                    if message.content is None:
+                        message.content = contents[message.position]
+            spec = await self._spec(turn)
+            if spec is None:
+                self._on_agent_gone(turn, dispatch)
+                return
+            if session.context is None:
+                limit = spec.context_messages or DEFAULT_CONTEXT
+                context = await self._history.context(key.tenant, session.id, limit)
+                session.recall(context)
+            else:
+                context = list(session.context)
+        except StoreLost:
+            log.warning("router.load_failed", turn=turn.id.hex())
+            self._spawn(self._retry_later(turn, link, dispatch))
+            return
+        if self._state.runs(turn) and turn.dispatch == dispatch and turn.link is link:
+            self._send_start(turn, link, spec, context)
+
+    async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
+        await asyncio.sleep(RETRY_S)
+        if self._state.runs(turn) and turn.dispatch == dispatch and turn.link is link:
+            await self._load_and_start(turn, link, dispatch)
+
+    async def _spec(self, turn: Turn) -> AgentSpec | None:
+        key = turn.session.key
+        agent = self._state.directory.agent(key.tenant, key.agent)
+        if agent is not None and agent.revision == turn.revision:
+            return agent.spec
+        stored = await self._history.agent_spec(key.tenant, key.agent, turn.revision)
+        return AgentSpec.FromString(stored) if stored is not None else None
+
+    def _send_start(self, turn: Turn, link: BrainLink, spec: AgentSpec, context: list[bytes]) -> None:
+        key = turn.session.key
+        turn.patience_s = self._stuck_margin_s + (spec.step_timeout_ms or DEFAULT_STEP_TIMEOUT_MS) / 1000
+        turn.context_limit = spec.context_messages or DEFAULT_CONTEXT
+        start = StartTurn(
+            turn_id=turn.id,
+            dispatch=turn.dispatch,
+            agent_revision=turn.revision,
+            agent_spec=spec.SerializeToString(),
+            context=_newest(context, turn.context_limit),
+            inputs=[message.content or b"" for message in turn.inputs],
+            journal=turn.journal,
+            traceparent=turn.inputs[0].traceparent,
+        )
+        session = start.session
+        session.tenant, session.agent, session.channel, session.session = (
+            key.tenant,
+            key.agent,
+            key.channel,
+            key.session,
+        )
+        if turn.dispatch > 1:
+            self._live.restarted(turn)
+        self._live.state(turn)
+        link.start(start)
+
+    async def _load_journal(self, turn: Turn) -> None:
+        steps = await self._history.journal(turn.session.key.tenant, turn.id)
+        turn.journal = [body for _, body in steps]
+        turn.state = replay([kind for kind, _ in steps])
+        turn.journal_loaded = True
+
+    async def ensure_journal(self, turn: Turn) -> bool:
+        """Has the turn's journal in memory; False if the turn does not run here any more."""
+        while not turn.journal_loaded and self._state.runs(turn):
+            try:
+                await self._load_journal(turn)
+            except StoreLost:
+                await asyncio.sleep(RETRY_S)
+        return self._state.runs(turn)
+
+
+def _newest(context: list[bytes], limit: int) -> list[bytes]:
+    """The newest messages of a context: at most `limit`, and no more bytes than fit a frame beside other turns."""
+    size = 0
+    for count, message in enumerate(reversed(context)):
+        size += len(message)
+        if count == limit or size > MAX_CONTEXT_BYTES:
+            return context[len(context) - count :]
+    return context
