@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TypeAlias
 
 from google.protobuf.json_format import MessageToDict
@@ -51,6 +52,7 @@ class _Thread:
 
     sent: dict[bytes, SentMessage] = field(default_factory=dict)
     accepted: int = 0
+    cancels: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
 
 
@@ -89,6 +91,10 @@ class Story:
         """The sender gave up on a message whose fate it does not know."""
         self._threads[name].sent[message_id].is_unknown = True
 
+    def cancelled(self, name: SessionName) -> None:
+        """A cancel is about to be sent: one turn of the session, at most, may end as cancelled for it."""
+        self._threads[name].cancels += 1
+
     def delivered(self, tenant: str, channel: str, delivery: Delivery) -> None:
         """An adapter of this tenant and channel was shown a delivery, after the client's own removal of repetitions."""
         name = SessionName(tenant, delivery.agent, channel, delivery.session)
@@ -108,12 +114,13 @@ class Story:
     # ---- what it comes to
 
     def counts(self) -> dict[str, int]:
-        """Messages sent, accepted and answered, for reports."""
+        """Messages sent, accepted, answered, and those of them whose turn was stopped, for reports."""
         threads = self._threads.values()
         return {
             "sent": sum(len(thread.sent) for thread in threads),
             "accepted": sum(thread.accepted for thread in threads),
             "answered": sum(len(thread.deliveries) for thread in threads),
+            "cancelled": sum(delivery.outcome == Outcome.OUTCOME_CANCELLED for _, delivery in self.turns()),
         }
 
     def unanswered(self) -> list[bytes]:
@@ -163,6 +170,9 @@ class Story:
         positions = [delivery.position for delivery in thread.deliveries]
         if positions != list(range(1, len(positions) + 1)):
             yield f"delivery positions are {positions}"
+        stopped = sum(delivery.outcome == Outcome.OUTCOME_CANCELLED for delivery in thread.deliveries)
+        if stopped > thread.cancels:
+            yield f"{stopped} turns were cancelled by {thread.cancels} cancels"
         for delivery in thread.deliveries:
             yield from self._of_delivery(thread, delivery)
 
@@ -170,6 +180,8 @@ class Story:
         if delivery.outcome == Outcome.OUTCOME_ERROR:
             if delivery.error.reason not in self.tolerated:
                 yield f"turn {delivery.turn_id.hex()} ended with {_told(delivery)}"
+        elif delivery.outcome == Outcome.OUTCOME_CANCELLED:
+            return
         elif delivery.outcome != Outcome.OUTCOME_FINAL:
             yield f"turn {delivery.turn_id.hex()} ended as {Outcome.Name(delivery.outcome)}"
         else:
@@ -185,7 +197,7 @@ def journal_violations(
     tool_calls: Sequence[RecordedToolCall],
     once_only: frozenset[str],
 ) -> list[str]:
-    """What the journals (by turn, in hex) and the outside witnesses of the same turns do not agree on.
+    """What the journals of ended turns (by turn, in hex) and the outside witnesses of the same turns do not agree on.
 
     `model_calls` are (turn, step) as the model endpoint saw them; `once_only` are the tools that nobody may call twice
     under one key.
@@ -200,12 +212,14 @@ def journal_violations(
         numbers = [step.number for step in journal]
         if numbers != list(range(1, len(numbers) + 1)):
             found.append(f"turn {turn}: the journal's steps are {numbers}")
-        for step, after in zip(journal, [*journal[1:], None], strict=True):
+        for step, after in zip_longest(journal, journal[1:]):
             kind = step.body.WhichOneof("body")
             if kind in ("model_reply", "final") and (turn, step.number) not in model_saw:
                 found.append(f"turn {turn}: the model was never called for step {step.number}")
             if kind != "model_reply":
                 continue
+            if after is None:
+                found.append(f"turn {turn}: it ended with open calls")
             for call in step.body.model_reply.tool_calls:
                 key = ids.call_key(bytes.fromhex(turn), step.number, call.index)
                 journaled_keys.add(key)
@@ -231,6 +245,9 @@ def _of_call(
     result = next((r for r in after.body.tool_results.results if r.index == call.index), None)
     if result is None:
         yield f"{call.tool} has no result in the journal"
+    elif result.error.reason == ErrorReason.ERROR_REASON_TOOL_CANCELLED:
+        if recorded:
+            yield f"{call.tool} was called, and the journal says that it was cancelled before it ran"
     elif not recorded and result.error.reason != ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN:
         yield f"{call.tool} has a result in the journal, but was never called"
 

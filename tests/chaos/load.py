@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PARTITIONS: Final = 8
 PATIENCE_S: Final = 60.0
 ANSWERED_WITHIN_S: Final = 30.0
+CANCEL_WITHIN_S: Final = 0.15
 READ_AT_ONCE: Final = 16
 
 
@@ -52,6 +53,10 @@ class Mix:
     """Mean pause of a session after an answer."""
     ahead: int = 1
     """Messages of a session that may be unanswered."""
+    repeat: float = 0.05
+    """Part of the messages that are sent twice, under the same key."""
+    cancel: float = 0.0
+    """Part of the messages that are followed by a cancel."""
 
 
 @dataclass
@@ -68,7 +73,7 @@ class Load:
         self.channel = f"chaos-{uuid.uuid4().hex[:12]}"
         self.arrivals: dict[int, list[float]] = defaultdict(list)
         """By partition: when an outcome reached its adapter (monotonic)."""
-        self.session_arrivals: dict[SessionName, list[float]] = defaultdict(list)
+        self.session_arrivals: dict[SessionName, list[float]] = {}
         """The same by session."""
         self.receipts: list[float] = []
         """When receipts came (monotonic)."""
@@ -85,6 +90,7 @@ class Load:
         for tenant in self.tenants:
             await self.connect(tenant)
         for name in self._names():
+            self.session_arrivals[name] = []
             self._sessions.append(asyncio.create_task(self._converse(name), name=str(name)))
         return self
 
@@ -238,6 +244,13 @@ class Load:
         else:
             self.receipts.append(time.monotonic())
             self.story.accepted(name, key, receipt.message_id)
+            if self._random.random() < self.mix.repeat:
+                again = await self._send(name, key, text)
+                assert again.message_id == receipt.message_id, "the same key and content is the same message"
+            if self._random.random() < self.mix.cancel:
+                await asyncio.sleep(self._random.uniform(0, CANCEL_WITHIN_S))
+                self.story.cancelled(name)
+                await self._cancel(name, f"cancel-{key}")
         return answered
 
     async def _send(self, name: SessionName, key: str, text: str) -> Receipt:
@@ -249,12 +262,22 @@ class Load:
             except ClientClosed:  # Another stream has taken its place.
                 await asyncio.sleep(0.05)
 
+    async def _cancel(self, name: SessionName, key: str) -> None:
+        while True:
+            try:
+                await self._clients[name.tenant].cancel(
+                    name.agent, name.session, idempotency_key=key, patience_s=PATIENCE_S
+                )
+                return
+            except ClientClosed:
+                await asyncio.sleep(0.05)
+
     def _arrived(self, tenant: str, delivery: Delivery) -> None:
         self.story.delivered(tenant, self.channel, delivery)
         name = SessionName(tenant, delivery.agent, self.channel, delivery.session)
         now = time.monotonic()
         self.arrivals[ids.partition_of(name.id, PARTITIONS)].append(now)
-        self.session_arrivals[name].append(now)
+        self.session_arrivals.setdefault(name, []).append(now)
         for message_id in delivery.message_ids:
             if message_id in self._waiting:
                 self._waiting.pop(message_id).set()

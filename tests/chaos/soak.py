@@ -35,8 +35,8 @@ REPORTS: Final = Path(__file__).parents[2] / ".reports"
 ROUND_S: Final = 60.0
 REPLICAS: Final = {"gateway": 2, "router": 2, "cognition": 2}
 MIXES: Final = (
-    Mix(echo=8, slow=4, clerk=4),
-    Mix(echo=8, slow=2, clerk=2, pause_s=0.3, ahead=50),
+    Mix(echo=8, slow=4, clerk=4, cancel=0.1),
+    Mix(echo=8, slow=2, clerk=2, pause_s=0.3, ahead=50, cancel=0.02),
     Mix(echo=16, slow=0, clerk=0, pause_s=0.2, ahead=4),
 )
 RECOVERS_WITHIN_S: Final = 60.0

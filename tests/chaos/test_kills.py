@@ -30,3 +30,17 @@ async def test_killed_under_load(stack: FaultyStack, part: str, bar_s: float | N
             recoveries.add(load, killed_at)
         await recoveries.hold(load)
     assert not stack.deaths
+
+
+async def test_cancels_while_things_die(stack: FaultyStack) -> None:
+    """A stopped turn has one outcome, and no call that its transcript calls cancelled ever runs."""
+    async with Load(stack, Mix(echo=4, slow=8, clerk=8, cancel=0.4)) as load:
+        await load.flows()
+        for part in ("router-0", "cognition-0", "toolgw-0", "router-0"):
+            await stack.kill9(part)
+            await stack.is_up(part)
+            await load.flows(each=3)
+        counts = await load.finish()
+        assert counts["cancelled"], "no turn was stopped"
+        print(f"\nCANCELS while parts die: {counts}")
+    assert not stack.deaths
