@@ -49,14 +49,22 @@ class LiveWatcher:
         async with LiveWatcher(nc, session, partitions=8, message_id=id) as events:
             async for event in events: ...
 
-    Give `message_id` to watch the turn that answers a message, which need not be stored yet, or `turn_id`. Entering
+    Give `message_id` to watch the turn that answers a message, which need not be stored yet, or `turn_id`. With
+    `content_hash` it is the message with this content, should its key have been used for another one too. Entering
     returns when the owner has answered, or after `QUERY_TIMEOUT_S`. Leaving stops nothing.
 
     Iterating raises ResourceExhausted when the reader is so slow that the buffer is full: watch again to go on.
     """
 
     def __init__(
-        self, nc: Client, session: SessionName, *, partitions: int, message_id: bytes = b"", turn_id: bytes = b""
+        self,
+        nc: Client,
+        session: SessionName,
+        *,
+        partitions: int,
+        message_id: bytes = b"",
+        content_hash: bytes = b"",
+        turn_id: bytes = b"",
     ) -> None:
         self._nc = nc
         self._session = session
@@ -64,9 +72,13 @@ class LiveWatcher:
         self._live_subject = subjects.live(session.tenant, session_id)
         self._watch_subject = subjects.watch(session.tenant, partition_of(session_id, partitions))
         self._query = WatchQuery(
-            session_id=session_id, message_id=message_id, turn_id=turn_id, agent=session.agent
+            session_id=session_id,
+            message_id=message_id,
+            content_hash=content_hash,
+            turn_id=turn_id,
+            agent=session.agent,
         ).SerializeToString()
-        self._merge = TurnMerge(message_id=message_id, turn_id=turn_id)
+        self._merge = TurnMerge(message_id=message_id, turn_id=turn_id, by_snapshot=bool(content_hash))
         self._buffer: deque[tuple[LiveEvent, int]] = deque()
         self._buffered_bytes = 0
         self._overrun = False
@@ -130,17 +142,19 @@ class LiveWatcher:
         if self._reconnects != self._nc.stats["reconnects"]:
             self._merge.lost()
         self._give(self._merge.live(ours))
-        if self._merge.gap:
+        if self._merge.gap or self._merge.named:
             self._ask.set()
 
     async def _follow(self) -> None:
         """Asks the owner where the turn stands: at first, to renew the interest, and when something is missing."""
         while not (self._merge.ended or self._overrun or self._left):
             reconnects = self._nc.stats["reconnects"]
+            self._merge.named = False
             snapshot = await self._snapshot()
             if self._left:
                 return
-            self._ask.clear()
+            if not self._merge.named:  # else the answer may be older than the event that named our message
+                self._ask.clear()
             if snapshot is not None:
                 self._reconnects = reconnects
                 if snapshot.known:
@@ -164,7 +178,8 @@ class LiveWatcher:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.25):
                     await self._ask.wait()
-                    await asyncio.sleep(RETRY_S / 4)  # what is missing may be on its way
+                    if not self._merge.named:
+                        await asyncio.sleep(RETRY_S / 4)  # what is missing may be on its way
                     return
 
     async def _snapshot(self) -> WatchSnapshot | None:

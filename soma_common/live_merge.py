@@ -25,10 +25,15 @@ next fills in.
 class TurnMerge:
     """The place reached in one turn, chosen by its id or by a message that it answers. No I/O."""
 
-    def __init__(self, *, turn_id: bytes = b"", message_id: bytes = b"") -> None:
-        """Exactly one of the ids is given, 16 bytes."""
+    def __init__(self, *, turn_id: bytes = b"", message_id: bytes = b"", by_snapshot: bool = False) -> None:
+        """Exactly one of the ids is given, 16 bytes.
+
+        `by_snapshot`: a live event that names the message does not make its turn ours, as the message's key may have
+        been used for other content too, which has the same message id; only a snapshot tells.
+        """
         self._turn_id = turn_id
         self._message_id = message_id
+        self._by_snapshot = by_snapshot
         self._held: list[LiveEvent] = []
         self._dispatch = 0
         self._step = 0
@@ -39,6 +44,8 @@ class TurnMerge:
         self._state: TurnState.ValueType = TurnState.TURN_STATE_UNSPECIFIED
         self.gap = False
         """Whether something is missing, so that only a snapshot lets it go on."""
+        self.named = False
+        """Whether a live event named our message in a turn not known to be ours, so that a snapshot is to tell."""
         self.ended = False
         """Whether the event that ends the turn was given out."""
 
@@ -48,7 +55,7 @@ class TurnMerge:
         for event in events:
             if self.ended:
                 break
-            if self._foreign(event):
+            if self._foreign(event, learn=not self._by_snapshot):
                 continue
             if not self._turn_id or (self.gap and not self._begins(event)):
                 self._hold(event)
@@ -64,10 +71,11 @@ class TurnMerge:
         shown: list[LiveEvent] = []
         self.gap = False
         for event in sorted(events, key=_place):
-            if not self.ended and not self._foreign(event):
+            if not self.ended and not self._foreign(event, learn=True):
                 self._advance(event, shown, jump=True)
-        held, self._held = self._held, []
-        shown.extend(self.live(held))
+        if self._turn_id:
+            held, self._held = self._held, []
+            shown.extend(self.live(held))
         return shown
 
     def lost(self) -> None:
@@ -75,16 +83,22 @@ class TurnMerge:
         self.gap = True
 
     def unknown(self) -> None:
-        """The owner does not know the turn yet: what was held can only be about other turns."""
-        self._held.clear()
+        """The owner does not know the turn yet: what was held can only be about other turns, unless our message was
+        named since it was asked.
+        """
+        if not self.named:
+            self._held.clear()
 
-    def _foreign(self, event: LiveEvent) -> bool:
-        """Whether an event is about another turn. Learns our turn's id from the first event that names our message."""
+    def _foreign(self, event: LiveEvent, *, learn: bool) -> bool:
+        """Whether an event is about another turn. `learn`: an event that names our message tells our turn's id."""
         names_message = bool(self._message_id) and (
             self._message_id in event.message_ids
             or (event.WhichOneof("event") == "ended" and self._message_id in event.ended.message_ids)
         )
         if names_message and event.turn_id != self._turn_id:
+            if not learn:
+                self.named = True
+                return bool(self._turn_id)
             # The first, or another one that absorbed the message.
             self._turn_id = event.turn_id
             self._dispatch = 0

@@ -3,11 +3,15 @@
 import asyncio
 
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.common.v1.turn_pb2 import Outcome
+from soma.common.v1.message_pb2 import SessionKey
+from soma.common.v1.turn_pb2 import Delivery, Outcome
+from soma.gateway.v1.channel_service_pb2 import StreamTurnRequest
 from soma.router.v1.session_service_pb2 import GetSessionRequest
 from soma.router.v1.turn_service_pb2 import ListTurnsRequest
 
+from soma_common.client.channel_client import text_message
 from soma_common.ids import SessionName
+from soma_common.testing.eventually import eventually
 from tests.e2e.record import Record, answer
 from tests.e2e.stack import ECHO, WITNESS, Stack
 
@@ -87,6 +91,29 @@ async def test_the_same_key_with_other_content_is_an_error(stack: Stack, channel
     wrong = seen.of_session("s")[1]
     assert wrong.error.reason == ErrorReason.ERROR_REASON_IDEMPOTENCY_KEY_REUSED
     assert [delivery.position for delivery in seen.of_session("s")] == [1, 2, 3]
+
+
+async def test_a_reused_key_shows_its_own_outcome(stack: Stack, channel: str) -> None:
+    """Once while the turn of the first content runs, once after both have ended."""
+    key = SessionKey(tenant="demo", agent=WITNESS, channel=channel, session="s")
+
+    async def outcome(text: str) -> Delivery:
+        request = StreamTurnRequest(session=key, idempotency_key="one", message=text_message(text))
+        async with stack.channels() as gateway:
+            events = [event async for event in gateway.StreamTurn(request, timeout=30)]
+        assert not [event for event in events if event.live.HasField("text")] or text.startswith("slowly")
+        return events[-1].outcome
+
+    slow = f"slowly: {channel}"
+    first = asyncio.create_task(outcome(slow))
+    await eventually(lambda: stack.was_asked(slow), what="the model is asked")
+    refused = await outcome("something else")
+    assert (await first).outcome == Outcome.OUTCOME_FINAL
+    again = await outcome("something else")
+    for delivery in (refused, again):
+        assert delivery.error.reason == ErrorReason.ERROR_REASON_IDEMPOTENCY_KEY_REUSED
+        assert delivery.turn_id == refused.turn_id
+    assert (await outcome(slow)).message == (await first).message
 
 
 async def test_a_key_belongs_to_its_session(stack: Stack, channel: str) -> None:

@@ -23,10 +23,15 @@ class NatsWatches:
         self._partitions = partitions
 
     @asynccontextmanager
-    async def watch(self, key: SessionKey, message_id: bytes) -> AsyncIterator[AsyncIterator[LiveEvent]]:
+    async def watch(
+        self, key: SessionKey, message_id: bytes, content_hash: bytes
+    ) -> AsyncIterator[AsyncIterator[LiveEvent]]:
         """Watches the turn that answers a message."""
         session = SessionName(key.tenant, key.agent, key.channel, key.session)
-        async with LiveWatcher(self._nc, session, partitions=self._partitions, message_id=message_id) as events:
+        watcher = LiveWatcher(
+            self._nc, session, partitions=self._partitions, message_id=message_id, content_hash=content_hash
+        )
+        async with watcher as events:
             yield _translated(events)
 
 

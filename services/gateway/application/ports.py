@@ -69,10 +69,12 @@ class Routers(Protocol):
 class Watches(Protocol):
     """Looking at running turns."""
 
-    def watch(self, key: SessionKey, message_id: bytes) -> AbstractAsyncContextManager[AsyncIterator[LiveEvent]]:
+    def watch(
+        self, key: SessionKey, message_id: bytes, content_hash: bytes
+    ) -> AbstractAsyncContextManager[AsyncIterator[LiveEvent]]:
         """The events of the turn that answers a message, gap-free, last the one that says how it ended.
 
-        The message need not be stored yet. Entering returns once the turn's owner knows of the interest, or a
+        `content_hash` tells the message from another one that was sent under its key. The message need not be stored yet. Entering returns once the turn's owner knows of the interest, or a
         moment later. Iterating raises SlowWatcher when the reader is too slow.
         """
 

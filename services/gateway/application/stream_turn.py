@@ -10,7 +10,7 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 
 from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.ports import Watches
-from services.gateway.domain.admission import Submission
+from services.gateway.domain.admission import Submission, stored_content
 from services.gateway.domain.refusal import Refused
 from soma_common import ids
 
@@ -51,7 +51,8 @@ class StreamTurn:
         message_id = ids.message_id(
             submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
         )
-        async with self._watches.watch(submission.key, message_id) as events:
+        content_hash = ids.content_hash(stored_content(message))
+        async with self._watches.watch(submission.key, message_id, content_hash) as events:
             yield await self._send(submission, message)
             async for event in events:
                 if event.WhichOneof("event") == "ended":

@@ -83,6 +83,20 @@ def admit_cancel(submission: Submission, turn_id: bytes, *, now_ms: int) -> Inbo
     return inbound
 
 
+def stored_content(message: Message) -> bytes:
+    """The bytes that are stored of a message: the same for the same message. Sets an unset role.
+
+    Raises:
+        Refused: it is nested too deeply.
+    """
+    if message.role == Role.ROLE_UNSPECIFIED:
+        message.role = Role.ROLE_USER
+    try:
+        return message.SerializeToString(deterministic=True)
+    except EncodeError as error:
+        raise Refused(_INVALID, "message: nested too deeply") from error
+
+
 def _inbound(
     submission: Submission, kind: InboundKind.ValueType, content: bytes, digest: bytes, now_ms: int
 ) -> Inbound:
@@ -124,17 +138,12 @@ def _check_key(submission: Submission) -> None:
 
 
 def _content(message: Message, max_bytes: int) -> bytes:
-    """Checks the message and serializes it, the same message always to the same bytes."""
-    if message.role == Role.ROLE_UNSPECIFIED:
-        message.role = Role.ROLE_USER
-    elif message.role != Role.ROLE_USER:
+    """Checks the message and serializes it."""
+    if message.role not in (Role.ROLE_UNSPECIFIED, Role.ROLE_USER):
         raise Refused(_INVALID, "message.role: a channel speaks as ROLE_USER; send that or leave it unset")
     if not message.parts or all(_is_empty(part) for part in message.parts):
         raise Refused(ErrorReason.ERROR_REASON_CONTENT_EMPTY, "message.parts: nothing is said; send at least one part")
-    try:
-        content = message.SerializeToString(deterministic=True)
-    except EncodeError as error:
-        raise Refused(_INVALID, "message: nested too deeply") from error
+    content = stored_content(message)
     if len(content) > max_bytes:
         raise Refused(
             ErrorReason.ERROR_REASON_CONTENT_TOO_LARGE,

@@ -60,9 +60,11 @@ async def test_receipt_then_live_then_outcome(world: World) -> None:
     watching = asyncio.create_task(watch())
     await eventually(lambda: events)
     assert events[0].receipt.message_id == MESSAGE
-    assert world.router.queries[0].message_id == MESSAGE
     [(_, stored)] = await world.router.stored()
     assert not stored.deliver
+    asked = world.router.queries[0]
+    assert (asked.message_id, asked.content_hash) == (MESSAGE, stored.content_hash)
+    world.router.snapshot = WatchSnapshot(known=True, events=[begun()])
     await world.router.tell("s", begun(), text(0, "he"))
     await world.router.tell("s", text(2, "llo"))
     await world.router.tell("other", text(5, "!!!"))
@@ -77,6 +79,23 @@ async def test_a_turn_that_has_ended_is_answered_from_the_snapshot(world: World)
     stub = await world.stub(await world.gateway())
     events = [e async for e in stub.StreamTurn(REQUEST)]
     assert [e.WhichOneof("event") for e in events] == ["receipt", "outcome"]
+
+
+async def test_the_turn_of_other_content_under_the_same_key_is_not_shown(world: World) -> None:
+    """It names the message too, as the key makes the id; the owner says which turn answers this content."""
+    stub = await world.stub(await world.gateway())
+    refused = ended()
+    refused.turn_id = refused.ended.turn_id = b"r" * 16
+    events: list[StreamTurnResponse] = []
+    async for received in stub.StreamTurn(REQUEST):
+        events.append(received)
+        if received.HasField("receipt"):
+            await world.router.tell("s", begun(), text(0, "not ours"), ended())
+            await eventually(lambda: len(world.router.queries) >= 2)
+            world.router.snapshot = WatchSnapshot(known=True, events=[refused])
+            await world.router.tell("s", refused)
+    assert said(events) == ""
+    assert events[-1].outcome.turn_id == b"r" * 16
 
 
 async def test_a_refused_message_ends_the_call(world: World) -> None:

@@ -59,6 +59,10 @@ async def test_the_reader_of_one_tenant_never_sees_another(store: Store) -> None
     assert await history.session(MINE, theirs) is None
     assert await history.turn(MINE, turn) is None
     assert await history.ended_turn(MINE, turn) is None
+    message = inbound(tenant=THEIRS)
+    assert await history.turn_answering(THEIRS, message.message_id, message.content_hash) == turn
+    assert await history.turn_answering(THEIRS, message.message_id, b"other") is None
+    assert await history.turn_answering(MINE, message.message_id, message.content_hash) is None
     assert await history.steps(MINE, turn, 0, 10) == []
     assert await history.journal(MINE, turn) == []
     assert await history.messages(MINE, theirs, 0, 10) == []

@@ -183,3 +183,25 @@ def test_a_lost_restart_is_announced_by_the_watcher() -> None:
     assert [event.WhichOneof("event") for event in shown] == ["restarted", "text"]
     assert shown[0].restarted.from_step == 2
     assert screen(shown)[0] == {2: "right"}
+
+
+def test_a_turn_that_names_the_message_is_ours_only_once_a_snapshot_says_so() -> None:
+    """The key was used before for other content, whose turn still runs: what it does is not shown."""
+    merge = TurnMerge(message_id=MESSAGE, by_snapshot=True)
+    others = script_of([("say", "not ours")])
+    assert merge.live(others.events[:2]) == []
+    assert merge.named
+    assert merge.snapshot([]) == []
+    refusal = LiveEvent(turn_id=b"r" * 16, dispatch=1, step=1, ended=Delivery(turn_id=b"r" * 16, message_ids=[MESSAGE]))
+    assert merge.live([*others.events[2:], refusal]) == []
+    assert merge.snapshot([refusal]) == [refusal]
+    assert merge.ended
+
+
+def test_what_happens_while_a_snapshot_is_asked_for_is_shown_after_it() -> None:
+    script = script_of([("say", "a"), ("say", "b")])
+    merge = TurnMerge(message_id=MESSAGE, by_snapshot=True)
+    assert merge.live(script.events) == []
+    merge.unknown()  # an answer from before the event that named our message
+    shown = merge.snapshot(script.snapshots[0])
+    assert screen(shown) == screen(script.events, strict=False)

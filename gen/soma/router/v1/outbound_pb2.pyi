@@ -265,6 +265,7 @@ class WatchQuery(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     TURN_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.bytes
     """The session, 16 bytes."""
     message_id: _builtins.bytes
@@ -273,6 +274,10 @@ class WatchQuery(_message.Message):
     """about this turn, 16 bytes; or, both empty, about whatever runs."""
     agent: _builtins.str
     """The agent, for an answer about a session the owner does not know yet."""
+    content_hash: _builtins.bytes
+    """Hash of the message's content, 16 bytes: of two messages under one idempotency key, which have one message id, it names one. Empty:
+    the message that had the key first.
+    """
     def __init__(
         self,
         *,
@@ -280,10 +285,11 @@ class WatchQuery(_message.Message):
         message_id: _builtins.bytes = ...,
         turn_id: _builtins.bytes = ...,
         agent: _builtins.str = ...,
+        content_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "message_id", b"message_id", "session_id", b"session_id", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "content_hash", b"content_hash", "message_id", b"message_id", "session_id", b"session_id", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
