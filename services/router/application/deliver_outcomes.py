@@ -123,6 +123,7 @@ class DeliveryDesk:
         self._delayed: OrderedDict[bytes, None] = OrderedDict()
         self._processed: OrderedDict[bytes, None] = OrderedDict()
         """Deliveries that adapters say they have processed, and that may still be in the table."""
+        WAITING.set_function(lambda: len(self._by_id))
         self.committer: GroupCommitter
         self.on_arrival: Callable[[str, str, set[int]], None] = lambda tenant, channel, streams: None
         """Told of adapter streams that are new on a channel."""
@@ -169,7 +170,6 @@ class DeliveryDesk:
                     self._take_back(pending)
         for stream in had:
             self._fill(stream)
-        WAITING.set(len(self._by_id))
 
     def adapter_of(self, session: Session) -> tuple[str, int] | None:
         """The adapter stream that wants the live events of a session."""
@@ -186,7 +186,6 @@ class DeliveryDesk:
             line = self._lines[pending.session_id] = _Line()
         line.items.append(pending)
         self._by_id[pending.delivery.delivery_id] = pending
-        WAITING.set(len(self._by_id))
         if len(line.items) == 1:
             self._send(line)
 
@@ -232,11 +231,13 @@ class DeliveryDesk:
 
     def on_acks(self, tenant: str, batch: AckBatch) -> None:
         """Deliveries were processed, or come back."""
+        acked = 0
         for delivery_id in batch.acks:
             pending = self._by_id.get(delivery_id)
             if pending is not None and pending.key[0] == tenant:
-                _ACKED.inc()
+                acked += 1
                 self._settle(pending, AckItem(pending.partition, pending.position, tenant))
+        _ACKED.inc(acked)
         for returned in batch.returns:
             pending = self._by_id.get(returned.delivery_id)
             if pending is None or pending.key[0] != tenant or pending.stream is None:
@@ -263,7 +264,6 @@ class DeliveryDesk:
         self.committer.put(item)
         if stream is not None:
             self._fill(stream)
-        WAITING.set(len(self._by_id))
         if self._backlogs:
             self._page(pending.partition, pending.key)
 

@@ -133,18 +133,20 @@ class Ingest:
         self.backlog -= item.cursor is not None
         if result is None:
             return
+        new = 0
         for entry in item.entries:
             place = (partition.id, entry.message.position)
             if place not in result.inserted:
                 DUPLICATES.inc()
                 continue
-            INGESTED.inc()
+            new += 1
             if place in result.reused:
                 entry.message.fault = KEY_REUSED
             partition.pending[entry.message.position] = None
             self._enqueue(partition, entry, result)
             if entry.is_cancel:
                 self._on_cancel(entry, partition)
+        INGESTED.inc(new)
 
     def _enqueue(self, partition: Partition, entry: Entry, result: GroupResult) -> None:
         inbound, message = entry.inbound, entry.message

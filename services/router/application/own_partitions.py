@@ -209,6 +209,7 @@ class OwnPartitions:
                 self._state.enqueue(session, message)
             elif session.turn is not None:
                 session.turn.inputs.append(message)
+                session.turn.deliver |= message.deliver
             else:
                 session.turn = Turn(
                     id=turn_id,
@@ -216,6 +217,7 @@ class OwnPartitions:
                     number=session.turn_count + 1,
                     inputs=[message],
                     revision=row.agent_revision or "",
+                    deliver=message.deliver,
                     dispatch=row.dispatch or 1,
                     strikes=row.strikes or 0,
                     status=TurnStatus(row.status or TurnStatus.RUNNING),

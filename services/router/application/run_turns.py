@@ -85,6 +85,7 @@ class TurnRunner:
         self.cancel = self._canceller.cancel
         self._revisions: dict[tuple[str, str, str], None] = {}
         self._room = 0
+        RUNNING.set_function(lambda: state.scheduler.running)
 
     def use(self, committer: GroupCommitter) -> None:
         """Names the committer that everything is written with; before anything runs."""
@@ -158,10 +159,10 @@ class TurnRunner:
             session.turn_count + 1,
             [message],
             revision,
+            message.deliver,
         )
         session.turn = turn
         self._state.scheduler.started(session.key.tenant)
-        RUNNING.inc()
         return turn
 
     def _started(self, item: StartItem, result: GroupResult) -> None:
@@ -203,7 +204,6 @@ class TurnRunner:
         """Takes over a turn that the store says is running; its dispatch is already raised."""
         self._state.running[turn.id] = turn
         self._state.scheduler.started(turn.session.key.tenant)
-        RUNNING.inc()
         if turn.status is TurnStatus.CONVERGING:
             self._spawn(self._canceller.converge(turn))
         elif turn.strikes >= self._max_strikes:
@@ -396,7 +396,6 @@ class TurnRunner:
         """Frees the turn's place and the brain's credit."""
         self._state.running.pop(turn.id, None)
         self._state.scheduler.ended(turn.session.key.tenant)
-        RUNNING.dec()
         turn.session.turn = None
         turn.let_go()
 
@@ -414,7 +413,6 @@ class TurnRunner:
         """Lets go of turns whose partition is not ours any more."""
         for turn in turns:
             turn.stop()
-            RUNNING.dec()
             turn.let_go()
 
 

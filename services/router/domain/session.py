@@ -74,6 +74,8 @@ class Turn:
     number: int
     inputs: list[QueuedMessage]
     revision: str
+    deliver: bool
+    """Whether the outcome goes to the channel's adapters."""
     dispatch: int = 1
     strikes: int = 0
     status: TurnStatus = TurnStatus.RUNNING
@@ -111,11 +113,6 @@ class Turn:
     def step_count(self) -> int:
         """Journaled steps."""
         return len(self.journal)
-
-    @property
-    def deliver(self) -> bool:
-        """Whether the outcome goes to the channel's adapters."""
-        return any(message.deliver for message in self.inputs)
 
 
 class Session:

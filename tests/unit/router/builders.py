@@ -85,7 +85,8 @@ def a_session(partition: Partition, name: str = "s", *, tenant: str = TENANT) ->
 
 def a_turn(session: Session, message: QueuedMessage, revision: str = "r1") -> Turn:
     """The session's next turn."""
-    turn = Turn(ids.turn_id(session.id, message.message_id), session, session.turn_count + 1, [message], revision)
+    turn_id = ids.turn_id(session.id, message.message_id)
+    turn = Turn(turn_id, session, session.turn_count + 1, [message], revision, message.deliver)
     session.turn = turn
     return turn
 
