@@ -52,10 +52,17 @@ class _Line:
         self._lock = asyncio.Lock()
 
     async def use(self, work: Callable[[Connection], Awaitable[_T]]) -> _T:
-        """Runs `work` with the connection. Raises StoreLost when it is gone or cannot be made."""
+        """Runs `work` with the connection. Raises StoreLost when it is gone or cannot be made.
+
+        A connection that was lost unused is a lost store too: what answers behind the next one may be a standby that
+        has not everything, and terms must not go on there as if nothing had been.
+        """
         async with self._lock:
+            if self._connection is not None and self._connection.is_closed():
+                self.drop()
+                raise StoreLost("the connection was closed")
             try:
-                if self._connection is None or self._connection.is_closed():
+                if self._connection is None:
                     self._connection = await connect(self._dsn, application_name=self._name, **self._settings)  # type: ignore[arg-type]
                 return await work(self._connection)
             except (*CONNECTION_LOST, Unavailable) as error:

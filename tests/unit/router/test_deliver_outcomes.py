@@ -205,7 +205,7 @@ async def test_sessions_do_not_wait_for_each_other(world: World) -> None:
 async def test_a_session_that_is_not_delivered_is_not_handed_over(world: World) -> None:
     world.adapter()
     item = world.store(world.session())
-    item.turn.inputs[0].deliver = False
+    item.turn.deliver = False
     world.desk.add(item)
     assert world.sent == []
 

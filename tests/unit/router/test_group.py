@@ -149,7 +149,7 @@ def test_an_end_written_twice_says_the_same() -> None:
 
 def test_an_end_without_delivery_takes_no_delivery_number() -> None:
     end = an_end(a_partition(), "x")
-    end.turn.inputs[0].deliver = False
+    end.turn.deliver = False
     group = group_of(end)
     assert group.deliveries[0] == []
     assert group.ends[7] == [0]
