@@ -14,7 +14,7 @@ from services.router.application.group import FenceLost, Group, GroupRejected, G
 from services.router.application.own_partitions import LEASE_S
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from soma_common.errors import Unavailable
-from soma_common.failpoints import failpoint
+from soma_common.failpoints import FailpointHit, failpoint
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, connect
 
 _T = TypeVar("_T")
@@ -107,7 +107,7 @@ class PostgresGroupWriter:
         async def call(connection: Connection) -> GroupResult:
             statement = await self._statement(connection)
             try:
-                if failpoint_cut():
+                if _cut_is_due():
                     return await self._cut(connection, statement, parameters)
                 row = await statement.fetchrow(*parameters)
             except asyncpg.PostgresError as error:
@@ -134,10 +134,8 @@ class PostgresGroupWriter:
         await self._line.close()
 
 
-def failpoint_cut() -> bool:
-    """Whether the failpoint router.commit_cut is due: it raises, which here means: cut the connection."""
-    from soma_common.failpoints import FailpointHit
-
+def _cut_is_due() -> bool:
+    """Whether the fault router.commit_cut is armed (action raise): cut the connection after the call is sent."""
     try:
         failpoint("router.commit_cut")
     except FailpointHit:
