@@ -58,6 +58,7 @@ async def take_over(store: Store, owner: Partition) -> float:
     """Takes the partition from the frozen owner; returns how long it had to wait for the row, in seconds."""
     await store.eye.execute("UPDATE router.leases SET expires_at = '-infinity' WHERE partition = 0")
     other = PostgresLeases(store.database.dsn("router"), "router-1")
+    await other.leases()  # connects
     began = monotonic()
     row = await other.acquire(0, uuid4(), owner.term)
     waited = monotonic() - began
