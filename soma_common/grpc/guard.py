@@ -3,7 +3,8 @@
     count and time -> errors to statuses -> deadline -> authenticate -> authorize -> validate -> handler
 
 Handlers are wrapped once, when the server is made, so a call pays for nothing that is known before it. A stream is
-checked at its first message; the frames after it pass through untouched.
+checked at its first message, or the part of it that opens the stream (`hello`); the frames after it pass through
+untouched.
 
 A handler reads a request stream through its iterator argument, not through `context.read()`: the first message was
 taken already and is given back by the iterator.
@@ -142,7 +143,10 @@ class Guard:
             self._authorizer.authorize(caller, method.permission, tenant)
             set_caller(caller)
             structlog.contextvars.bind_contextvars(tenant=tenant or caller.tenant)
-        validate(request)
+        if method.opening is None:
+            validate(request)
+        else:
+            validate(getattr(request, method.opening), method.opening)
 
 
 def _observed(method: Method, serve: Checked, *, timed: bool) -> Serve:

@@ -43,6 +43,9 @@ class Method:
     tenant_of: Callable[[Message], str]
     """Returns the tenant a request touches ("" for none in particular); raises InvalidRequest naming the field, or
     FailedPrecondition when a stream does not open with the message that holds it."""
+    opening: str | None
+    """The field of a stream's first message that opens it: `hello`. What else that message holds are items, and for the
+    handler to judge, since a refused item must not end the stream. None: the whole first message opens it."""
     default_timeout_s: float | None
     """For calls without a deadline; None for streams: they may last."""
 
@@ -74,9 +77,15 @@ def _describe(method: MethodDescriptor) -> Method:
         public=rule.public,
         permission=rule.permission,
         tenant_of=_tenant_reader(path, method, rule.tenant_field),
+        opening=_opening(method, rule.tenant_field),
         default_timeout_s=timeout_of(method.containing_service.full_name, method.name)
         or (DEFAULT_UNARY_TIMEOUT_S if unary else None),
     )
+
+
+def _opening(method: MethodDescriptor, tenant_field: str) -> str | None:
+    opening, _, inside = tenant_field.partition(".")
+    return opening if method.client_streaming and inside else None
 
 
 def _tenant_reader(path: str, method: MethodDescriptor, tenant_field: str) -> Callable[[Message], str]:
@@ -85,7 +94,7 @@ def _tenant_reader(path: str, method: MethodDescriptor, tenant_field: str) -> Ca
         return lambda _request: ""
     *parents, leaf = steps = tenant_field.split(".")
     _check_path(path, method.input_type, steps)
-    opening = parents[0] if parents and method.client_streaming else None
+    opening = _opening(method, tenant_field)
 
     def read(message: Message) -> str:
         if opening is not None and not message.HasField(opening):

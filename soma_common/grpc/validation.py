@@ -12,13 +12,15 @@ MAX_VIOLATIONS = 16
 _validator = Validator()  # Caches the compiled rules of each message type; 5 ms the first time, 6 us from then on.
 
 
-def validate(message: Message) -> None:
+def validate(message: Message, path: str = "") -> None:
     """Return when `message` keeps all rules of its contract; raises InvalidRequest that names the fields which do
-    not.
+    not. `path` is where the message is in its request: `hello`.
     """
     violations = _validator.collect_violations(message)
     if violations:
-        fields = [FieldViolation(_path(v), v.proto.message or v.proto.rule_id) for v in violations[:MAX_VIOLATIONS]]
+        fields = [
+            FieldViolation(_path(v, path), v.proto.message or v.proto.rule_id) for v in violations[:MAX_VIOLATIONS]
+        ]
         first = fields[0]
         raise InvalidRequest(
             error_reason_pb2.ERROR_REASON_INVALID_REQUEST,
@@ -27,11 +29,10 @@ def validate(message: Message) -> None:
         )
 
 
-def _path(violation: Violation) -> str:
+def _path(violation: Violation, text: str) -> str:
     field = violation.proto.field
     if field is None:
-        return ""
-    text = ""
+        return text
     for element in field.elements:
         text += ("." if text else "") + element.field_name
         if element.subscript is not None:

@@ -36,6 +36,8 @@ FULL_DELAY_MS: Final = 500
 GONE_DELAY_MS: Final = 1000
 """How long a router waits with what a vanished adapter has in hand: its instance may be back with news of it."""
 UNSENT_DELAY_MS: Final = 50
+MAX_NACK_DELAY_MS: Final = 24 * 3600 * 1000
+"""The contract's bound; frames after the first are not validated as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +291,12 @@ class AdapterStream:
             router = window.nack(nack.delivery_id)
             if router is not None:
                 acks.give_back(
-                    tenant, router, nack.delivery_id, delay_ms=nack.delay_ms, counts=True, cause=nack.cause[:1024]
+                    tenant,
+                    router,
+                    nack.delivery_id,
+                    delay_ms=min(nack.delay_ms, MAX_NACK_DELAY_MS),
+                    counts=True,
+                    cause=nack.cause[:1024],
                 )
         if frame.credit:
             window.grant(frame.credit)

@@ -74,8 +74,9 @@ class Watches(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[LiveEvent]]:
         """The events of the turn that answers a message, gap-free, last the one that says how it ended.
 
-        `content_hash` tells the message from another one that was sent under its key. The message need not be stored yet. Entering returns once the turn's owner knows of the interest, or a
-        moment later. Iterating raises SlowWatcher when the reader is too slow.
+        `content_hash` tells the message from another one that was sent under its key. The message need not be stored
+        yet. Entering returns once the turn's owner knows of the interest, or a moment later. Iterating raises
+        SlowWatcher when the reader is too slow.
         """
 
 

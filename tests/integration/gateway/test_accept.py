@@ -5,9 +5,16 @@ import asyncio
 import grpc
 import pytest
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.common.v1.message_pb2 import Message, Part, Role, SessionKey
+from soma.common.v1.message_pb2 import FileReference, Message, Part, Role, SessionKey
 from soma.common.v1.turn_pb2 import ArrivalPolicy
-from soma.gateway.v1.channel_service_pb2 import Cancel, ConnectRequest, InboundMessage, SendMessageRequest
+from soma.gateway.v1.channel_service_pb2 import (
+    Cancel,
+    ConnectRequest,
+    Hello,
+    InboundMessage,
+    SendMessageRequest,
+    StreamTurnRequest,
+)
 from soma.router.v1.inbound_pb2 import InboundKind
 
 from soma_common import errors, ids
@@ -73,6 +80,44 @@ async def test_each_bad_item_is_refused_with_its_reason_and_the_stream_goes_on(w
     told = {name: adapter.refusals[ref].reason for ref, name in enumerate(REFUSED, 1)}
     assert told == {name: reason for name, (_, reason) in REFUSED.items()}
     assert len(await world.router.stored()) == 1
+
+
+async def test_items_in_the_frame_of_the_hello_are_refused_one_by_one_too(world: World) -> None:
+    """They are items like later ones: what is wrong with them does not end the stream that the hello opens."""
+    adapter = await world.adapter(await world.gateway(), hello=False)
+    hello = Hello(tenant=TENANT, channel=CHANNEL, instance="a", protocol=1)
+    empty = inbound(1)
+    empty.message.ClearField("parts")
+    odd = inbound(2)
+    odd.message.parts.add(file=FileReference(uri=""))
+    await adapter.send(ConnectRequest(hello=hello, messages=[empty, odd, inbound(3)]))
+    await eventually(lambda: 3 in adapter.receipts)
+    assert {ref: error.reason for ref, error in adapter.refusals.items()} == {
+        1: ErrorReason.ERROR_REASON_CONTENT_EMPTY,
+        2: ErrorReason.ERROR_REASON_INVALID_REQUEST,
+    }
+    assert not adapter.ended
+
+
+@pytest.mark.parametrize(
+    "case", sorted(REFUSED.keys() - {"bad session"})
+)  # a session key is checked as a whole, before
+async def test_a_message_by_itself_is_refused_for_the_same_reasons(world: World, case: str) -> None:
+    bad, reason = REFUSED[case]
+    key = SessionKey(tenant=TENANT, agent=bad.agent or AGENT, channel=CHANNEL, session="s")
+    said = bad.message if bad.HasField("message") else message("x")
+    idempotency_key = "" if case == "no key" else bad.idempotency_key or "k"
+    stub = await world.stub(await world.gateway())
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.SendMessage(
+            SendMessageRequest(session=key, idempotency_key=idempotency_key, message=said, policy=bad.policy)
+        )
+    assert errors.from_rpc_error(caught.value).reason == reason
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.StreamTurn(
+            StreamTurnRequest(session=key, idempotency_key=idempotency_key, message=said, policy=bad.policy)
+        ).read()
+    assert errors.from_rpc_error(caught.value).reason == reason
 
 
 async def test_a_message_one_byte_under_the_bound_is_taken(world: World) -> None:

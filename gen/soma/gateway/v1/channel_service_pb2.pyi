@@ -439,7 +439,7 @@ class SendMessageRequest(_message.Message):
 
     @_builtins.property
     def message(self) -> _message_pb2.Message:
-        """What was said."""
+        """What was said. Checked by the gateway as an item of `Connect` is, so that the same fault has the same reason."""
 
     def __init__(
         self,
@@ -511,7 +511,7 @@ class StreamTurnRequest(_message.Message):
 
     @_builtins.property
     def message(self) -> _message_pb2.Message:
-        """What was said."""
+        """What was said. Checked by the gateway as an item of `Connect` is, so that the same fault has the same reason."""
 
     def __init__(
         self,
