@@ -106,6 +106,30 @@ async def test_zombie_router(pairs: FaultyStack) -> None:
     assert not pairs.deaths
 
 
+async def test_postgres_frozen_under_two_routers(pairs: FaultyStack) -> None:
+    """All leases run out together, and nobody robs whoever wakes up a moment later: partitions stay where they were."""
+    recoveries = Recoveries("PostgreSQL frozen for 5 s under two routers, then back", 5.0)
+    async with Load(pairs, ERRANDS) as load:
+        await _both_own(pairs)
+        await load.flows()
+        before = await _taken_over(pairs)
+        pairs.freeze("postgres")
+        await asyncio.sleep(5.0)
+        woken_at = pairs.thaw("postgres")
+        await load.flows(each=2)
+        recoveries.add(load, woken_at)
+        await _both_own(pairs)
+        assert await _taken_over(pairs) == before
+        await recoveries.hold(load)
+    assert not pairs.deaths
+
+
+async def _taken_over(stack: FaultyStack) -> float:
+    """How many partitions a router has taken from another one."""
+    name = 'soma_router_partitions_taken_total{cause="takeover"}'
+    return sum([(await stack.metrics(router)).get(name, 0.0) for router in ("router-0", "router-1")])
+
+
 async def _both_own(stack: FaultyStack) -> None:
     await _both_say(stack, OWNED, 4.0)
 
