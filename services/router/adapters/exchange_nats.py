@@ -55,18 +55,20 @@ class NatsOutbox:
         self._batch(tenant, gateway).deliveries.add(stream=stream, delivery=delivery)
         self._wake.set()
 
-    def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
-        """Sends a live event to an adapter stream."""
-        self._batch(tenant, gateway).live.add(stream=stream, event=event)
+    def for_adapter(self, tenant: str, gateway: str, stream: int) -> LiveEvent:
+        """A live event that goes to an adapter stream with the next batch: to be filled at once."""
         self._wake.set()
+        handover = self._batch(tenant, gateway).live.add()
+        handover.stream = stream
+        return handover.event
 
-    def broadcast(self, tenant: str, session_id: bytes, event: LiveEvent) -> None:
-        """Sends a live event to all watchers of a session."""
+    def for_watchers(self, tenant: str, session_id: bytes) -> LiveEvent:
+        """A live event that goes to all watchers of a session with the next batch: to be filled at once."""
         batch = self._live.get((tenant, session_id))
         if batch is None:
             batch = self._live[tenant, session_id] = LiveBatch()
-        batch.events.append(event)
         self._wake.set()
+        return batch.events.add()
 
     def _batch(self, tenant: str, gateway: str) -> OutBatch:
         batch = self._out.get((tenant, gateway))

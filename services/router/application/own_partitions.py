@@ -37,6 +37,8 @@ LEASE_S: Final = 3.0
 BEAT_S: Final = 1.0
 _POLL_S: Final = 0.25
 _SEEN_FOR_S: Final = 1.5
+_BLIND_S: Final = 1.5
+"""Not having looked at the leases for so long, this router has not seen that nobody renewed them."""
 _RELEASE_PER_BEAT: Final = 2
 
 log = structlog.get_logger(__name__)
@@ -77,6 +79,7 @@ class OwnPartitions:
         self._router = router
         self._deadline = 0.0
         self._beat_at = 0.0
+        self._looked_at = 0.0
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[UUID | None, float]] = {}
@@ -130,6 +133,9 @@ class OwnPartitions:
     async def _balance(self) -> None:
         leases, routers = await self._store.leases()
         now = monotonic()
+        if now - self._looked_at > _BLIND_S:
+            self._seen.clear()
+        self._looked_at = now
         share = math.ceil(len(leases) / max(routers, 1))
         for lease in leases:
             seen = self._seen.get(lease.partition)

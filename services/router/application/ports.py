@@ -167,11 +167,11 @@ class Outbox(Protocol):
     def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
         """Sends an outcome to an adapter stream."""
 
-    def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
-        """Sends a live event to an adapter stream."""
+    def for_adapter(self, tenant: str, gateway: str, stream: int) -> LiveEvent:
+        """A live event that goes to an adapter stream with the next batch: to be filled at once."""
 
-    def broadcast(self, tenant: str, session_id: bytes, event: LiveEvent) -> None:
-        """Sends a live event to all watchers of a session."""
+    def for_watchers(self, tenant: str, session_id: bytes) -> LiveEvent:
+        """A live event that goes to all watchers of a session with the next batch: to be filled at once."""
 
 
 class Directory(Protocol):

@@ -59,7 +59,13 @@ class LiveDesk:
 
     def text(self, turn: Turn, offset: int, text: str) -> None:
         """Text of the running step."""
-        self._show(turn, lambda: _event(turn, text=TextDelta(offset=offset, text=text)))
+        # The busiest line of live watching: the event is made where it is sent from, without a copy.
+        session = turn.session
+        if self._interest and self._watched(session.id):
+            _fill_text(self._outbox.for_watchers(session.key.tenant, session.id), turn, offset, text)
+        adapter = self._adapter_of(session) if turn.deliver else None
+        if adapter is not None:
+            _fill_text(self._outbox.for_adapter(session.key.tenant, *adapter), turn, offset, text)
 
     def step(self, turn: Turn, body: bytes) -> None:
         """A step was journaled: its calls or results, and the state it leads to."""
@@ -72,7 +78,7 @@ class LiveDesk:
     def ended(self, turn: Turn, delivery: Delivery) -> None:
         """The turn has ended: watchers get the outcome here, the channel's adapter gets it as a delivery."""
         if self._watched(turn.session.id):
-            self._outbox.broadcast(turn.session.key.tenant, turn.session.id, _event(turn, ended=delivery))
+            self._outbox.for_watchers(turn.session.key.tenant, turn.session.id).CopyFrom(_event(turn, ended=delivery))
 
     def catch_up(self, tenant: str, channel: str, streams: set[int]) -> None:
         """Shows adapter streams that are new where the running turns of their sessions stand."""
@@ -83,7 +89,7 @@ class LiveDesk:
             adapter = self._adapter_of(turn.session)
             if adapter is not None and adapter[1] in streams:
                 for event in self._so_far(turn):
-                    self._outbox.show(tenant, *adapter, event)
+                    self._outbox.for_adapter(tenant, *adapter).CopyFrom(event)
 
     def _state_event(self, turn: Turn) -> LiveEvent:
         event = _event(turn)
@@ -102,9 +108,9 @@ class LiveDesk:
     def _send(self, turn: Turn, event: LiveEvent, targets: tuple[bool, tuple[str, int] | None]) -> None:
         tenant = turn.session.key.tenant
         if targets[0]:
-            self._outbox.broadcast(tenant, turn.session.id, event)
+            self._outbox.for_watchers(tenant, turn.session.id).CopyFrom(event)
         if targets[1]:
-            self._outbox.show(tenant, *targets[1], event)
+            self._outbox.for_adapter(tenant, *targets[1]).CopyFrom(event)
 
     def _watched(self, session_id: bytes) -> bool:
         until = self._interest.get(session_id)
@@ -208,6 +214,14 @@ def _event(
         restarted=restarted,
         ended=ended,
     )
+
+
+def _fill_text(event: LiveEvent, turn: Turn, offset: int, text: str) -> None:
+    key = turn.session.key
+    event.agent, event.session, event.turn_id = key.agent, key.session, turn.id
+    event.dispatch, event.step = turn.dispatch, turn.step_count + 1
+    delta = event.text
+    delta.offset, delta.text = offset, text
 
 
 def _step_events(turn: Turn, number: int, body: bytes) -> list[LiveEvent]:
