@@ -199,17 +199,34 @@ async def test_a_lease_that_ran_out_is_taken_after_it_was_seen_so_for_a_while(wo
 
 
 async def test_a_stall_of_the_database_robs_nobody(world: World) -> None:
-    """All leases run out while it is away; whoever wakes first must give the others a heartbeat's time."""
+    """All leases run out while it is away, and no other router counts as alive: whoever wakes first must give the
+    others a heartbeat's time.
+    """
     world.routers = 2
     world.held_by("router-1", 0, 1, 2, 3)
-    await world.rounds(2)
+    await world.rounds(4)
+    assert world.owned == {4, 5, 6, 7}
     world.down = True
-    world.pass_(10)
+    world.pass_(5)
+    await world.rounds()
     world.down = False
-    await world.rounds()  # sees them expired: only now does the wait begin
+    world.routers = 1
+    await world.rounds()
+    assert world.owned == {4, 5, 6, 7}
+    world.routers = 2
     world.held_by("router-1", 0, 1, 2, 3)
-    await world.rounds(20, each_s=0.1)
-    assert world.owned <= {4, 5, 6, 7}
+    await world.rounds(8)
+    assert world.owned == {4, 5, 6, 7}
+
+
+async def test_a_router_that_does_not_come_back_from_a_stall_is_taken_over(world: World) -> None:
+    world.routers = 2
+    world.held_by("router-1", 0, 1, 2, 3)
+    await world.rounds(4)
+    world.pass_(5)
+    world.routers = 1
+    await world.rounds(8)
+    assert world.owned == set(range(8))
 
 
 async def test_a_lease_that_changed_hands_is_waited_for_anew(world: World) -> None:
