@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import structlog
 from soma.cognition.v1 import cognition_service_pb2_grpc as cognition_grpc
 
+from services.cognition.adapters.metrics import MeteredModel, observe_turns
 from services.cognition.adapters.models.echo import EchoModel
 from services.cognition.adapters.models.offline import OfflineModel
 from services.cognition.adapters.models.registry import ModelRegistry
@@ -53,6 +55,7 @@ async def start(lifecycle: Lifecycle, settings: CognitionSettings) -> tuple[int,
         max_turns=settings.max_turns,
         routers=max(1, len(settings.router_targets)),
     )
+    observe_turns(lambda: len(brain.turns))
     server = GrpcServer(
         settings,
         Authorizer.from_settings(settings),
@@ -81,7 +84,7 @@ def open_models(lifecycle: Lifecycle, settings: CognitionSettings) -> ModelRegis
         "offline": OfflineModel(settings.offline_word_delay_ms / 1000),
     }
     if settings.openai_base_url is None and settings.openai_api_key is None:
-        return ModelRegistry(models, {"openai": OPENAI_MISSING})
+        return ModelRegistry(_metered(models), {"openai": OPENAI_MISSING})
     # The library takes 0.4 s and 40 MB to load: only a brain that uses it pays, above all when it is restarted.
     from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endpoint
 
@@ -95,7 +98,11 @@ def open_models(lifecycle: Lifecycle, settings: CognitionSettings) -> ModelRegis
     )
     lifecycle.on_stop("model endpoint", endpoint.close, 1.0)
     models["openai"] = OpenAIChat(endpoint)
-    return ModelRegistry(models, {})
+    return ModelRegistry(_metered(models), {})
+
+
+def _metered(models: Mapping[str, Model]) -> Mapping[str, Model]:
+    return {provider: MeteredModel(provider, model) for provider, model in models.items()}
 
 
 def open_tools(lifecycle: Lifecycle, settings: CognitionSettings) -> Tools:

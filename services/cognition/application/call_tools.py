@@ -20,6 +20,10 @@ from services.cognition.application.retrying import Backoff, retrying
 from services.cognition.domain.turn import STEP_FORMAT, check_depth
 from soma_common.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, SomaError, Unavailable, to_proto
 from soma_common.ids import call_key
+from soma_common.telemetry.by_reason import EndCounter
+from soma_common.telemetry.metrics import counter
+
+_ENDS = EndCounter(counter("soma_cognition_tool_calls_total", "Tool calls of turns, by how they ended.", ["result"]))
 
 
 class ToolCaller:
@@ -66,6 +70,9 @@ class ToolCaller:
                 error = _too_deep(call.tool)
         if error is not None:
             result.error.CopyFrom(error)
+            _ENDS.failed(error.reason)
+        else:
+            _ENDS.ok()
         return result
 
     async def _invoke(

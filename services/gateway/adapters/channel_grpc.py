@@ -27,6 +27,7 @@ from soma.gateway.v1.channel_service_pb2 import (
 )
 from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceServicer
 
+from services.gateway.adapters.metrics import observe_refusal
 from services.gateway.application.adapter_stream import AdapterStream
 from services.gateway.application.ports import SlowWatcher
 from services.gateway.application.serve_streams import PROTOCOL, ServeStreams
@@ -65,7 +66,7 @@ class ChannelServicer(ChannelServiceServicer):
                 raise protocol_order("the first frame holds no hello: say who connects before anything else")
             stream = self._streams.open(first.hello)
         except Refused as refused:
-            raise errors.from_proto(refused.error) from None
+            raise _told(refused) from None
         loop = asyncio.get_running_loop()
         reader = loop.create_task(_read(stream, first, request_iterator))
         expiry = loop.call_later(_token_seconds_left(context), lambda: stream.end(_expired()))
@@ -73,10 +74,12 @@ class ChannelServicer(ChannelServiceServicer):
             yield ConnectResponse(welcome=self._welcome())
             while (frame := await stream.next_frame()) is not None:
                 yield frame
+                for refusal in frame.refusals:
+                    observe_refusal(refusal.error)
                 if frame.deliveries:
                     await failpoint_async("gateway.after_delivery_before_ack")
         except Refused as refused:
-            raise errors.from_proto(refused.error) from None
+            raise _told(refused) from None
         finally:
             expiry.cancel()
             self._streams.leave(stream)
@@ -90,7 +93,7 @@ class ChannelServicer(ChannelServiceServicer):
         try:
             message_id = await self._send(submission, request.message)
         except Refused as refused:
-            raise errors.from_proto(refused.error) from None
+            raise _told(refused) from None
         session = ids.SessionName(submission.tenant, submission.agent, submission.channel, submission.session)
         return SendMessageResponse(
             message_id=message_id.hex(),
@@ -110,7 +113,7 @@ class ChannelServicer(ChannelServiceServicer):
                     case Delivery():
                         yield StreamTurnResponse(outcome=event)
         except Refused as refused:
-            raise errors.from_proto(refused.error) from None
+            raise _told(refused) from None
         except SlowWatcher as slow:
             raise errors.ResourceExhausted(ErrorReason.ERROR_REASON_QUEUE_FULL, str(slow), retry_delay_s=0.0) from None
 
@@ -140,6 +143,11 @@ async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncItera
         stream.end(_defect())
     else:
         stream.half_close()
+
+
+def _told(refused: Refused) -> errors.SomaError:
+    observe_refusal(refused.error)
+    return errors.from_proto(refused.error)
 
 
 def _token_seconds_left(context: Context) -> float:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, Validat
 from services.toolgw.adapters.json_schema import check_schema
 from services.toolgw.domain.invocation import Call
 from services.toolgw.domain.outcome import MAX_RESULT_BYTES, TRUNCATED, Outcome, OutcomeUnknown, failed
-from services.toolgw.domain.tool import Effect, Json, ToolDefinition
+from services.toolgw.domain.tool import Effect, Json, ToolDefinition, ToolKind
 from soma_common.ids import is_slug
 
 CONNECT_TIMEOUT_S: Final = 2.0
@@ -89,6 +89,7 @@ class HttpTool:
             effect=_EFFECTS[entry.side_effect],
             timeout_s=entry.timeout_ms / 1000,
             tenants=entry.tenants,
+            kind=ToolKind.HTTP,
         )
 
     async def run(self, call: Call) -> Outcome:

@@ -15,16 +15,23 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import structlog
+from soma.common.v1.error_reason_pb2 import ErrorReason
 
 from services.toolgw.application.ports import ArgumentRules, InvocationStore, Tool
 from services.toolgw.domain import refusals
 from services.toolgw.domain.invocation import MAX_ATTEMPTS, Call, Invocation, State
 from services.toolgw.domain.outcome import Outcome, OutcomeUnknown, bad_arguments, bounded, failed
+from services.toolgw.domain.tool import ToolKind
 from soma_common.errors import Unavailable
 from soma_common.failpoints import failpoint_async
+from soma_common.telemetry.by_reason import EndCounter
+from soma_common.telemetry.metrics import counter
 
 STORE_AGAIN_S: Final = 0.5
 """Pause before the database is asked again that did not answer."""
+
+_RUNS = counter("soma_toolgw_runs_total", "Runs of tools, by how they ended.", ["kind", "result"])
+_ENDS = {kind: EndCounter(_RUNS, kind.value) for kind in ToolKind}
 
 T = TypeVar("T")
 
@@ -151,7 +158,7 @@ class ToolRuns:
 
     async def _run(self, run: Run, tool: Tool, attempt: int) -> None:
         """Run the call that this run owns, and store its end: a result, or that none can be known."""
-        call = run.call
+        call, ends = run.call, _ENDS[tool.definition.kind]
         await failpoint_async("toolgw.before_run")
         try:
             outcome = await self._outcome(tool, call, attempt)
@@ -160,10 +167,15 @@ class ToolRuns:
             stored = await self._until_stored(
                 call, lambda: self._store.end_without_result(call.tenant, call.key, run.claim, State.UNKNOWN)
             )
+            ends.failed(ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN)
         else:
             await failpoint_async("toolgw.after_run_before_store")
             stored = await self._until_stored(call, lambda: self._store.finish(call, run.claim, outcome))
             run.outcome = outcome if stored else None
+            if outcome.failure is None:
+                ends.ok()
+            else:
+                ends.failed(outcome.failure.reason)
         if not stored:
             log.warning("toolgw.run.decided_without_it", tenant=call.tenant, tool=call.tool, key=call.key)
 

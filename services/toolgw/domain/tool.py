@@ -42,6 +42,15 @@ class Effect(Enum):
         return self in (Effect.NONE, Effect.WITH_RESULT)
 
 
+class ToolKind(Enum):
+    """Where a tool runs."""
+
+    BUILT_IN = "built_in"
+    """In this process."""
+    HTTP = "http"
+    """Behind an HTTP endpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToolDefinition:
     """A tool as a model and an operator see it."""
@@ -56,6 +65,7 @@ class ToolDefinition:
     """Longest run in seconds."""
     tenants: frozenset[str] | None = None
     """The only tenants that have it; None: all."""
+    kind: ToolKind = ToolKind.BUILT_IN
 
     def serves(self, tenant: str) -> bool:
         """Whether `tenant` has this tool."""

@@ -18,6 +18,7 @@ from soma.gateway.v1.channel_service_pb2 import (
 from soma.router.v1.inbound_pb2 import InboundKind
 
 from soma_common import errors, ids
+from soma_common.telemetry.metrics import REGISTRY
 from soma_common.testing.eventually import eventually
 from tests.integration.gateway.harness import AGENT, CHANNEL, TENANT, World, inbound, message
 
@@ -62,6 +63,7 @@ REFUSED = {
 
 async def test_each_bad_item_is_refused_with_its_reason_and_the_stream_goes_on(world: World) -> None:
     adapter = await world.adapter(await world.gateway())
+    before = _refusals("CONTENT_EMPTY")
     for ref, (bad, _) in enumerate(REFUSED.values(), 1):
         item = inbound(ref)
         for field, value in bad.ListFields():
@@ -80,6 +82,11 @@ async def test_each_bad_item_is_refused_with_its_reason_and_the_stream_goes_on(w
     told = {name: adapter.refusals[ref].reason for ref, name in enumerate(REFUSED, 1)}
     assert told == {name: reason for name, (_, reason) in REFUSED.items()}
     assert len(await world.router.stored()) == 1
+    assert _refusals("CONTENT_EMPTY") == before + 2
+
+
+def _refusals(reason: str) -> float:
+    return REGISTRY.get_sample_value("soma_gateway_refusals_total", {"reason": reason}) or 0
 
 
 async def test_items_in_the_frame_of_the_hello_are_refused_one_by_one_too(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from services.toolgw.adapters.tools_http import HttpToolsFileError, http_client, load_http_tools
+from soma_common.telemetry.metrics import REGISTRY
 from tests.integration.toolgw.conftest import (
     TURN,
     Surroundings,
@@ -49,12 +50,18 @@ async def test_an_answer_that_is_no_result_is_the_tools_failure(
     surroundings: Surroundings, path: str, says: str
 ) -> None:
     surroundings.describe(pay=path)
+    before = failed_runs()
     async with running_gateway(surroundings) as gateway:
         reason, message = failure_of(await gateway.invoke("pay", "k1"))
         assert reason == "TOOL_FAILED"
         assert says in message
         assert len(message) < 3000
     assert surroundings.http.calls == {"k1": 1}
+    assert failed_runs() == before + 1
+
+
+def failed_runs() -> float:
+    return REGISTRY.get_sample_value("soma_toolgw_runs_total", {"kind": "http", "result": "TOOL_FAILED"}) or 0
 
 
 async def test_a_connection_cut_after_the_call_was_sent(surroundings: Surroundings) -> None:
