@@ -84,7 +84,6 @@ class OwnPartitions:
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[UUID | None, float]] = {}
         self._releasing = False
-        self._store_back = asyncio.Event()
         self.ready = asyncio.Event()
         """Set once this router has looked at the leases for the first time."""
 

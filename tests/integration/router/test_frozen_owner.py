@@ -23,7 +23,7 @@ import pytest
 
 from services.router.adapters.store_postgres import _WRITER_SETTINGS, PostgresLeases
 from services.router.domain.partition import Partition
-from soma_common.postgres.connect import connect
+from soma_common.postgres.connect import CONNECTION_LOST, connect
 from soma_common.testing.eventually import eventually
 from tests.integration.router.store import Store
 
@@ -73,7 +73,7 @@ async def test_an_open_transaction_of_a_frozen_client_is_over_after_a_second(sto
     await frozen.execute("BEGIN")
     await frozen.execute("UPDATE router.partitions SET head = head WHERE id = 0")
     assert await take_over(store, owner) < 1.5
-    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+    with pytest.raises((*CONNECTION_LOST, asyncpg.PostgresError)):
         await frozen.execute("COMMIT")
 
 
