@@ -119,9 +119,10 @@ class Storm:
     async def _failpoint(self, part: str, point: str, at: int) -> None:
         await self.stack.is_up(part)
         await self.stack.arm(part, f"{point}=kill@{at}")
+        self.stack.expect_death(part)
         with suppress(TimeoutError):  # Not every point is reached in every load.
             async with asyncio.timeout(5):
-                await self.stack.hit(part, point)
+                await self.stack.process(part).ended()
 
     async def _deaf(self, load: Load, tenant: str, seconds: float) -> None:
         await load.disconnect(tenant)
@@ -158,6 +159,8 @@ async def soak(minutes: float, seed: int) -> bool:
         print(f"\n{storm.report()}\n\nseed {seed}: " + ", ".join(f"{count} {what}" for what, count in totals.items()))
         for death in stack.deaths:
             print(f"nobody hurt it, and yet: {death}")
+        if stack.failed_starts:
+            print(f"starts that failed for want of something: {len(stack.failed_starts)}")
         kept = kept and not stack.deaths
         if not kept:
             logs = REPORTS / f"soak-{seed}"

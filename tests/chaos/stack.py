@@ -76,6 +76,7 @@ class FaultyStack:
         self._expected: set[int] = set()
         self.deaths: list[str] = []
         """Parts that ended although nobody hurt them, each with its last words."""
+        self.failed_starts: list[str] = []
 
     # ---- for clients
 
@@ -133,7 +134,7 @@ class FaultyStack:
         """Kill a part with all its processes; returns the moment (monotonic). It starts again by itself."""
         process = self.process(part)
         children = descendants(process.pid)
-        self._expected.add(process.pid)
+        self.expect_death(part)
         self._up[part].clear()
         killed_at = time.monotonic()
         process.send(signal.SIGKILL)
@@ -178,11 +179,15 @@ class FaultyStack:
         await self.kill9(part)
         await self.is_up(part)
 
+    def expect_death(self, part: str) -> None:
+        """The end of the part's present life is nobody's defect."""
+        self._expected.add(self.process(part).pid)
+
     async def hit(self, part: str, point: str) -> float:
         """Wait until a service has reached an armed failpoint that ends its life; returns the moment (monotonic)."""
         before = len(self.logged(part, "failpoint.hit"))
         process = self.process(part)
-        self._expected.add(process.pid)
+        self.expect_death(part)
         async with asyncio.timeout(READY_TIMEOUT_S):
             await process.ended()
         died_at = time.monotonic()
@@ -235,7 +240,8 @@ class FaultyStack:
             except PartFailed as failure:
                 if part.process is None:
                     raise
-                self.deaths.append(f"{part.name} did not start: {failure}")
+                # What it needs may be away just now: it is tried again, as by the supervisor.
+                self.failed_starts.append(f"{part.name} did not start: {failure}")
                 self._expected.add(part.process.pid)
                 part.process.send(signal.SIGKILL)
             else:
