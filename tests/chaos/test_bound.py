@@ -41,9 +41,7 @@ async def test_accepts_go_on_to_the_bound_and_all_is_answered_after(bounded: Fau
         await bounded.kill9("postgres")
         accepted: list[bytes] = []
         with pytest.raises(ResourceExhausted) as refused:
-            for number in range(2 * BOUND):
-                receipt = await adapter.send(ECHO, f"s{number % 5}", f"message {number}", patience_s=0)
-                accepted.append(receipt.message_id)
+            await _send_until_refused(adapter, accepted)
         assert refused.value.reason == ErrorReason.ERROR_REASON_QUEUE_FULL
         assert refused.value.retry_delay_s
         assert refused.value.metadata["bound"] == "lane.tenant_batches"
@@ -63,6 +61,12 @@ async def test_accepts_go_on_to_the_bound_and_all_is_answered_after(bounded: Fau
         expected = accepted[session::5] + ([late.message_id] if session == 0 else [])
         assert order == expected, "in the order accepted"
     assert not bounded.deaths
+
+
+async def _send_until_refused(adapter: ChannelClient, accepted: list[bytes]) -> None:
+    for number in range(2 * BOUND):
+        receipt = await adapter.send(ECHO, f"s{number % 5}", f"message {number}", patience_s=0)
+        accepted.append(receipt.message_id)
 
 
 def _adapter(stack: FaultyStack, tenant: str, answers: list[Delivery]) -> ChannelClient:

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest, RunTurnsResponse, StartTurn
@@ -18,9 +20,10 @@ from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
 from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
-from soma_common.errors import NotFound, SomaError, Unavailable, from_rpc_error, reason_name
+from soma_common.errors import STATUS_DETAILS_KEY, NotFound, SomaError, Unavailable, from_rpc_error, reason_name
 from soma_common.grpc.channel import open_channel
-from soma_common.grpc.method import MissingAuthzRule
+from soma_common.grpc.guard import Guard
+from soma_common.grpc.method import MissingAuthzRule, describe_service
 from soma_common.grpc.server import AddressInUse, GrpcServer
 from soma_common.settings import ServiceSettings
 from soma_common.telemetry.metrics import REGISTRY
@@ -183,6 +186,35 @@ async def test_the_methods_own_timeout_holds_where_the_caller_gives_none(stack: 
     left = stack.tools.time_left[0]
     assert left is not None
     assert 4 < left <= 5  # toolgw.json
+
+
+async def test_a_call_that_outlasts_the_methods_own_timeout_is_told_so(identities: Identities) -> None:
+    """A caller without a deadline gets the server's answer, with one reason; its own deadline would come without."""
+
+    async def linger(_request: ListToolsRequest, _context: object) -> None:
+        await asyncio.sleep(30)
+
+    method = replace(describe_service("soma.toolgw.v1.ToolService")["ListTools"], default_timeout_s=0.1)
+    handler: Any = grpc.unary_unary_rpc_method_handler(linger, ListToolsRequest.FromString)
+    guarded = Guard(identities.authorizer()).wrap(method, handler)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("soma.toolgw.v1.ToolService", {"ListTools": guarded})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    metadata = [("authorization", f"Bearer {identities.token('tester', '*', ['admin'], 60)}")]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_unary(method.path, request_serializer=ListToolsRequest.SerializeToString)
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call(DEMO, metadata=metadata)
+    await server.stop(None)
+    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    packed = dict(failed.value.trailing_metadata() or ())[STATUS_DETAILS_KEY]
+    assert isinstance(packed, bytes)
+    details = status_pb2.Status.FromString(packed).details
+    assert [detail.type_url.rpartition(".")[2] for detail in details] == ["ErrorInfo"]
+    assert reason_name(from_rpc_error(failed.value).reason) == "DEADLINE_EXCEEDED"
 
 
 async def test_the_deadline_and_the_trace_go_on_to_the_next_call(stack: Stack) -> None:
