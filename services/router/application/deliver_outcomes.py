@@ -121,8 +121,8 @@ class DeliveryDesk:
         """Position up to which a channel of a partition was read from the table."""
         self._choices: dict[bytes, AdapterStream] = {}
         self._delayed: OrderedDict[bytes, None] = OrderedDict()
-        self._processed: OrderedDict[bytes, None] = OrderedDict()
-        """Deliveries that adapters say they have processed, and that may still be in the table."""
+        self._processed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        """Deliveries, with their tenant, that adapters say they have processed, and that may still be in the table."""
         WAITING.set_function(lambda: len(self._by_id))
         self.committer: GroupCommitter
         self.on_arrival: Callable[[str, str, set[int]], None] = lambda tenant, channel, streams: None
@@ -177,8 +177,9 @@ class DeliveryDesk:
         return (chosen.gateway, chosen.stream) if chosen is not None and chosen.live else None
 
     def _append(self, pending: _Pending) -> None:
-        if pending.delivery.delivery_id in self._processed:
-            del self._processed[pending.delivery.delivery_id]
+        processed = (pending.key[0], pending.delivery.delivery_id)
+        if processed in self._processed:
+            del self._processed[processed]
             self.committer.put(AckItem(pending.partition, pending.position, pending.key[0]))
             return
         line = self._lines.get(pending.session_id)
@@ -373,7 +374,7 @@ class DeliveryDesk:
         if pending is not None and pending.key[0] == tenant:
             self._settle(pending, AckItem(pending.partition, pending.position, tenant))
         else:
-            self._processed[delivery_id] = None
+            self._processed[tenant, delivery_id] = None
             while len(self._processed) > _RECENT_PROCESSED:
                 self._processed.popitem(last=False)
 

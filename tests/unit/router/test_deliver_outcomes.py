@@ -446,6 +446,22 @@ async def test_processed_deliveries_that_are_still_in_the_table_are_acknowledged
     assert [position for _, position in world.table] == [2]
 
 
+async def test_what_another_tenants_adapter_says_it_has_processed_changes_nothing(world: World) -> None:
+    """Ids are derived from names and keys that a stranger may guess, before the delivery is even made."""
+    session = world.session()
+    message = QueuedMessage(1, ids.content_hash(b"1"), True, 0, "", b"")
+    guessed = a_turn(session, message).id
+    presence = Presence(gateway="g")
+    presence.streams.add(stream=9, channel=CHANNEL, instance="x", window=10, processed=[guessed])
+    world.desk.on_presence("other", presence)
+    world.adapter(1)
+    assert world.outcome(session) == guessed
+    world.desk.on_presence("other", presence)
+    world.desk.on_acks("other", AckBatch(acks=[guessed], returns=[Return(delivery_id=guessed, counts=True)]))
+    assert world.ids == [guessed]
+    assert world.table, "it waits for its own adapter's ack"
+
+
 async def test_processed_deliveries_may_be_named_in_any_order(world: World) -> None:
     """A new owner has the session's deliveries in line; the adapter had processed two, and names the second first."""
     world.adapter(1)
