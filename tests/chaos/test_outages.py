@@ -83,6 +83,22 @@ async def test_bus_frozen(stack: FaultyStack) -> None:
     assert not stack.deaths
 
 
+async def test_gateway_dies_with_what_the_bus_did_not_take(stack: FaultyStack) -> None:
+    """Nobody has a receipt for what was only in the gateway's memory: senders send it again."""
+    recoveries = Recoveries("gateway killed while NATS is frozen")
+    async with Load(stack, WITHOUT_WAITING) as load:
+        await load.flows()
+        stack.freeze("nats")
+        await asyncio.sleep(1.5)
+        killed_at = await stack.kill9("gateway-0")
+        stack.thaw("nats")
+        await stack.is_up("gateway-0")
+        await load.flows(each=3)
+        recoveries.add(load, killed_at)
+        await recoveries.hold(load)
+    assert not stack.deaths
+
+
 async def test_nobody_takes_the_answers(stack: FaultyStack) -> None:
     """Answers wait, over the death of their router too, until an adapter of the channel comes back."""
     async with Load(stack, Mix(echo=8, slow=0, clerk=2, ahead=100), tenants=("demo",)) as load:
