@@ -27,6 +27,16 @@ def _methods() -> list[MethodDescriptor]:
 
 
 METHODS = _methods()
+OF_NO_TENANT = {
+    "soma.cognition.v1.CognitionService.RunTurns",
+    "soma.controlplane.v1.ConfigService.WatchConfig",
+    "soma.controlplane.v1.TenantService.CreateTenant",
+    "soma.controlplane.v1.TenantService.ListTenants",
+    "soma.controlplane.v1.TenantService.UpdateTenant",
+    "soma.controlplane.v1.TenantService.DeleteTenant",
+}
+"""Methods for those who may act for all tenants: services, and administrators of the platform."""
+
 CONFIGS = sorted((ROOT / "soma_common" / "grpc" / "service_config").glob("*.json"))
 
 
@@ -39,6 +49,13 @@ def test_every_method_says_who_may_call_it(method: MethodDescriptor) -> None:
     rules = describe_service(method.containing_service.full_name)
     assert rules[method.name].permission
     assert not rules[method.name].public
+
+
+def test_only_these_methods_touch_no_single_tenant() -> None:
+    without = {
+        method.full_name for method in METHODS if not method.GetOptions().Extensions[authz_pb2.authz].tenant_field
+    }
+    assert without == OF_NO_TENANT
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.full_name)
