@@ -9,10 +9,14 @@ HOME_DIR ?= .somastack
 ARGS ?=
 RUN := .venv/bin/python
 GATES := $(RUN) -m tools.gates
+SHELL_PATH := $(PATH)
 # buf finds its plugins, and bin/protoc its Python, on the path.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 ##@ Run
+
+# With the path of the shell that called make: the commands that `up` prints are to be pasted there.
+up down: export PATH := $(SHELL_PATH)
 
 .PHONY: up
 up: setup ## Start the whole stack, play a demo conversation, keep serving (HOME_DIR=.somastack)

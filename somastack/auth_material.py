@@ -4,6 +4,7 @@ The tokens' form is that of `soma_common.authz.tokens`. The signing key never le
 public keys only.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from soma_common.authz.tokens import (
     public_jwks,
     sign_token,
 )
-from soma_common.embedded.process import write_private
+from soma_common.embedded.process import PartFailed, write_private
 from somastack.home import Home
 
 LIFETIME_S = 365 * 24 * 3600
+TENANT_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+"""As the contract has it (`soma.common.v1.SessionKey.tenant`)."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,44 @@ class AuthMaterial:
         return self.home.auth / "tenants" / f"{tenant}.token"
 
     def make(self, services: Sequence[str], tenants: Sequence[str]) -> None:
-        """Create the key and the tokens that are missing, too old, or not of this key."""
+        """Create the key and the tokens that are missing, too old, or not of this key.
+
+        A tenant that got a token by `issue` keeps having one, without being named here.
+        """
         key = self._signing_key()
         self._renew(key, self.admin_token_file, "admin", ALL_TENANTS, ["admin"])
         for service in services:
             self._renew(key, self.service_token_file(service), service, ALL_TENANTS, ["service"])
-        for tenant in tenants:
-            self._renew(key, self.tenant_token_file(tenant), f"{tenant}-channels", tenant, ["channel"])
+        issued = (file.stem for file in self.tenant_token_file("any").parent.glob("*.token"))
+        for tenant in sorted({*tenants, *issued}):
+            self._renew_channels(key, tenant)
+
+    def issue(self, tenant: str) -> Path:
+        """Create or renew the token of a tenant's channels; returns its file.
+
+        Raises:
+            PartFailed: this is no tenant's id, or the home has no key yet.
+        """
+        if not TENANT_ID.fullmatch(tenant):
+            raise PartFailed(f"{tenant!r} is no tenant's id", "ids are lower-case letters, digits and inner hyphens")
+        if not self._key_file.exists():
+            raise PartFailed(f"{self.home.path} has no signing key yet", "start the stack once: somastack up")
+        self._renew_channels(self._signing_key(), tenant)
+        return self.tenant_token_file(tenant)
+
+    @property
+    def _key_file(self) -> Path:
+        return self.home.auth / "signing.key"
 
     def _signing_key(self) -> OKPKey:
-        file = self.home.auth / "signing.key"
-        if not file.exists():
-            write_private(file, dump_signing_key(generate_key()) + "\n")
-        key = load_signing_key(file)
+        if not self._key_file.exists():
+            write_private(self._key_file, dump_signing_key(generate_key()) + "\n")
+        key = load_signing_key(self._key_file)
         write_private(self.keys_file, public_jwks([key]) + "\n")
         return key
+
+    def _renew_channels(self, key: OKPKey, tenant: str) -> None:
+        self._renew(key, self.tenant_token_file(tenant), f"{tenant}-channels", tenant, ["channel"])
 
     def _renew(self, key: OKPKey, file: Path, subject: str, tenant: str, roles: list[str]) -> None:
         if _seconds_left(file, key) < LIFETIME_S / 2:

@@ -16,6 +16,7 @@ from soma.common.v1.message_pb2 import SessionKey
 
 from soma_common.embedded.process import PartFailed
 from soma_common.errors import SomaError
+from somastack.auth_material import AuthMaterial
 from somastack.chat import Chat, ask_once, converse, token_for
 from somastack.control import end_stack, needed_state, running_state
 from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate
@@ -165,6 +166,15 @@ def chat(
 
 
 @app.command()
+def token(
+    tenant: Annotated[str, typer.Argument(help="The tenant whose channels are to connect.")],
+    home: HomeOption = None,
+) -> None:
+    """Make a tenant's token for channel adapters, if it has none, and print its file."""
+    console.print(str(AuthMaterial(Home.chosen(home)).issue(tenant)), markup=False)
+
+
+@app.command()
 def doctor(
     home: HomeOption = None,
     port_base: Annotated[int, typer.Option(help="The ports to look at.")] = DEFAULT_BASE,
@@ -251,7 +261,8 @@ def _tell_next_steps(home: Home, state: StackState, *, has_demo: bool, on: Conso
 
 
 def _tell(line: Line) -> None:
-    if worth_telling(line):
+    # Why `up` fails is its own last line; the log has it for those who look later.
+    if worth_telling(line) and line.event != "stack.failed":
         console.print(line.rendered())
 
 

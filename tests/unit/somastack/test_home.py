@@ -78,6 +78,20 @@ class TestTokens:
         material.make(["router"], ["demo"])
         assert material.admin_token_file.read_text() == before
 
+    def test_a_tenant_of_ones_own_gets_one_that_later_starts_keep(self, material: AuthMaterial) -> None:
+        issued = material.issue("acme")
+        verified = TokenVerifier(material.keys_file).verify(issued.read_text().strip())
+        assert (verified.subject, verified.tenant, verified.roles) == ("acme-channels", "acme", ("channel",))
+        assert stat.S_IMODE(issued.stat().st_mode) == 0o600
+        (material.home.auth / "signing.key").unlink()
+        material.make(["router"], ["demo"])
+        assert TokenVerifier(material.keys_file).verify(issued.read_text().strip()).tenant == "acme"
+
+    @pytest.mark.parametrize("name", ["", "*", "../admin", "Acme", "a/b"])
+    def test_what_is_no_tenant_gets_none(self, material: AuthMaterial, name: str) -> None:
+        with pytest.raises(PartFailed, match="no tenant's id"):
+            material.issue(name)
+
     def test_a_lost_key_renews_all(self, material: AuthMaterial) -> None:
         (material.home.auth / "signing.key").unlink()
         material.make(["router"], ["demo"])
