@@ -34,7 +34,7 @@ KEPT_FILES: Final = 3
 
 _DROPPED = counter("soma_log_lines_dropped_total", "Log lines dropped because the writer could not keep up.")
 _LEADING_KEYS = ("ts", "level", "service", "instance", "event")
-_NOISY_LOGGERS = ("asyncio", "grpc", "nats", "httpx", "openai")
+_NOISY_LOGGERS = ("asyncio", "grpc", "nats", "httpx", "httpx2", "openai")
 
 
 class LogWriter:
