@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -175,7 +176,8 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         await background.cancel()
 
     async def close_stores() -> None:
-        await leases.leave()
+        with suppress(StoreLost):  # the database may be gone: then this router's row there just grows old
+            await leases.leave()
         for closing in (leases.close(), writer.close(), history.close(), control_channel.close(), tool_channel.close()):
             await closing
 

@@ -25,7 +25,7 @@ CONFLICT: Final = "SM002"
 _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
 """Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
 
-_PARAMETERS: Final = 77
+_PARAMETERS: Final = 81
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
 # Plans are made once, on tables that may be empty then: say what is right for full ones.
@@ -100,6 +100,7 @@ class PostgresGroupWriter:
         parameters = [",".join(group.tenants)]
         for table in (
             group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.steps,
+            group.journaled,
             group.ends, group.deliveries, group.acks, group.dead,
         ):  # fmt: skip
             parameters.extend(table)  # type: ignore[arg-type]
@@ -225,12 +226,12 @@ class PostgresLeases:
 
         async def call(connection: Connection) -> tuple[list[LeaseRow], int]:
             rows = await connection.fetch(
-                "SELECT partition, owner, term, expires_at < clock_timestamp() AS expired,"
+                "SELECT partition, owner, term, expires_at < clock_timestamp() AS expired, expires_at,"
                 " (SELECT count(*) FROM router.routers WHERE beat_at > clock_timestamp() - $1::interval) AS routers"
                 " FROM router.leases ORDER BY partition",
                 self._ttl,
             )
-            return [LeaseRow(*row[:4]) for row in map(tuple, rows)], rows[0]["routers"] if rows else 0
+            return [LeaseRow(*row[:5]) for row in map(tuple, rows)], rows[0]["routers"] if rows else 0
 
         return await self._line.use(call)
 

@@ -59,6 +59,11 @@ class Ingest:
         except DecodeError as error:
             problem, reason = f"not an InBatch: {error}", ErrorReason.ERROR_REASON_ITEM_CORRUPT
             batch.Clear()
+        if not ids.is_slug(subject_tenant):
+            # No tenant can have such a name, and no row can be written for it: the subject is not one of ours.
+            log.error("router.lane_message_without_tenant", tenant=subject_tenant, seq=seq)
+            UNREADABLE.inc()
+            return
         if problem:
             self._set_aside(lane, subject_tenant, cursor, reason, problem, data)
             return

@@ -171,6 +171,7 @@ class StepItem:
         group.add(
             group.steps, (self.turn.id, self.turn.step_count + 1, tenant, self.kind, self.turn.dispatch, self.body)
         )
+        group.add(group.journaled, (self.turn.id, self.turn.step_count + 1, self.partition.id))
 
     def committed(self, result: GroupResult) -> None:
         """The brain may act on it."""
@@ -213,7 +214,7 @@ class EndItem:
         deliveries = session.delivery_count + turn.deliver
         group.add(
             group.ends,
-            (turn.id, session.id, self.partition.id, self.outcome, turn.step_count + len(self.steps))
+            (turn.id, session.id, self.partition.id, self.outcome, turn.step_count, turn.step_count + len(self.steps))
             + (turn.inputs[-1].position, turn.number, deliveries),
         )
         self._complete(session, deliveries)

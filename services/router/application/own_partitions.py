@@ -2,7 +2,7 @@
 
 Leases say when to take over; what may be written is decided by the term in the partition's row alone, so nothing here
 needs clocks to agree. A lease is taken over only when the database clock says it ran out *and* this router has itself
-seen it unrenewed for longer than a heartbeat: after a stall of the database nobody is robbed by whoever wakes first.
+seen it unrenewed for a whole lease time: after a stall of the database nobody is robbed by whoever wakes first.
 A router that did not renew in time by its own monotonic clock (it was frozen, or cut off) ends its terms by itself
 before it says another word.
 """
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 LEASE_S: Final = 3.0
 BEAT_S: Final = 1.0
 _POLL_S: Final = 0.25
-_SEEN_FOR_S: Final = 1.5
 _BLIND_S: Final = 1.5
 """Not having looked at the leases for so long, this router has not seen that nobody renewed them."""
 _RELEASE_PER_BEAT: Final = 2
@@ -82,7 +81,8 @@ class OwnPartitions:
         self._looked_at = 0.0
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
-        self._seen: dict[int, tuple[UUID | None, float]] = {}
+        self._seen: dict[int, tuple[object, float]] = {}
+        """The last renewal of each lease that was seen, and since when it has been the last."""
         self._releasing = False
         self.ready = asyncio.Event()
         """Set once this router has looked at the leases for the first time."""
@@ -138,8 +138,8 @@ class OwnPartitions:
         share = math.ceil(len(leases) / max(routers, 1))
         for lease in leases:
             seen = self._seen.get(lease.partition)
-            if not lease.expired or seen is None or seen[0] != lease.term:
-                self._seen[lease.partition] = (lease.term, now)
+            if seen is None or seen[0] != (lease.term, lease.mark):
+                self._seen[lease.partition] = ((lease.term, lease.mark), now)
         for lease in leases:
             if len(self._state.partitions) >= share or self._releasing:
                 break
@@ -155,7 +155,7 @@ class OwnPartitions:
     def _free(self, lease: LeaseRow, now: float) -> bool:
         if lease.owner is None or lease.owner == self._router:
             return True
-        return lease.expired and now - self._seen[lease.partition][1] >= _SEEN_FOR_S
+        return lease.expired and now - self._seen[lease.partition][1] >= LEASE_S
 
     async def _take(self, lease: LeaseRow) -> None:
         term = uuid4()

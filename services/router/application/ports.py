@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRow:
-    """A lease as last seen. `expired` is the database clock's opinion."""
+    """A lease as last seen. `expired` is the database clock's opinion; `mark` changes with each renewal."""
 
     partition: int
     owner: str | None
     term: UUID | None
     expired: bool
+    mark: object
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,10 +103,23 @@ async def test_a_turn_that_starts_and_ends_in_one_group(store: Store) -> None:
     p = await store.take(0)
     mail = ingest(p, 1, inbound())
     turn = a_turn(a_session(p), mail.entries[0].message)
-    await store.commit(
-        mail, start(turn), step(turn), EndItem(p, turn, Outcome.CANCELLED, [], Delivery(), lambda _: None)
-    )
+    await store.commit(mail, start(turn), EndItem(p, turn, Outcome.CANCELLED, [], Delivery(), lambda _: None))
     assert await store.rows("turns", "status, outcome") == [(3, 4)]
+
+
+async def test_a_step_follows_the_one_before_it_in_an_open_turn(store: Store) -> None:
+    p = await store.take(0)
+    _, turn = await store.started(p, inbound(), 1)
+    ahead = step(turn)
+    turn.journal.append(b"never committed")
+    with pytest.raises(FenceLost) as lost:
+        await store.commit(step(turn))
+    assert lost.value.partitions == {0}
+    turn.journal.clear()
+    await store.commit(ahead)
+    assert await store.rows("turns", "step_count, status") == [(1, 1)]
+    with pytest.raises(FenceLost):
+        await store.commit(end(turn))  # made without the step that is in the journal
 
 
 async def test_nothing_is_delivered_for_channels_without_adapters(store: Store) -> None:

@@ -190,8 +190,9 @@ CREATE FUNCTION router.commit_group(
     d_turn bytea[], d_dispatch integer[], d_strikes integer[],
     c_session bytea[], c_position bigint[], c_turn bytea[],
     s_turn bytea[], s_step integer[], s_tenant text[], s_kind smallint[], s_dispatch integer[], s_body bytea[],
-    e_turn bytea[], e_session bytea[], e_partition integer[], e_outcome smallint[], e_steps integer[], e_done bigint[], e_number bigint[],
-    e_deliveries bigint[],
+    j_turn bytea[], j_step integer[], j_partition integer[],
+    e_turn bytea[], e_session bytea[], e_partition integer[], e_outcome smallint[], e_base integer[], e_steps integer[], e_done bigint[],
+    e_number bigint[], e_deliveries bigint[],
     v_partition integer[], v_position bigint[], v_session bytea[], v_tenant text[], v_channel text[], v_payload bytea[],
     a_partition integer[], a_position bigint[],
     x_tenant text[], x_kind text[], x_partition integer[], x_ref bytea[], x_reason smallint[], x_message text[], x_payload bytea[],
@@ -307,21 +308,41 @@ BEGIN
         SELECT * FROM unnest(s_turn, s_step, s_tenant, s_kind, s_dispatch, s_body);
     END IF;
 
+    -- A step follows the one before it, in a turn that is open.
+    IF cardinality(j_turn) > 0 THEN
+        UPDATE router.turns t SET step_count = j.step
+        FROM unnest(j_turn, j_step) AS j(turn_id, step)
+        WHERE t.turn_id = j.turn_id AND t.status <> 3 AND t.step_count = j.step - 1;
+        GET DIAGNOSTICS found_count = ROW_COUNT;
+        IF found_count <> cardinality(j_turn) THEN
+            RAISE EXCEPTION 'a step does not follow the journal of an open turn' USING ERRCODE = 'SM002', DETAIL = (
+                SELECT string_agg(DISTINCT j.partition::text, ',')
+                FROM unnest(j_turn, j_step, j_partition) AS j(turn_id, step, partition)
+                WHERE NOT EXISTS (SELECT FROM router.turns t
+                                  WHERE t.turn_id = j.turn_id AND t.status <> 3 AND t.step_count = j.step));
+        END IF;
+    END IF;
+
     IF cardinality(e_turn) > 0 THEN
         UPDATE router.turns t SET status = 3, outcome = e.outcome, step_count = e.steps, end_time = now()
-        FROM unnest(e_turn, e_outcome, e_steps) AS e(turn_id, outcome, steps)
-        WHERE t.turn_id = e.turn_id AND t.status <> 3;
+        FROM unnest(e_turn, e_outcome, e_base, e_steps) AS e(turn_id, outcome, base, steps)
+        WHERE t.turn_id = e.turn_id AND t.status <> 3 AND t.step_count = e.base;
         GET DIAGNOSTICS found_count = ROW_COUNT;
         IF found_count <> cardinality(e_turn) THEN
-            RAISE EXCEPTION 'a turn that is to end is not running' USING ERRCODE = 'SM002', DETAIL = (
+            RAISE EXCEPTION 'a turn that is to end is not running, or its journal is another' USING ERRCODE = 'SM002', DETAIL = (
                 SELECT string_agg(DISTINCT e.partition::text, ',') FROM unnest(e_turn, e_partition) AS e(turn_id, partition)
                 WHERE NOT EXISTS (SELECT FROM router.turns t
                                   WHERE t.turn_id = e.turn_id AND t.status = 3 AND t.end_time = now()));
         END IF;
         UPDATE router.sessions s
         SET done_position = e.done, turn_count = e.number, delivery_count = e.deliveries, update_time = now()
-        FROM unnest(e_session, e_done, e_number, e_deliveries) AS e(session_id, done, number, deliveries)
-        WHERE s.session_id = e.session_id;
+        FROM unnest(e_session, e_partition, e_done, e_number, e_deliveries) AS e(session_id, partition, done, number, deliveries)
+        WHERE s.session_id = e.session_id AND s.partition = e.partition;
+        GET DIAGNOSTICS found_count = ROW_COUNT;
+        IF found_count <> cardinality(e_turn) THEN
+            RAISE EXCEPTION 'a session is in another partition' USING ERRCODE = 'SM002',
+                DETAIL = (SELECT string_agg(DISTINCT partition::text, ',') FROM unnest(e_partition) partition);
+        END IF;
     END IF;
 
     IF cardinality(v_position) > 0 THEN
