@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.router.v1.inbound_pb2 import Inbound
 
@@ -30,6 +31,8 @@ LINGER_AFTER: Final = 8
 """A batch of so many says that there is load ..."""
 LINGER_BELOW: Final = 32
 """... and so few gathered that waiting a moment makes fewer, larger batches."""
+log = structlog.get_logger(__name__)
+
 FIRST_PAUSE_S: Final = 0.02
 LONGEST_PAUSE_S: Final = 0.25
 
@@ -181,7 +184,17 @@ class _LaneWriter:
     async def _store(self, batch: list[WaitingItem]) -> None:
         started = asyncio.get_running_loop().time()
         try:
-            await self._store_until(batch, started + self._bounds.deadline_s)
+            try:
+                await self._store_until(batch, started + self._bounds.deadline_s)
+            except Refused:
+                raise
+            except Exception as error:
+                # Boundary: nobody else tells the senders, and what is not settled would count against the tenant for
+                # ever.
+                log.exception("lanes.store_failed", tenant=self._tenant, lane=self._lane, items=len(batch))
+                raise bus_unavailable(
+                    asyncio.get_running_loop().time() - started, self._bounds.silent_retry_ms
+                ) from error
         except Refused as refused:
             if refused.error.reason == ErrorReason.ERROR_REASON_BUS_UNAVAILABLE:
                 batch.extend(self._waiting)

@@ -99,6 +99,24 @@ async def test_on_giving_up_everything_gathered_behind_fails_too() -> None:
     assert sizes(lanes) == [1]
 
 
+async def test_a_defect_on_the_way_is_told_and_nothing_stays_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes, answers = MemoryLanes(), Answers()
+    writers = writers_for(lanes)
+
+    async def broken(*_: object) -> None:
+        raise ValueError("nobody thought of this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "store", broken)
+        put(writers, answers, 0, 1)
+        await eventually(lambda: len(answers.order) == 2)
+    assert {error.reason for error in answers.errors.values()} == {ErrorReason.ERROR_REASON_BUS_UNAVAILABLE}
+    assert writers.waiting == 0
+    put(writers, answers, 2)
+    await eventually(lambda: len(answers.order) == 3)
+    assert sizes(lanes) == [1]
+
+
 async def test_a_silent_tenant_does_not_hold_up_another() -> None:
     lanes, answers, others = MemoryLanes(), Answers(), Answers()
     lanes.silent = 1
