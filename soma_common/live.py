@@ -107,8 +107,7 @@ class LiveWatcher:
             # that comes together with the answer (cpython#86296).
             self._left = True
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})
         if self._subscription is not None:
             with suppress(nats.errors.Error):  # the connection may be gone, and the subscription with it
                 await self._subscription.unsubscribe()

@@ -58,6 +58,8 @@ MAX_FRAME_ITEMS: Final = 512
 MAX_FRAME_BYTES: Final = 2 * 1024 * 1024
 RETRY_S: Final = 0.05
 """Before a refused item is tried again, when the refusal names no delay."""
+LAST_FRAME_S: Final = 1.0
+"""How long closing waits for the stream to send what is queued and end by itself."""
 MAX_LIVE: Final = 4096
 """Live events kept for `events()`; further ones are dropped until it is read."""
 
@@ -124,10 +126,13 @@ class ChannelClient:
     async def __aenter__(self) -> Self:
         """Connects. Raises SomaError when the gateway refuses for a reason that waiting does not change."""
         self._task = asyncio.get_running_loop().create_task(self._stream.run(), name="channel-client")
-        await self._stream.connected.wait()
-        if self._failure is not None:
-            await self.close()
-            raise self._failure
+        try:
+            await self._stream.connected.wait()
+            if self._failure is not None:
+                raise self._failure
+        except BaseException:  # a caller that does not wait any longer too: nobody else would end the task
+            await self.close(timeout_s=0)
+            raise
         return self
 
     async def __aexit__(
@@ -256,25 +261,30 @@ class ChannelClient:
     async def close(self, timeout_s: float = 5.0) -> None:
         """Sends what is queued, waits for its answers at most so long, and ends the stream. May be called again."""
         task = self._task
-        if task is not None and not task.done() and not self._stream.closing:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    while len(self._outbox) and self._failure is None:
-                        self._room.clear()
-                        await self._room.wait()
-        self._stream.closing = True
-        self._stream.wake()
-        self._news.set()
-        if task is not None:
-            with suppress(TimeoutError, asyncio.CancelledError):
-                async with asyncio.timeout(1.0):
-                    await asyncio.shield(task)
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        self._outbox.fail(Error(reason=ErrorReason.ERROR_REASON_DRAINING, message="the client was closed"))
-        if self._own_channel:
-            await self._grpc.close()
+        try:
+            if task is not None and not task.done() and not self._stream.closing:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await self._all_answered()
+            self._stream.closing = True
+            self._stream.wake()
+            self._news.set()
+            if task is not None:
+                await asyncio.wait({task}, timeout=LAST_FRAME_S)
+        finally:  # a cancel from outside cuts the waiting short, not the end
+            self._stream.closing = True
+            self._news.set()
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+            self._outbox.fail(Error(reason=ErrorReason.ERROR_REASON_DRAINING, message="the client was closed"))
+            if self._own_channel:
+                await self._grpc.close()
+
+    async def _all_answered(self) -> None:
+        while len(self._outbox) and self._failure is None:
+            self._room.clear()
+            await self._room.wait()
 
     # What the stream asks for and brings.
 

@@ -133,8 +133,7 @@ class KeptStream:
         finally:
             if writer is not None:
                 writer.cancel()
-                with suppress(asyncio.CancelledError):
-                    await writer
+                await asyncio.wait({writer})
             call.cancel()
 
     async def _write(self, call: Any, welcome: Welcome) -> None:

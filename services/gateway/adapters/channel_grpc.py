@@ -7,7 +7,6 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from typing import Any, Final
 
 import grpc
@@ -84,8 +83,7 @@ class ChannelServicer(ChannelServiceServicer):
             expiry.cancel()
             self._streams.leave(stream)
             reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await reader
+            await asyncio.wait({reader})
 
     async def SendMessage(self, request: SendMessageRequest, context: Context) -> SendMessageResponse:
         """Accepts one message; the answer is the receipt."""

@@ -51,6 +51,27 @@ async def test_send_receive_acknowledge(world: World) -> None:
         assert len(cancelled.message_id) == 16
 
 
+async def test_a_cancel_from_outside_wins_and_leaves_no_stream_behind(world: World) -> None:
+    """While it connects to nobody, and while it waits for answers to close."""
+    nowhere = client(world, "127.0.0.1:1")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await nowhere.__aenter__()
+    c = await client(world, await world.gateway()).__aenter__()
+    world.nats_server.sigstop()
+    try:
+        sending = asyncio.create_task(c.send(AGENT, "s", "hello"))
+        await eventually(lambda: c.unanswered)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await c.close()
+    finally:
+        world.nats_server.sigcont()
+    with pytest.raises(ClientClosed):
+        await sending
+    assert not any(task.get_name().startswith("channel-") for task in asyncio.all_tasks())
+
+
 async def test_a_refusal_is_a_typed_error_and_the_stream_goes_on(world: World) -> None:
     async with client(world, await world.gateway()) as c:
         with pytest.raises(errors.NotFound) as caught:
