@@ -27,8 +27,9 @@ class RouterSettings(ServiceSettings):
     """Most turns this router runs at once."""
     max_idle_sessions: int = Field(default=1024, ge=0)
     """Idle sessions kept in memory, so that their next message costs one transaction less."""
-    max_strikes: int = Field(default=8, ge=1)
-    """How often a turn's brain or router may die before the turn is set aside as a dead letter."""
+    max_strikes: int = Field(default=5, ge=3)
+    """How often a turn's brain or router may die before the turn is set aside as a dead letter. From the second death
+    on it runs while no other such turn does."""
     stuck_margin_s: float = Field(default=5.0, gt=0)
     """A turn of which nothing is heard for its agent's step timeout and so long is restarted."""
     ack_wait_s: float = Field(default=30.0, gt=0)

@@ -46,6 +46,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
         "soma_common.client.inbox:Inbox.processed",
     ),
     "start_journaled": (f"{ROUTER}.items:StartItem",),
+    "suspects_alone": (f"{ROUTER}.dispatch_turns:Dispatcher._next_suspect",),
     "strikes_durable": (f"{SCHEMA}:strikes = t.strikes + p_strike",),
 }
 
@@ -54,6 +55,5 @@ ELSEWHERE: Final[dict[str, str]] = {
     "relay_from_stream": "events for the outside are not part of this release",
     "relay_cas": "events for the outside are not part of this release",
     "event_ids": "events for the outside are not part of this release",
-    "suspects_alone": "not kept yet: the neighbours of a turn that kills its router may be set aside with it",
     "purge_replicated": "the standalone PostgreSQL has no standby",
 }

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT: Final = 100
 DEFAULT_STEP_TIMEOUT_MS: Final = 60_000
+SUSPECT_STRIKES: Final = 2
+"""From so many deaths on a turn is a suspect. One may be chance: it was there when something else went wrong."""
 MAX_CONTEXT_BYTES: Final = 1024 * 1024
 RETRY_S: Final = 0.5
 
@@ -56,6 +58,9 @@ class Dispatcher:
         self._on_agent_gone = on_agent_gone
         self._stuck_margin_s = stuck_margin_s
         self._orphans: deque[Turn] = deque()
+        self._suspects: deque[Turn] = deque()
+        self._alone: Turn | None = None
+        """The suspect that may run."""
         self.committer: GroupCommitter
 
     @property
@@ -65,11 +70,12 @@ class Dispatcher:
 
     @property
     def waiting(self) -> bool:
-        """Whether turns wait for a brain."""
-        return bool(self._orphans)
+        """Whether turns wait for a brain, or for their turn to run alone."""
+        return bool(self._orphans or self._suspects)
 
     def assign(self) -> None:
-        """Gives waiting turns to brains: called whenever a brain may have room."""
+        """Gives waiting turns to brains: called whenever a brain may have room, or a turn has ended."""
+        self._next_suspect()
         while self._orphans:
             turn = self._orphans[0]
             if not self._state.runs(turn):
@@ -84,13 +90,34 @@ class Dispatcher:
             self.committer.nudge()
 
     def dispatch(self, turn: Turn) -> None:
-        """Has a turn that is durable run by a brain, after those that wait for one already."""
+        """Has a turn that is durable run by a brain, after those that wait for one already.
+
+        A suspect, a turn with which brains or routers died before, runs while no other suspect does: a poison turn
+        then kills without company that would be blamed with it. Turns above suspicion run beside it.
+        """
+        if turn.strikes >= SUSPECT_STRIKES:
+            if self._alone is turn:
+                self._alone = None  # it died again: the others are let before it
+            self._suspects.append(turn)
+            self._next_suspect()
+        else:
+            self._give(turn)
+
+    def _next_suspect(self) -> None:
+        while self._suspects and (self._alone is None or not self._state.runs(self._alone)):
+            turn = self._suspects.popleft()
+            if self._state.runs(turn):
+                self._alone = turn
+                self._give(turn)
+
+    def _give(self, turn: Turn) -> None:
         link = self._brains.take()
         if link is None or self._orphans:
             if link is not None:
                 link.credit += 1
             self._orphans.append(turn)
-            self.assign()
+            if link is not None:
+                self.assign()
             return
         self._begin(turn, link)
 

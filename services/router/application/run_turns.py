@@ -305,7 +305,8 @@ class TurnRunner:
             self._redispatch(turn, 1)
 
     def restart_stuck(self) -> None:
-        """Restarts turns of which nothing was heard for too long."""
+        """Restarts turns of which nothing was heard for too long; called twice a second."""
+        self._dispatcher.assign()
         now = monotonic()
         for turn in list(self._state.running.values()):
             if turn.in_flight or now - turn.progress_at <= turn.patience_s:

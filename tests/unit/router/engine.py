@@ -203,9 +203,9 @@ class Engine:
         )
         self.runner.on_proposals(cast(Any, brain or self.brain), [proposal])
 
-    def answer(self, start: StartTurn, text: str, step: int = 1) -> None:
+    def answer(self, start: StartTurn, text: str, step: int = 1, *, brain: Brain | None = None) -> None:
         """The brain proposes the final message."""
-        self.propose(start, StepKind.FINAL, step, answer=Message(parts=[Part(text=text)]))
+        self.propose(start, StepKind.FINAL, step, answer=Message(parts=[Part(text=text)]), brain=brain)
 
     async def started(self, count: int, brain: Brain | None = None) -> list[StartTurn]:
         """Waits until a brain was told to start so many turns in all."""

@@ -235,6 +235,31 @@ async def test_a_turn_that_kills_its_brains_is_set_aside(in_flight: bool) -> Non
         await engine.outcomes(2)
 
 
+async def test_a_poison_turn_takes_nobody_with_it() -> None:
+    """Its neighbours were there when brains died, more than once; they are not set aside with it."""
+    async with running_engine(max_strikes=4) as engine:
+        for name in ("poison", "a", "b", "c"):
+            engine.accept(inbound(session=name))
+        await engine.started(4)
+        poison = next(s.turn_id for s in engine.brain.starts if s.session.session == "poison")
+        brain = engine.brain
+        for number in range(1, 40):
+            if len(engine.ended) == 4:
+                break
+            running = [s for s in brain.starts if s.turn_id in engine.state.running]
+            if any(s.turn_id == poison and engine.state.running[poison].link is brain for s in running):
+                engine.disconnect(brain)
+                brain = Brain(name=f"brain-{number}")
+                engine.connect(brain)
+            for start in running:
+                if start.turn_id != poison:
+                    engine.answer(start, "ok", brain=brain)
+            await engine.quiet()
+        outcomes = {item.turn.session.key.session: item.outcome for item in engine.ended}
+        assert outcomes == {"poison": Outcome.ERROR, "a": Outcome.FINAL, "b": Outcome.FINAL, "c": Outcome.FINAL}
+        assert max(item.turn.strikes for item in engine.ended if item.outcome is Outcome.FINAL) <= 2
+
+
 async def test_a_declined_turn_goes_elsewhere_without_a_strike(engine: Engine) -> None:
     engine.accept(inbound())
     [start] = await engine.started(1)
