@@ -12,9 +12,11 @@ from typing import Protocol, TypeAlias
 
 from google.protobuf import struct_pb2
 from soma.cognition.v1 import cognition_service_pb2 as cognition
+from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.domain.conversation import Conversation, Json
+from soma_common.errors import FailedPrecondition, SomaError
 
 Outgoing: TypeAlias = cognition.Proposal | cognition.TurnText | cognition.StopTurn | cognition.RunTurnsResponse
 """What goes to a router: steps, text, declined turns, and frames with a heartbeat or draining notice to merge in."""
@@ -52,6 +54,8 @@ class ModelRequest:
     tools: Sequence[ToolDescription]
     temperature: float | None
     max_output_tokens: int | None
+    max_reply_bytes: int
+    """Longest reply, its tool calls included. What would be longer is refused while it comes."""
     origin: CallOrigin
 
 
@@ -74,6 +78,15 @@ class ModelAnswer:
     output_tokens: int = 0
     model: str = ""
     """The model that answered, if it is not the one asked."""
+
+
+def reply_too_long(max_reply_bytes: int) -> SomaError:
+    """The model says more than it may."""
+    return FailedPrecondition(
+        reasons.ERROR_REASON_MODEL_REJECTED,
+        f"the model's reply is longer than the {max_reply_bytes} bytes that are allowed; "
+        "set the agent's max_output_tokens",
+    )
 
 
 Emit: TypeAlias = Callable[[str], None]

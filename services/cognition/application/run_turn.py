@@ -33,6 +33,7 @@ from services.cognition.application.ports import (
     RequestedCall,
     ToolDescription,
     Tools,
+    reply_too_long,
 )
 from services.cognition.application.retrying import Backoff, retrying
 from services.cognition.application.stream_text import TextStream
@@ -150,6 +151,7 @@ class TurnRunner:
                     tools=tools,
                     temperature=agent.temperature,
                     max_output_tokens=agent.max_output_tokens,
+                    max_reply_bytes=self._policy.max_reply_bytes,
                     origin=origin,
                 ),
                 text.add,
@@ -209,10 +211,7 @@ class TurnRunner:
         if answer.input_tokens or answer.output_tokens:
             body.usage.input_tokens, body.usage.output_tokens = answer.input_tokens, answer.output_tokens
         if body.ByteSize() > policy.max_reply_bytes:
-            raise _rejected(
-                f"the model's reply is longer than the {policy.max_reply_bytes} bytes that are allowed; "
-                "set the agent's max_output_tokens"
-            )
+            raise reply_too_long(policy.max_reply_bytes)
         return step
 
     def _check_limits(self, turn: Turn, agent: Agent, conversation: Conversation, late: bool) -> None:

@@ -15,7 +15,7 @@ from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endp
 from services.cognition.application.ports import CallOrigin, ModelAnswer, ModelRequest, ToolDescription
 from services.cognition.domain.conversation import Conversation
 from services.cognition.settings import CognitionSettings
-from soma_common.errors import SomaError
+from soma_common.errors import FailedPrecondition, SomaError
 from soma_common.testing.model_server import (
     CallTools,
     Cut,
@@ -46,6 +46,7 @@ def request(**changes: Any) -> ModelRequest:
         "tools": [CALCULATE],
         "temperature": None,
         "max_output_tokens": None,
+        "max_reply_bytes": 100_000,
         "origin": CallOrigin(stories.TURN, 3, 2, 1, "00-" + "a" * 32 + "-" + "b" * 16 + "-01"),
     }
     return ModelRequest(**(fields | changes))
@@ -243,6 +244,20 @@ async def test_a_failing_endpoint_ends_the_turn_and_leaves_the_session_usable(
         next_turn = bytes(16)
         await router.start(stories.start(turn_id=next_turn, **MODEL))
         assert answer_of(await router.ending(next_turn)) == "fine again"
+
+
+@pytest.mark.parametrize(
+    "reply", [Say("word " * 5000), CallTools(ToolRequest("calculate", {"expression": "1" * 9000}))]
+)
+async def test_a_reply_over_the_bound_is_refused_while_it_comes(model_server: ModelServer, reply: Reply) -> None:
+    """An endpoint that does not end costs no more memory than the bound."""
+    model_server.rule = lambda _: reply
+    pieces: list[str] = []
+    async with client_of(model_server) as client:
+        with pytest.raises(FailedPrecondition) as refused:
+            await OpenAIChat(client).answer(request(max_reply_bytes=2000), pieces.append)
+    assert refused.value.reason == reasons.ERROR_REASON_MODEL_REJECTED
+    assert sum(map(len, pieces)) <= 2000
 
 
 async def test_a_slow_model_ends_with_the_limit_that_was_reached(start_brain: StartBrain) -> None:

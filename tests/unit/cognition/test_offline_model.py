@@ -37,6 +37,7 @@ async def ask(
         tools=tools,
         temperature=None,
         max_output_tokens=None,
+        max_reply_bytes=100_000,
         origin=CallOrigin(stories.TURN, 1, 1, 1, ""),
     )
     return await OfflineModel().answer(request, pieces.append), pieces

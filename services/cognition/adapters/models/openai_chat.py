@@ -28,6 +28,7 @@ from services.cognition.application.ports import (
     ModelRequest,
     RequestedCall,
     ToolDescription,
+    reply_too_long,
 )
 from services.cognition.domain.conversation import Json, printable, result_text, text_of, to_dict
 from soma_common.errors import Reason, SomaError, class_of
@@ -82,7 +83,7 @@ class OpenAIChat:
 
     async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
         """One streamed completion. Raises SomaError of the MODEL_ reasons or CONTEXT_TOO_LONG."""
-        assembly = _Assembly(emit)
+        assembly = _Assembly(emit, request.max_reply_bytes)
         try:
             async with self._client.chat.completions.with_streaming_response.create(
                 model=request.model,
@@ -110,8 +111,10 @@ class OpenAIChat:
 class _Assembly:
     """Puts a stream of completion chunks together. Raises ValueError and its like for what is no chunk."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, max_bytes: int) -> None:
         self._emit = emit
+        self._max_bytes = max_bytes
+        self._size = 0
         self._text: list[str] = []
         self._calls: list[dict[str, str]] = []
         self._by_index: dict[int, dict[str, str]] = {}
@@ -150,6 +153,7 @@ class _Assembly:
             delta = choice.get("delta") or {}
             if delta.get("content"):
                 piece = printable(delta["content"])
+                self._grow(piece)
                 self._text.append(piece)
                 self._emit(piece)
             for call in delta.get("tool_calls") or ():
@@ -169,6 +173,12 @@ class _Assembly:
         known["id"] = known["id"] or str(delta.get("id") or "")
         known["name"] += function.get("name") or ""
         known["arguments"] += function.get("arguments") or ""
+        self._grow(function.get("arguments") or "")
+
+    def _grow(self, piece: str) -> None:
+        self._size += len(piece)  # characters are at least as many bytes; the exact size is looked at in the end
+        if self._size > self._max_bytes:
+            raise reply_too_long(self._max_bytes)
 
 
 def render_messages(request: ModelRequest) -> list[ChatCompletionMessageParam]:
