@@ -28,9 +28,11 @@ class GatewaySettings(ServiceSettings):
     tenant_queue_items: int = Field(default=16_384, ge=1)
     """Most items of one tenant that wait for the bus at this gateway; over it they are refused with QUEUE_FULL."""
     tenant_queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
+    """Most bytes of one tenant that wait for the bus at this gateway; over it items are refused with QUEUE_FULL."""
     stream_unanswered_items: int = Field(default=4096, ge=1, le=65536)
     """Most items of one stream without receipt or refusal."""
     stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)
+    """Most bytes of one stream without receipt or refusal."""
     publish_attempt_s: float = Field(default=1.0, gt=0)
     """How long one try to store a batch waits for its answer."""
     publish_deadline_s: float = Field(default=5.0, gt=0)
