@@ -16,21 +16,26 @@ from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
 
 from services.cognition.application.ports import Invocation, ToolDescription
 from services.cognition.domain.conversation import to_dict
-from soma_common.errors import Unavailable, from_rpc_error
+from soma_common.errors import DeadlineExceeded, Unavailable, from_rpc_error
 
 PAGE_SIZE: Final = 200
 LIST_TIMEOUT_S: Final = 5.0
 MEMORY_S: Final = 30.0
 """How long a tenant's tools are taken from memory."""
+AGAIN_S: Final = 5.0
+"""How long an old memory is used before a gateway that did not answer is asked again: not every turn waits for it."""
 MEMORY_TENANTS: Final = 1024
 
 
 class GrpcTools:
     """Asks the tool gateway on `channel`. For one event loop."""
 
-    def __init__(self, channel: aio.Channel, *, memory_s: float = MEMORY_S) -> None:
+    def __init__(
+        self, channel: aio.Channel, *, memory_s: float = MEMORY_S, list_timeout_s: float = LIST_TIMEOUT_S
+    ) -> None:
         self._stub = toolgw_grpc.ToolServiceStub(channel)
         self._memory_s = memory_s
+        self._list_timeout_s = list_timeout_s
         self._known: OrderedDict[str, tuple[float, Mapping[str, ToolDescription]]] = OrderedDict()
         self._asking: dict[str, asyncio.Task[Mapping[str, ToolDescription]]] = {}
 
@@ -54,6 +59,7 @@ class GrpcTools:
         except Unavailable:
             if entry is None:
                 raise
+            self._known[tenant] = (asyncio.get_running_loop().time() + AGAIN_S, entry[1])
             return entry[1]
 
     async def invoke(
@@ -80,9 +86,13 @@ class GrpcTools:
         while True:
             request = toolgw.ListToolsRequest(parent=f"tenants/{tenant}", page_size=PAGE_SIZE, page_token=token)
             try:
-                page = await self._stub.ListTools(request, timeout=LIST_TIMEOUT_S)
+                page = await self._stub.ListTools(request, timeout=self._list_timeout_s)
             except aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+                failed = from_rpc_error(error)
+                if isinstance(failed, DeadlineExceeded):  # our own limit, not the turn's
+                    text = f"the tool gateway did not answer within {self._list_timeout_s:g} s"
+                    failed = Unavailable(reasons.ERROR_REASON_SERVICE_UNAVAILABLE, text)
+                raise failed from error
             for tool in page.tools:
                 tools[tool.tool] = ToolDescription(tool.tool, tool.description, to_dict(tool.parameters))
             token = page.next_page_token

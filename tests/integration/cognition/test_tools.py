@@ -11,6 +11,8 @@ from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import turn_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
 
+from services.cognition.adapters.tools_grpc import GrpcTools
+from soma_common.errors import Unavailable
 from soma_common.failpoints import arm_failpoints
 from soma_common.ids import call_key
 from soma_common.testing.model_server import CallTools, ModelServer, Say, ToolRequest
@@ -212,6 +214,21 @@ async def test_descriptions_are_asked_for_once_and_survive_an_outage(
     await tool_gateway.stop()
     await router.start(stories.start("go", turn_id=b"x" * 16, **MODEL))
     assert answer_of(await router.ending(b"x" * 16)) == "hi"
+
+
+async def test_a_gateway_that_hangs_is_one_that_does_not_answer(tool_gateway: ToolGateway) -> None:
+    """Without a memory that may pass with a retry; with one it is not even noticed, and not waited for each time."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{tool_gateway.port}") as channel:
+        tools = GrpcTools(channel, memory_s=0.0)
+        tool_gateway.list_statuses = [grpc.StatusCode.DEADLINE_EXCEEDED]
+        with pytest.raises(Unavailable):
+            await tools.describe("demo")
+        known = await tools.describe("demo")
+        asked = tool_gateway.lists
+        tool_gateway.list_statuses = [grpc.StatusCode.DEADLINE_EXCEEDED] * 10
+        for _ in range(5):
+            assert await tools.describe("demo") == known
+        assert tool_gateway.lists == asked + 1
 
 
 async def test_the_step_limit_stops_a_model_that_never_ends(
