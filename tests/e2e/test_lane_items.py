@@ -20,7 +20,7 @@ from soma_common.nats.connection import connect_nats
 from soma_common.testing.eventually import eventually
 from somastack.parts import NatsPart, PostgresPart
 from tests.e2e.record import Record, answer
-from tests.e2e.stack import ECHO, Stack
+from tests.e2e.stack import ECHO, OFFLINE, Stack
 
 TENANT = "demo"
 REASON = ErrorReason
@@ -62,6 +62,19 @@ async def test_one_poison_item_in_a_batch_of_64(stack: Stack, channel: str, case
     for number, item in enumerate(items):
         if number != 31:
             assert answer(await seen.outcome_of(item.message_id)).endswith(f"item {number}")
+
+
+async def test_a_session_goes_on_after_content_that_no_model_can_read(stack: Stack, channel: str) -> None:
+    poison, after = _item(channel, "s", "poison"), _item(channel, "s", "what is 2+3")
+    for item, key in ((poison, "one"), (after, "two")):
+        _address(item, OFFLINE, channel, "s", key)
+    not_a_message(poison)
+    seen = Record()
+    async with stack.adapter(channel, on_delivery=seen.on_delivery), _lane(stack) as lane:
+        await _publish(lane, poison, after)
+        await seen.all_answered([poison.message_id, after.message_id])
+    assert (await seen.outcome_of(poison.message_id)).error.reason == ErrorReason.ERROR_REASON_ITEM_CORRUPT
+    assert "5" in answer(await seen.outcome_of(after.message_id))
 
 
 async def test_an_item_that_names_no_session_is_set_aside(stack: Stack, channel: str) -> None:

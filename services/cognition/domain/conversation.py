@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, TypeAlias
 
 from google.protobuf import struct_pb2
@@ -45,8 +46,14 @@ class Conversation:
         return len(self._inputs)
 
     def context(self) -> list[message_pb2.Message]:
-        """What was said before this turn, oldest first. Raises ITEM_CORRUPT."""
-        return [read_message(stored) for stored in self._context]
+        """What was said before this turn, oldest first. What cannot be read is left out: the turn that was to answer it
+        has said so, and the session goes on.
+        """
+        said: list[message_pb2.Message] = []
+        for stored in self._context:
+            with suppress(DecodeError):
+                said.append(message_pb2.Message.FromString(stored))
+        return said
 
     def inputs(self) -> list[message_pb2.Message]:
         """The messages this turn answers. Raises ITEM_CORRUPT."""

@@ -73,3 +73,10 @@ def test_a_spec_that_cannot_be_read_is_corrupt() -> None:
     with pytest.raises(SomaError) as refused:
         read_agent(b"\xff\xff")
     assert refused.value.reason == reasons.ERROR_REASON_ITEM_CORRUPT
+
+
+def test_what_was_said_before_and_cannot_be_read_is_left_out() -> None:
+    """Once stored it is in every later turn's context: it may spoil one turn, not its session."""
+    context = [stories.user("before").SerializeToString(), b"\xff\xff", stories.assistant("after").SerializeToString()]
+    conversation = Conversation(context, [stories.user("now").SerializeToString()], [])
+    assert [text_of(message) for message in conversation.context()] == ["before", "after"]
