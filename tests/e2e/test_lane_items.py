@@ -10,10 +10,13 @@ from nats.js import JetStreamContext
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.turn_pb2 import Outcome
 from soma.router.v1.inbound_pb2 import InBatch, Inbound, InboundKind
+from soma.router.v1.session_service_pb2 import ListMessagesRequest
+from soma.router.v1.turn_service_pb2 import ListTurnsRequest
 
 from soma_common import ids
 from soma_common.client.channel_client import text_message
 from soma_common.clock import now_ms
+from soma_common.ids import SessionName
 from soma_common.layout import BATCH_FORMAT
 from soma_common.nats import subjects
 from soma_common.nats.connection import connect_nats
@@ -75,6 +78,13 @@ async def test_a_session_goes_on_after_content_that_no_model_can_read(stack: Sta
         await seen.all_answered([poison.message_id, after.message_id])
     assert (await seen.outcome_of(poison.message_id)).error.reason == ErrorReason.ERROR_REASON_ITEM_CORRUPT
     assert "5" in answer(await seen.outcome_of(after.message_id))
+    name = str(SessionName(TENANT, OFFLINE, channel, "s"))
+    async with stack.sessions(TENANT) as sessions, stack.turns(TENANT) as turns:
+        messages = (await sessions.ListMessages(ListMessagesRequest(parent=name), timeout=10)).messages
+        told = (await turns.ListTurns(ListTurnsRequest(parent=name), timeout=10)).turns
+    assert [m.message_id for m in messages] == [poison.message_id.hex(), after.message_id.hex()]
+    assert [len(m.message.parts) for m in messages] == [0, 1]
+    assert [turn.outcome for turn in told] == [Outcome.OUTCOME_ERROR, Outcome.OUTCOME_FINAL]
 
 
 async def test_an_item_that_names_no_session_is_set_aside(stack: Stack, channel: str) -> None:

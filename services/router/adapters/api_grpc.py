@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 from uuid import uuid4
 
 import grpc
+from google.protobuf.message import DecodeError
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
@@ -111,7 +113,8 @@ class SessionApi(SessionServiceServicer):
         answer = sessions.ListMessagesResponse()
         for row in rows[: page.size]:
             item = answer.messages.add(message_id=row.message_id.hex())
-            item.message.ParseFromString(row.content)
+            with suppress(DecodeError):  # what cannot be read is stored all the same, and its turn has said so
+                item.message.ParseFromString(row.content)
             item.accept_time.FromDatetime(datetime.fromtimestamp(row.accept_ms / 1000, UTC))
             if row.turn_id is not None:
                 item.turn = str(TurnName(name, row.turn_id))

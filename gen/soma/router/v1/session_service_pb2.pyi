@@ -125,7 +125,7 @@ class SessionMessage(_message.Message):
     """Resource name of the turn that took it, empty while it waits."""
     @_builtins.property
     def message(self) -> _message_pb2.Message:
-        """What was said."""
+        """What was said; empty if what is stored is no message."""
 
     @_builtins.property
     def accept_time(self) -> _timestamp_pb2.Timestamp:
