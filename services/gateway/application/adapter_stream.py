@@ -28,6 +28,7 @@ from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.domain.admission import Submission
 from services.gateway.domain.delivery_window import DeliveryWindow, Offer
 from services.gateway.domain.refusal import Refused, protocol_order, queue_full
+from soma_common.ids import ID_BYTES
 
 FRAME_BYTES: Final = 1024 * 1024
 """About how much of deliveries, and of live events, goes in one frame."""
@@ -71,11 +72,12 @@ class AdapterStream:
         self.channel = hello.channel
         self.instance = hello.instance
         self.live = hello.live
-        self.processed: tuple[bytes, ...] = tuple(hello.processed)
+        # Anything else is no delivery's id: it would only make announcements large.
+        self.processed = tuple(id_ for id_ in hello.processed if len(id_) == ID_BYTES)
         self.opened_at = clock()
         self.takes_deliveries = hello.credit > 0
         """Whether it has ever granted credit; one that only sends is not announced to the routers."""
-        self._window = DeliveryWindow(hello.credit, hello.processed)
+        self._window = DeliveryWindow(hello.credit, self.processed)
         self._announced_window = self._window.size
         self._accept = accept
         self._acks = acks
