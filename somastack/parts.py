@@ -5,6 +5,7 @@ A part's `start` returns when it is ready for work and may be called again after
 
 import asyncio
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from soma_common.settings import EXIT_BAD_SETTINGS
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
 from somastack.layout import HOST, SERVERS, SERVERS_STOP_RANK, Instance, Layout
-from somastack.story import Tail, sources
+from somastack.story import Line, Tail, sources
 
 READY_TIMEOUT_S = 60.0
 """From the start of a service to its health being SERVING."""
 READY_POLL_S = 0.05
 CHECK_TIMEOUT_S = 5.0
+_MODULE_PATH = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 
 
 class Part(Protocol):
@@ -262,7 +264,7 @@ class ServicePart:
 
     def _ended_early(self, process: ChildProcess, log: Tail) -> PartFailed:
         """Why it ended: what it printed, or else the first error that it logged since its start."""
-        logged = [line.told for line in log.read() if line.level == "error"]
+        logged = [_reason(line) for line in log.read() if line.level == "error"]
         said = process.output_tail() or "".join(logged[:1])
         advice = f"read {self.log} and {self._output}"
         if process.exit_code == EXIT_BAD_SETTINGS:
@@ -286,6 +288,12 @@ def parts_of(
     servers: list[Part] = [nats, postgres]
     assert [part.name for part in servers] == list(SERVERS)
     return [*servers, *services]
+
+
+def _reason(line: Line) -> str:
+    """Why a service says it failed: the message of its exception, whole, or else the line."""
+    exception = line.facts.get("exception", "").strip()
+    return _MODULE_PATH.sub("", exception.splitlines()[-1]) if exception else line.told
 
 
 def _described(error: BaseException) -> str:

@@ -37,6 +37,8 @@ _UNTOLD = frozenset({"ts", "level", "service", "instance", "event", "logger", "p
 _NATS_LINE = re.compile(r"^\[\d+\] (?P<date>[\d/]+) (?P<time>[\d:.]+) \[(?P<level>\w+)\] (?P<text>.*)$")
 _NATS_LEVELS = {"WRN": "warning", "ERR": "error", "FTL": "error", "DBG": "debug", "TRC": "debug"}
 _POSTGRES_LEVELS = {"WARNING": "warning", "ERROR": "error", "FATAL": "error", "PANIC": "error"}
+_DETAILS = frozenset({"router.lane_attached"})
+"""Events that come many times at each start and say nothing to who only looks on."""
 _POSTGRES_EXPECTED = frozenset({"57P01", "57P03"})
 """SQLSTATEs that every start and stop shows: cut off by the shutdown, and still starting up."""
 
@@ -231,5 +233,7 @@ class Story:
 
 
 def worth_telling(line: Line) -> bool:
-    """What belongs on the console: of our own processes everything from `info` on, of the two servers only trouble."""
-    return line.level in ("warning", "error") or (line.level == "info" and not line.of_server)
+    """What belongs on the console: of our processes nearly everything from `info` on, of the servers only trouble."""
+    if line.level in ("warning", "error"):
+        return True
+    return line.level == "info" and not line.of_server and line.event not in _DETAILS

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from somastack.home import Home
@@ -23,9 +24,10 @@ COMMAND = [sys.executable, "-m", "somastack.cli"]
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "SOMA_OFFLINE_WORD_DELAY_MS": "2"}
 
 
-def run(*arguments: object, within_s: float = 90.0) -> "subprocess.CompletedProcess[str]":
+def run(*arguments: object, within_s: float = 90.0, **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**ENVIRONMENT, **variables}
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=within_s, env=ENVIRONMENT, check=False
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=within_s, env=environment, check=False
     )
 
 
@@ -116,6 +118,34 @@ def read_until(terminal: int, wanted: str, *, after: str = "", within_s: float =
         if wanted in (seen.partition(after)[2] if after else seen):
             return seen
     raise AssertionError(f"{wanted!r} not seen in {seen!r}")
+
+
+def test_a_tenants_token_is_made_on_demand(home: Path) -> None:
+    made = run("token", "acme", "--home", home)
+    assert made.stdout.strip() == str(home / "auth" / "tenants" / "acme.token")
+    assert run("token", "../acme", "--home", home).returncode == 1
+
+
+async def test_the_queries_of_the_operations_page_work(home: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+    queries = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    dsn = next(part["addresses"]["dsn"] for part in status(home)["components"] if part["name"] == "postgres")
+    connection = await asyncpg.connect(dsn)
+    try:
+        rows = [await connection.fetch(query) for query in queries]
+    finally:
+        await connection.close()
+    leases = next(found for found in rows if found and "held" in found[0])
+    assert [lease["held"] for lease in leases] == [True] * 8
+
+
+def test_a_service_that_cannot_start_tells_the_whole_reason(tmp_path: Path) -> None:
+    failed = run(
+        "up", "--home", tmp_path / "home", "--port-base", free_base(), SOMA_TOOLGW_HTTP_TOOLS_FILE="/" + "x" * 200
+    )
+    assert failed.returncode == 1
+    assert f"HttpToolsFileError: /{'x' * 200} cannot be read" in failed.stderr
+    assert "services.toolgw.adapters" not in failed.stderr
 
 
 def test_logs_tell_one_story(home: Path) -> None:

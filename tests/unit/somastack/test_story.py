@@ -49,6 +49,8 @@ def test_any_other_line_is_told_as_it_stands(raw: str) -> None:
 def test_the_console_hears_of_the_servers_only_their_troubles() -> None:
     assert worth_telling(Line("router-0", "service.ready"))
     assert not worth_telling(Line("router-0", "detail", "debug"))
+    assert not worth_telling(Line("router-0", "router.lane_attached"))
+    assert worth_telling(Line("router-0", "router.lane_attached", "warning"))
     assert not worth_telling(read_line("nats", NATS))
     assert worth_telling(read_line("nats", NATS.replace("INF", "ERR")))
 
