@@ -88,7 +88,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     servicer = ChannelServicer(
         streams,
         send,
-        StreamTurn(send, NatsWatches(nc, settings.partitions)),
+        StreamTurn(send, NatsWatches(nc, settings.partitions), settings.tenant_watches),
         max_content_bytes=settings.max_content_bytes,
     )
     server = GrpcServer(

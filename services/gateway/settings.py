@@ -33,6 +33,10 @@ class GatewaySettings(ServiceSettings):
     """Most items of one stream without receipt or refusal."""
     stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)
     """Most bytes of one stream without receipt or refusal."""
+    tenant_streams: int = Field(default=1024, ge=1)
+    """Most adapter streams of one tenant at this gateway; over it a new one is refused with QUEUE_FULL."""
+    tenant_watches: int = Field(default=1024, ge=1)
+    """Most calls of StreamTurn of one tenant at this gateway; over it a new one is refused with QUEUE_FULL."""
     publish_attempt_s: float = Field(default=1.0, gt=0)
     """How long one try to store a batch waits for its answer."""
     publish_deadline_s: float = Field(default=5.0, gt=0)
@@ -65,4 +69,5 @@ class GatewaySettings(ServiceSettings):
             unanswered_items=self.stream_unanswered_items,
             unanswered_bytes=self.stream_unanswered_bytes,
             heartbeat_s=self.heartbeat_interval_s,
+            tenant_streams=self.tenant_streams,
         )

@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
@@ -102,14 +103,16 @@ class ChannelServicer(ChannelServiceServicer):
     async def StreamTurn(self, request: StreamTurnRequest, context: Context) -> AsyncIterator[StreamTurnResponse]:
         """Accepts one message and shows its turn."""
         try:
-            async for event in self._stream_turn(_submission(request, deliver=request.deliver), request.message):
-                match event:
-                    case bytes():
-                        yield StreamTurnResponse(receipt=Receipt(message_id=event))
-                    case LiveEvent():
-                        yield StreamTurnResponse(live=event)
-                    case Delivery():
-                        yield StreamTurnResponse(outcome=event)
+            shown = self._stream_turn(_submission(request, deliver=request.deliver), request.message)
+            async with aclosing(shown) as events:
+                async for event in events:
+                    match event:
+                        case bytes():
+                            yield StreamTurnResponse(receipt=Receipt(message_id=event))
+                        case LiveEvent():
+                            yield StreamTurnResponse(live=event)
+                        case Delivery():
+                            yield StreamTurnResponse(outcome=event)
         except Refused as refused:
             raise _told(refused) from None
         except SlowWatcher as slow:

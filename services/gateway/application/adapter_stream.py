@@ -43,13 +43,15 @@ MAX_NACK_DELAY_MS: Final = 24 * 3600 * 1000
 
 @dataclass(frozen=True, slots=True)
 class StreamBounds:
-    """What one stream may hold."""
+    """What one stream may hold, and how many there may be."""
 
     unanswered_items: int = 4096
     unanswered_bytes: int = 16 * 1024 * 1024
     heartbeat_s: float = 5.0
     """Either side that hears nothing for three of these takes the stream for dead."""
     retry_ms: int = 100
+    tenant_streams: int = 1024
+    """Most streams of one tenant at this gateway."""
 
 
 class AdapterStream:

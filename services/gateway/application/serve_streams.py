@@ -21,13 +21,14 @@ from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.adapter_stream import AdapterStream, StreamBounds
 from services.gateway.application.ports import BusSilent, Directory, Routers
 from services.gateway.application.return_acks import ReturnAcks
-from services.gateway.domain.refusal import Refused, draining
+from services.gateway.domain.refusal import Refused, draining, queue_full
 from services.gateway.domain.stream_number import StreamNumbers
 
 PROTOCOL: Final = 1
 ANNOUNCE_S: Final = 1.0
 """At least so often; routers take a gateway that is silent for three seconds for gone."""
 GATHER_S: Final = 0.005
+STREAMS_RETRY_MS: Final = 1000
 PROCESSED_S: Final = 3.0
 PROCESSED_PER_ANNOUNCEMENT: Final = 16384
 """256 kB of delivery ids; a stream names at most 65536, so all have been told before PROCESSED_S is over."""
@@ -74,7 +75,8 @@ class ServeStreams:
         """A new stream for an adapter; ends the one that the same instance has.
 
         Raises:
-            Refused: the tenant is unknown or suspended, the versions do not overlap, or the gateway is going away.
+            Refused: the tenant is unknown or suspended or has as many streams as it may, the versions do not overlap,
+                or the gateway is going away.
         """
         if self._draining:
             raise draining()
@@ -96,6 +98,8 @@ class ServeStreams:
         )
         instance = (stream.tenant, stream.channel, stream.instance)
         before = self._instances.get(instance)
+        if before is None and len(self._tenants.get(stream.tenant, ())) >= self.bounds.tenant_streams:
+            raise queue_full("gateway.tenant_streams", self.bounds.tenant_streams, STREAMS_RETRY_MS)
         if before is not None:
             self._forget(before)
             before.end(_replaced(stream.instance))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeAlias
 
 from soma.common.v1.message_pb2 import Error, Message
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
@@ -11,8 +14,13 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.ports import Watches
 from services.gateway.domain.admission import Submission, stored_content
-from services.gateway.domain.refusal import Refused
+from services.gateway.domain.refusal import Refused, queue_full
 from soma_common import ids
+
+WATCHES_RETRY_MS: Final = 1000
+
+TurnShown: TypeAlias = AsyncGenerator[bytes | LiveEvent | Delivery, None]
+"""The message id, what the turn does, and its outcome. Whoever does not read to the end closes it."""
 
 
 class SendMessage:
@@ -35,11 +43,16 @@ class SendMessage:
 class StreamTurn:
     """Accepts one message and shows its turn."""
 
-    def __init__(self, send: SendMessage, watches: Watches) -> None:
+    def __init__(self, send: SendMessage, watches: Watches, tenant_watches: int) -> None:
+        """`tenant_watches`: most turns of one tenant that are shown at once: each may hold megabytes for a caller who
+        does not read.
+        """
         self._send = send
         self._watches = watches
+        self._tenant_watches = tenant_watches
+        self._watched: Counter[str] = Counter()
 
-    async def __call__(self, submission: Submission, message: Message) -> AsyncIterator[bytes | LiveEvent | Delivery]:
+    async def __call__(self, submission: Submission, message: Message) -> TurnShown:
         """Yields the message id once the message is stored, then live events, then the outcome.
 
         The watch begins before the message is sent, so that nothing of the turn is missed.
@@ -52,13 +65,26 @@ class StreamTurn:
             submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
         )
         content_hash = ids.content_hash(stored_content(message))
-        async with self._watches.watch(submission.key, message_id, content_hash) as events:
-            yield await self._send(submission, message)
-            async for event in events:
-                if event.WhichOneof("event") == "ended":
-                    yield event.ended
-                    return
-                yield event
+        with self._counted(submission.tenant):
+            async with self._watches.watch(submission.key, message_id, content_hash) as events:
+                yield await self._send(submission, message)
+                async for event in events:
+                    if event.WhichOneof("event") == "ended":
+                        yield event.ended
+                        return
+                    yield event
+
+    @contextmanager
+    def _counted(self, tenant: str) -> Iterator[None]:
+        if self._watched[tenant] >= self._tenant_watches:
+            raise queue_full("gateway.tenant_watches", self._tenant_watches, WATCHES_RETRY_MS)
+        self._watched[tenant] += 1
+        try:
+            yield
+        finally:
+            self._watched[tenant] -= 1
+            if not self._watched[tenant]:
+                del self._watched[tenant]
 
 
 class _Answer:

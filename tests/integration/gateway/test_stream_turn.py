@@ -98,6 +98,27 @@ async def test_the_turn_of_other_content_under_the_same_key_is_not_shown(world: 
     assert events[-1].outcome.turn_id == b"r" * 16
 
 
+async def test_a_tenant_is_shown_a_bounded_number_of_turns(world: World) -> None:
+    target = await world.gateway(tenant_watches=1)
+    stub = await world.stub(target)
+    first = stub.StreamTurn(REQUEST)
+    await first.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.StreamTurn(REQUEST).read()
+    error = errors.from_rpc_error(caught.value)
+    assert isinstance(error, ResourceExhausted)
+    assert error.metadata["bound"] == "gateway.tenant_watches"
+    first.cancel()
+
+    async def shown() -> bool:
+        try:
+            return bool(await stub.StreamTurn(REQUEST).read())
+        except grpc.aio.AioRpcError:
+            return False
+
+    await eventually(shown)
+
+
 async def test_a_refused_message_ends_the_call(world: World) -> None:
     stub = await world.stub(await world.gateway())
     request = StreamTurnRequest()

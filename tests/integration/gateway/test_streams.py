@@ -68,6 +68,25 @@ async def test_a_wrong_hello_is_refused(
     assert error_of(adapter).reason == reason
 
 
+async def test_a_tenant_has_a_bounded_number_of_streams(world: World) -> None:
+    target = await world.gateway(tenant_streams=2)
+    adapters = [await world.adapter(target, instance) for instance in ("a", "b")]
+    refused = await world.adapter(target, "c")
+    assert isinstance(error_of(refused), errors.ResourceExhausted)
+    assert error_of(refused).metadata == {"bound": "gateway.tenant_streams", "value": "2"}
+    replacing = await world.adapter(target, "a")
+    assert not replacing.ended, "it takes the place of one"
+    await eventually(lambda: adapters[0].ended)
+    other = await world.adapter(target, "c", tenant="other")
+    assert not other.ended
+    await adapters[1].close()
+
+    async def connects() -> bool:
+        return not (await world.adapter(target, "c")).ended
+
+    await eventually(connects)
+
+
 async def test_an_expired_token_ends_the_stream(world: World) -> None:
     adapter = await world.adapter(await world.gateway(), ttl_s=2)
     await eventually(lambda: adapter.ended, timeout_s=4)
