@@ -29,6 +29,7 @@ its partitions' rows.
 _LINGER_S: Final = 0.002
 _LINGER_AFTER: Final = 8
 _LINGER_BELOW: Final = 32
+_LATER_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
 
@@ -58,9 +59,11 @@ class GroupCommitter:
         self._on_store_lost = on_store_lost
         self._gather: Gather[CommitItem | None] = Gather(bound)
         self._nudged = False
+        self._later: list[CommitItem] = []
+        self._later_timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
-        return len(self._gather)
+        return len(self._gather) + len(self._later)
 
     def put(self, item: CommitItem) -> None:
         """Has an item written with the next group; at once abandoned if its partition is lost already."""
@@ -68,6 +71,15 @@ class GroupCommitter:
             item.abandoned()
             return
         self._gather.put(item)
+
+    def put_later(self, item: CommitItem) -> None:
+        """Has an item written with the next group that there is anyway, or after `_LATER_S`: nobody waits for it."""
+        if item.partition.lost:
+            item.abandoned()
+            return
+        if not self._later:
+            self._later_timer = asyncio.get_running_loop().call_later(_LATER_S, self.nudge)
+        self._later.append(item)
 
     def nudge(self) -> None:
         """Makes a group even if there is nothing but what `compose` adds."""
@@ -87,6 +99,11 @@ class GroupCommitter:
             self._nudged = False
             items = [item for item in taken if item is not None]
             previous = len(items)
+            if self._later:
+                items += self._later
+                self._later = []
+                if self._later_timer is not None:
+                    self._later_timer.cancel()
             for group in _cut(items):
                 self._compose(group)
                 if group:

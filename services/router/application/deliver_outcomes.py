@@ -180,7 +180,7 @@ class DeliveryDesk:
         processed = (pending.key[0], pending.delivery.delivery_id)
         if processed in self._processed:
             del self._processed[processed]
-            self.committer.put(AckItem(pending.partition, pending.position, pending.key[0]))
+            self.committer.put_later(AckItem(pending.partition, pending.position, pending.key[0]))
             return
         line = self._lines.get(pending.session_id)
         if line is None:
@@ -262,7 +262,7 @@ class DeliveryDesk:
                 self._send(line)
             else:
                 del self._lines[pending.session_id]
-        self.committer.put(item)
+        self.committer.put_later(item)
         if stream is not None:
             self._fill(stream)
         if self._backlogs:

@@ -294,3 +294,34 @@ async def test_of_a_lane_message_only_what_the_database_refuses_is_set_aside(wor
     assert world.fenced == []
     assert p.cursor.seq == 7
     assert [with_cursor for _, with_cursor in told].count(True) == 1, "the lane message is done with once"
+
+
+async def test_what_nobody_waits_for_rides_with_the_next_group() -> None:
+    world = World()
+    later, now = Item(world.partitions[0], "later"), Item(world.partitions[1], "now")
+    async with world.running():
+        world.committer.put_later(later)
+        await asyncio.sleep(0.01)
+        assert world.writer.groups == []
+        world.committer.put(now)
+        await eventually(lambda: later.told == ["committed"])
+    assert world.writer.groups == [["now", "later"]]
+
+
+async def test_what_nobody_waits_for_is_written_soon_all_the_same() -> None:
+    world = World()
+    later = Item(world.partitions[0], "later")
+    async with world.running():
+        world.committer.put_later(later)
+        await eventually(lambda: later.told == ["committed"])
+    assert world.writer.groups == [["later"]]
+
+
+async def test_what_nobody_waits_for_is_abandoned_with_its_partition() -> None:
+    world = World()
+    later = Item(world.partitions[0], "later")
+    async with world.running():
+        world.committer.put_later(later)
+        world.partitions[0].lost = True
+        await eventually(lambda: later.told == ["abandoned"])
+    assert world.writer.groups == []

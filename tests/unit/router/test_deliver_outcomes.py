@@ -74,7 +74,7 @@ class World:
     def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
         raise AssertionError
 
-    def put(self, item: CommitItem) -> None:
+    def put_later(self, item: CommitItem) -> None:
         assert isinstance(item, AckItem)
         self.table.pop((item.partition.id, item.position), None)
         if item.dead is not None:
