@@ -70,6 +70,10 @@ proto: setup ## Format proto/, generate gen/ and the API reference from it
 	buf generate
 	$(RUN) -m tools.api_reference
 
+.PHONY: settings-page
+settings-page: setup ## Write docs/reference/settings.md from the services' settings classes
+	$(RUN) -m tools.settings_reference
+
 .PHONY: fmt
 fmt: setup ## Format Python and proto files
 	ruff check --fix-only --quiet .
