@@ -19,7 +19,7 @@ from soma_common.errors import SomaError, from_rpc_error
 from soma_common.telemetry.metrics import counter, gauge
 
 SILENCE_LIMIT_S = 15.0
-"""A feed that sends nothing for so long, not even its heartbeat (every 5 s), is opened anew."""
+"""A feed that sends nothing for so long, not even its heartbeat (every 2 s), is opened anew."""
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 2.0
 
 _version = gauge("soma_config_version", "Version of the configuration in use.")
