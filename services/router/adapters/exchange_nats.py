@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _BATCH_ITEMS: Final = 256
 _BATCH_BYTES: Final = 512 * 1024
+_MAX_QUESTIONS: Final = 1024
+"""Questions of watchers that may wait for the store at once; further ones are not answered."""
 
 log = structlog.get_logger(__name__)
 
@@ -130,6 +132,7 @@ class NatsInbox:
         self._desk = desk
         self._query = query
         self._subscriptions: list[Subscription] = []
+        self._answering: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Subscribes. Watch queries come to every router; only the owner of the partition answers."""
@@ -142,6 +145,8 @@ class NatsInbox:
 
     async def close(self) -> None:
         """Unsubscribes."""
+        for task in self._answering:
+            task.cancel()
         for subscription in self._subscriptions:
             try:
                 await subscription.unsubscribe()
@@ -171,6 +176,18 @@ class NatsInbox:
         except (DecodeError, ValueError):
             log.warning("router.undecodable", subject=message.subject)
             return
+        if len(self._answering) >= _MAX_QUESTIONS:
+            return  # the watcher asks again
+        # Beside each other: an answer may wait for the store, and other watchers must not wait for that.
+        task = asyncio.get_running_loop().create_task(self._answer(message, partition, query))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, message: Msg, partition: int, query: WatchQuery) -> None:
         answer = await self._query(subjects.tenant_of(message.subject), partition, query)
-        if answer is not None and message.reply:
+        if answer is None or not message.reply:
+            return
+        try:
             await self._client.publish(message.reply, answer.SerializeToString())
+        except (NatsError, OSError) as error:
+            log.debug("router.answer_lost", error=repr(error))  # the watcher asks again
