@@ -7,7 +7,7 @@ travel inside the frames, because a transport's keepalive ends at a sidecar and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, cast
 
 import grpc
@@ -35,6 +35,8 @@ _CONNECT_TIMEOUT_S: Final = 3.0
 _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 1.0
 _SILENT_INTERVALS: Final = 4
+_FRAME_BYTES: Final = 1024 * 1024
+"""A frame is closed when it holds so much; a single turn may make it larger (6 MB: its context, inputs and journal)."""
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +86,31 @@ class GrpcBrainLink:
                 # started.
                 frame.ClearField("starts")
                 frame.ClearField("confirms")
-            await self._call.write(frame)
+            for part in _parts(frame):
+                await self._call.write(part)
+
+
+def _parts(frame: RunTurnsRequest) -> Iterator[RunTurnsRequest]:
+    """A frame in pieces that the transport takes: many turns may start at once, each with megabytes to read."""
+    if len(frame.starts) < 2 or frame.ByteSize() <= _FRAME_BYTES:
+        yield frame
+        return
+    starts = list(frame.starts)
+    frame.ClearField("starts")
+    yield frame
+    stopped = {stop.turn_id: stop.dispatch for stop in frame.stops}
+    part, size = RunTurnsRequest(), 0
+    for start in starts:
+        if stopped.get(start.turn_id, 0) >= start.dispatch:
+            continue  # in one frame the stop would have kept it from running
+        more = start.ByteSize()
+        if size and size + more > _FRAME_BYTES:
+            yield part
+            part, size = RunTurnsRequest(), 0
+        part.starts.append(start)
+        size += more
+    if size:
+        yield part
 
 
 class _Silence:

@@ -1,0 +1,65 @@
+"""Frames to a brain stay within what the transport takes, whatever starts at once."""
+
+import asyncio
+from typing import Any, cast
+
+from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest, StartTurn
+
+from services.router.adapters.brain_grpc import GrpcBrainLink
+from soma_common.testing.eventually import eventually
+
+MEGABYTE = 1024 * 1024
+
+
+class Call:
+    """Takes frames."""
+
+    def __init__(self) -> None:
+        self.frames: list[RunTurnsRequest] = []
+
+    async def write(self, frame: RunTurnsRequest) -> None:
+        self.frames.append(frame)
+
+
+def start(number: int, size: int = 700_000, dispatch: int = 1) -> StartTurn:
+    return StartTurn(turn_id=number.to_bytes(16, "big"), dispatch=dispatch, context=[bytes(size)])
+
+
+async def frames_of(link: GrpcBrainLink, call: Call, starts: int) -> list[RunTurnsRequest]:
+    writing = asyncio.create_task(link.write(heartbeat_s=60))
+    await eventually(lambda: sum(len(frame.starts) for frame in call.frames) == starts)
+    writing.cancel()
+    return call.frames
+
+
+async def test_many_large_turns_go_in_many_frames_in_order() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    for number in range(40):
+        link.start(start(number))
+    link.start(start(40, 5 * MEGABYTE))
+    link.confirm(b"c" * 16, 1, 1)
+    frames = await frames_of(link, call, 41)
+    assert frames[0].confirms
+    assert [s.turn_id[-1] for frame in frames for s in frame.starts] == list(range(41))
+    assert all(frame.ByteSize() <= MEGABYTE or len(frame.starts) == 1 for frame in frames)
+
+
+async def test_a_start_that_was_stopped_in_the_same_moment_does_not_run() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    for number in range(4):
+        link.start(start(number))
+    link.stop(start(2).turn_id, 1)
+    link.start(start(3, dispatch=2))
+    frames = await frames_of(link, call, 4)
+    assert [stop.turn_id for stop in frames[0].stops] == [start(2).turn_id]
+    assert [(s.turn_id[-1], s.dispatch) for f in frames for s in f.starts] == [(0, 1), (1, 1), (3, 1), (3, 2)]
+
+
+async def test_small_turns_share_a_frame() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    for number in range(64):
+        link.start(start(number, 1000))
+    assert len(await frames_of(link, call, 64)) == 1
