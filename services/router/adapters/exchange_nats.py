@@ -87,15 +87,27 @@ class NatsOutbox:
             live, self._live = self._live, {}
             if not self._may_speak():
                 continue
-            try:
-                for (tenant, gateway), batch in out.items():
-                    for part in _parts(batch):
-                        await self._client.publish(subjects.outbound(tenant, gateway), part.SerializeToString())
-                for (tenant, session_id), events in live.items():
-                    await self._client.publish(subjects.live(tenant, session_id), events.SerializeToString())
-            except (NatsError, OSError) as error:
-                LOST.inc()
-                log.warning("router.exchange_lost", error=str(error) or type(error).__name__)
+            failed = [
+                await self._publish(subjects.outbound(tenant, gateway), part)
+                for (tenant, gateway), batch in out.items()
+                for part in _parts(batch)
+            ] + [
+                await self._publish(subjects.live(tenant, session_id), part)
+                for (tenant, session_id), events in live.items()
+                for part in _live_parts(events)
+            ]
+            errors = [error for error in failed if error]
+            if errors:
+                LOST.inc(len(errors))
+                log.warning("router.exchange_lost", batches=len(errors), error=errors[0])
+
+    async def _publish(self, subject: str, batch: OutBatch | LiveBatch) -> str:
+        """Sends one batch. Returns why it could not be: what is wrong with one must not cost the others theirs."""
+        try:
+            await self._client.publish(subject, batch.SerializeToString())
+        except (NatsError, OSError) as error:
+            return str(error) or type(error).__name__
+        return ""
 
 
 def _parts(batch: OutBatch) -> list[OutBatch]:
@@ -114,6 +126,21 @@ def _parts(batch: OutBatch) -> list[OutBatch]:
             parts[-1].deliveries.append(item)  # type: ignore[arg-type]
         else:
             parts[-1].live.append(item)  # type: ignore[arg-type]
+    return parts
+
+
+def _live_parts(batch: LiveBatch) -> list[LiveBatch]:
+    """The events of one session in pieces that fit the bus."""
+    if batch.ByteSize() <= _BATCH_BYTES:
+        return [batch]
+    parts, size = [LiveBatch()], 0
+    for event in batch.events:
+        more = event.ByteSize()
+        if size and size + more > _BATCH_BYTES:
+            parts.append(LiveBatch())
+            size = 0
+        size += more
+        parts[-1].events.append(event)
     return parts
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 INTEREST_S: Final = 10.0
 _MAX_INTERESTS: Final = 100_000
+_SNAPSHOT_BYTES: Final = 512 * 1024
+"""About how much of a turn goes in one answer: the bus takes 1 MiB, the journal of a turn may hold more."""
 
 
 class LiveDesk:
@@ -144,7 +146,7 @@ class LiveDesk:
                 return WatchSnapshot()
             running = self._state.running.get(turn_id)
             if running is not None and running.session.key.tenant == tenant:  # its content was not in memory
-                return WatchSnapshot(known=True, events=self._so_far(running))
+                return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(running)))
             ended = await self._history.ended_turn(tenant, turn_id)
         except StoreLost:
             return WatchSnapshot()
@@ -170,7 +172,7 @@ class LiveDesk:
         if turn is not None and (
             anything or turn.id == query.turn_id or any(_is_meant(message, query) for message in turn.inputs)
         ):
-            return WatchSnapshot(known=True, events=self._so_far(turn))
+            return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(turn)))
         for ahead, message in enumerate(session.queue):
             if _is_meant(message, query) or ids.turn_id(session.id, message.message_id) == query.turn_id:
                 return WatchSnapshot(known=True, queued=True, ahead=ahead + (turn is not None))
@@ -183,6 +185,18 @@ class LiveDesk:
         if turn.text:
             events.append(_event(turn, text=TextDelta(offset=0, text="".join(turn.text))))
         return events
+
+
+def _newest_that_fit(events: list[LiveEvent]) -> list[LiveEvent]:
+    """The first event, which names the turn's messages, and of the others the newest that fit one answer."""
+    room = _SNAPSHOT_BYTES
+    fitting: list[LiveEvent] = []
+    for event in reversed(events[1:]):
+        room -= event.ByteSize()
+        if room < 0:
+            break
+        fitting.append(event)
+    return [*events[:1], *reversed(fitting)]
 
 
 def _is_meant(message: QueuedMessage, query: WatchQuery) -> bool:

@@ -2,7 +2,8 @@
 
 from typing import Any, cast
 
-from soma.common.v1.turn_pb2 import Delivery, Outcome
+from google.protobuf.struct_pb2 import Value
+from soma.common.v1.turn_pb2 import Delivery, ModelReply, Outcome, StepBody, ToolCall, ToolResult, ToolResults
 from soma.router.v1.inbound_pb2 import Inbound
 from soma.router.v1.outbound_pb2 import WatchQuery
 
@@ -69,3 +70,17 @@ async def test_an_ended_turn_is_found_by_content() -> None:
     snapshot = await live.query(TENANT, session.partition.id, about(OTHER))
     assert snapshot is not None
     assert [event.turn_id for event in snapshot.events] == [REFUSAL]
+
+
+async def test_a_turn_that_holds_more_than_the_bus_takes_is_shown_from_its_newest_steps_on() -> None:
+    live, _, session = desk()
+    turn = a_turn(session, entry(FIRST).message)
+    for _ in range(10):
+        turn.journal.append(StepBody(model_reply=ModelReply(tool_calls=[ToolCall(tool="t")])).SerializeToString())
+        result = ToolResult(result=Value(string_value="x" * 200_000))
+        turn.journal.append(StepBody(tool_results=ToolResults(results=[result])).SerializeToString())
+    snapshot = await live.query(TENANT, session.partition.id, about(FIRST))
+    assert snapshot is not None
+    assert snapshot.ByteSize() < 1024 * 1024
+    assert snapshot.events[0].message_ids == [FIRST.message_id]
+    assert [event.step for event in snapshot.events[1:]] == list(range(17, 21))
