@@ -111,6 +111,8 @@ class PostgresGroupWriter:
                 if _cut_is_due():
                     return await self._cut(connection, statement, parameters)
                 row = await statement.fetchrow(*parameters)
+            except CONNECTION_LOST:
+                raise  # the server's farewell is an answer too: the line gives the connection up, or it is lost twice
             except asyncpg.PostgresError as error:
                 raise _translate(error, group) from error
             return _result(row)
