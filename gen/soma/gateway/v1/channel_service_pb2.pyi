@@ -472,7 +472,9 @@ class SendMessageResponse(_message.Message):
     session_name: _builtins.str
     """Resource name of the session."""
     turn_name: _builtins.str
-    """Resource name of the turn that answers it when the message gets a turn of its own, as under policy enqueue."""
+    """Resource name of the turn that answers it when the message gets a turn of its own, as under policy enqueue. Of a key that was used
+    before for other content it is the turn of that content: StreamTurn and ListMessages show the one with the error.
+    """
     def __init__(
         self,
         *,
