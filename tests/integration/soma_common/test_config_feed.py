@@ -116,7 +116,7 @@ async def test_the_last_copy_stays_until_the_next_is_complete(running: Running) 
 
 
 async def test_a_silent_feed_is_opened_again(running: Running) -> None:
-    impatient = ConfigFeed(running.channel, "gateway-0", silence_limit_s=0.1)
+    impatient = ConfigFeed(running.channel, "gateway-0", silence_limit_s=0.5)
     task = asyncio.create_task(impatient.run())
     watch = await running.controlplane.watched(2)
     await watch.put(WatchConfigResponse(snapshot=True, complete=True, tenants=[DEMO], version=1))
