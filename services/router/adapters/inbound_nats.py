@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 _PULL_BATCH: Final = 256
 _PULL_BYTES: Final = 8 * 1024 * 1024
-_BACKLOG_BYTES: Final = 32 * 1024 * 1024
-"""Content that is read and not committed; beside it at most two requests' bytes are on their way."""
 _PULL_EXPIRES_S: Final = 30.0
 _HEARTBEAT_S: Final = 1.0
 _SILENT_S: Final = 2.5
@@ -151,15 +149,13 @@ class LaneReader:
 
     async def _pull(self, consumer: _Consumer) -> None:
         """Asks for more, if less than half a batch is outstanding and what was read is nearly committed."""
-        full = self._ingest.backlog >= self._backlog or self._ingest.backlog_bytes >= _BACKLOG_BYTES
-        if consumer.outstanding > _PULL_BATCH // 2 or full:
+        if consumer.outstanding > _PULL_BATCH // 2 or self._ingest.backlog >= self._backlog:
             if not consumer.outstanding:
                 consumer.heard_at = monotonic()  # nothing was asked for, so nobody is silent
             return
         consumer.outstanding += _PULL_BATCH
         request = {
             "batch": _PULL_BATCH,
-            "max_bytes": _PULL_BYTES,
             "expires": int(_PULL_EXPIRES_S * 1e9),
             "idle_heartbeat": int(_HEARTBEAT_S * 1e9),
         }
@@ -194,8 +190,7 @@ class LaneReader:
         status = headers["Status"]
         if status == "100":
             return
-        # The request ran out of time or bytes: what it had left will not come.
-        if status == "408" or (status == "409" and "MaxBytes" in headers.get("Description", "")):
+        if status == "408":  # the request ran out: what it had left will not come
             left = headers.get("Nats-Pending-Messages")
             consumer.outstanding = max(0, consumer.outstanding - int(left)) if left else 0
             return

@@ -45,8 +45,6 @@ class Ingest:
         self._on_cancel = on_cancel
         self.backlog = 0
         """Lane messages that are read and not committed; the reader asks for more only below its bound."""
-        self.backlog_bytes = 0
-        """Content of these, in bytes."""
         self.committer: GroupCommitter
 
     def on_message(self, lane: int, subject_tenant: str, stream: str, seq: int, batch_id: str, data: bytes) -> None:
@@ -90,7 +88,6 @@ class Ingest:
             partition = owned[number]
             partition.read_seq = seq
             self.backlog += 1
-            self.backlog_bytes += _size(found)
             self.committer.put(IngestItem(partition, cursor, found, self._ingested))
 
     def _set_aside(self, lane: int, tenant: str, cursor: Cursor, reason: int, problem: str, data: bytes) -> None:
@@ -139,7 +136,6 @@ class Ingest:
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
         self.backlog -= item.cursor is not None
-        self.backlog_bytes -= _size(item.entries)
         if result is None:
             return
         new = 0
@@ -175,10 +171,6 @@ class Ingest:
         if session.turn is None:
             self._state.scheduler.add(session)
             self.committer.nudge()
-
-
-def _size(entries: list[Entry]) -> int:
-    return sum(len(entry.inbound.content) for entry in entries)
 
 
 def _is_addressed(inbound: Inbound, tenant: str) -> bool:

@@ -60,7 +60,7 @@ class Mailbox:
                 self.got[item.partition.id] += [entry.inbound.content for entry in item.entries]
                 assert item.cursor is not None
                 item.partition.cursor = item.cursor
-                item.done(item, None)
+                self.ingest.backlog -= 1
             elif isinstance(item, CursorItem):
                 item.partition.cursor = item.cursor
             elif isinstance(item, DeadItem):

@@ -5,7 +5,6 @@ from time import monotonic
 
 import pytest
 
-from services.router.adapters import inbound_nats
 from services.router.domain.partition import Cursor
 from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.embedded import FaultyNats
@@ -302,23 +301,3 @@ async def test_a_stalled_mailbox_bounds_what_is_read(nats_server: FaultyNats) ->
         lane.mailbox.commit()
         await eventually(lambda: len(lane.mailbox.got[0]) >= 3000, timeout_s=10)
         assert lane.mailbox.got[0] == numbers(0, 3000)
-
-
-async def test_a_stalled_mailbox_bounds_the_bytes_that_are_read(
-    nats_server: FaultyNats, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Large batches: what is read and not committed stays within the bound and two requests; then all of it comes."""
-    monkeypatch.setattr(inbound_nats, "_PULL_BYTES", 1_000_000)
-    monkeypatch.setattr(inbound_nats, "_BACKLOG_BYTES", 1_500_000)
-    async with running_lane(nats_server) as lane:
-        lane.mailbox.stalled = True
-        lane.attach(lane.own(0))
-        for n in range(40):
-            await lane.send(inbound(A, f"k{n}", bytes([n]) * 200_000))
-        read = await settled(lambda: lane.ingest.backlog_bytes)
-        assert 200_000 <= read <= 3_500_000
-        lane.mailbox.stalled = False
-        lane.mailbox.commit()
-        await eventually(lambda: len(lane.mailbox.got[0]) >= 40, timeout_s=10)
-        assert [content[0] for content in lane.mailbox.got[0]] == list(range(40))
-        assert lane.ingest.backlog_bytes == 0
