@@ -34,6 +34,8 @@ OF_NO_TENANT = {
     "soma.controlplane.v1.TenantService.ListTenants",
     "soma.controlplane.v1.TenantService.UpdateTenant",
     "soma.controlplane.v1.TenantService.DeleteTenant",
+    "soma.controlplane.v1.TenantService.PauseTenant",
+    "soma.controlplane.v1.TenantService.ResumeTenant",
 }
 """Methods for those who may act for all tenants: services, and administrators of the platform."""
 

@@ -34,6 +34,7 @@ class Agent(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenants/{tenant}/agents/{agent}`."""
     display_name: _builtins.str
@@ -42,6 +43,8 @@ class Agent(_message.Message):
     """Names the content of the spec: the same spec has the same revision."""
     etag: _builtins.str
     """Changes with every change; send it back with an update to be sure that nobody else changed it."""
+    paused: _builtins.bool
+    """True: its messages are accepted and wait; what runs ends. Set by PauseAgent and ResumeAgent alone."""
     @_builtins.property
     def spec(self) -> Global___AgentSpec:
         """What it is."""
@@ -64,10 +67,11 @@ class Agent(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "name", b"name", "revision", b"revision", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "name", b"name", "paused", b"paused", "revision", b"revision", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -90,6 +94,9 @@ class AgentSpec(_message.Message):
     TEMPERATURE_MILLIS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     SUSPENDED_FIELD_NUMBER: _builtins.int
+    DEBOUNCE_MS_FIELD_NUMBER: _builtins.int
+    DEBOUNCE_MAX_MS_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_TURNS_FIELD_NUMBER: _builtins.int
     instructions: _builtins.str
     """The instructions given to the model before the conversation, at most 64 KiB."""
     model: _builtins.str
@@ -97,7 +104,7 @@ class AgentSpec(_message.Message):
     endpoint that the brain is configured with. Required to create; an update that does not name it may leave it out.
     """
     arrival_policy: _turn_pb2.ArrivalPolicy.ValueType
-    """What a message does that arrives while a turn runs; unset: enqueue. This release knows enqueue."""
+    """What a message does that names no policy of its own and arrives while a turn runs; unset: enqueue. Every policy may be set."""
     context_messages: _builtins.int
     """Messages of the session given to the model, newest kept; 0 means 100."""
     step_timeout_ms: _builtins.int
@@ -111,7 +118,15 @@ class AgentSpec(_message.Message):
     max_output_tokens: _builtins.int
     """Most tokens of one reply; 0: the model's own bound."""
     suspended: _builtins.bool
-    """True: its messages are refused."""
+    """True: its messages are refused. To let them wait instead: PauseAgent."""
+    debounce_ms: _builtins.int
+    """For accumulate: how long nothing may arrive before the gathered messages become a turn, in milliseconds; 0 means 300."""
+    debounce_max_ms: _builtins.int
+    """For accumulate: how long the first of the gathered messages waits at most, in milliseconds; 0 means 2000, or debounce_ms where
+    that is more. Not less than debounce_ms.
+    """
+    max_running_turns: _builtins.int
+    """Turns of this agent that may run at once at one router; 0 means no bound of its own."""
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the tools it may call."""
@@ -130,10 +145,13 @@ class AgentSpec(_message.Message):
         temperature_millis: _builtins.int | None = ...,
         max_output_tokens: _builtins.int = ...,
         suspended: _builtins.bool = ...,
+        debounce_ms: _builtins.int = ...,
+        debounce_max_ms: _builtins.int = ...,
+        max_running_turns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_millis", b"_temperature_millis", "temperature_millis", b"temperature_millis"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_millis", b"_temperature_millis", "arrival_policy", b"arrival_policy", "context_messages", b"context_messages", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_steps", b"max_steps", "model", b"model", "step_timeout_ms", b"step_timeout_ms", "suspended", b"suspended", "temperature_millis", b"temperature_millis", "tools", b"tools", "turn_timeout_ms", b"turn_timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_millis", b"_temperature_millis", "arrival_policy", b"arrival_policy", "context_messages", b"context_messages", "debounce_max_ms", b"debounce_max_ms", "debounce_ms", b"debounce_ms", "instructions", b"instructions", "max_output_tokens", b"max_output_tokens", "max_running_turns", b"max_running_turns", "max_steps", b"max_steps", "model", b"model", "step_timeout_ms", b"step_timeout_ms", "suspended", b"suspended", "temperature_millis", b"temperature_millis", "tools", b"tools", "turn_timeout_ms", b"turn_timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__temperature_millis: _TypeAlias = _typing.Literal["temperature_millis"]  # noqa: Y015
     _WhichOneofArgType__temperature_millis: _TypeAlias = _typing.Literal["_temperature_millis", b"_temperature_millis"]  # noqa: Y015
@@ -409,3 +427,111 @@ class DeleteAgentResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteAgentResponse: _TypeAlias = DeleteAgentResponse  # noqa: Y015
+
+@_typing.final
+class PauseAgentRequest(_message.Message):
+    """Pauses an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name."""
+    etag: _builtins.str
+    """If set, it must be the stored one."""
+    request_id: _builtins.str
+    """Makes a retry the same request, at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseAgentRequest: _TypeAlias = PauseAgentRequest  # noqa: Y015
+
+@_typing.final
+class PauseAgentResponse(_message.Message):
+    """The agent, paused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """The agent."""
+
+    def __init__(
+        self,
+        *,
+        agent: Global___Agent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseAgentResponse: _TypeAlias = PauseAgentResponse  # noqa: Y015
+
+@_typing.final
+class ResumeAgentRequest(_message.Message):
+    """Ends the pause of an agent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name."""
+    etag: _builtins.str
+    """If set, it must be the stored one."""
+    request_id: _builtins.str
+    """Makes a retry the same request, at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeAgentRequest: _TypeAlias = ResumeAgentRequest  # noqa: Y015
+
+@_typing.final
+class ResumeAgentResponse(_message.Message):
+    """The agent, no longer paused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def agent(self) -> Global___Agent:
+        """The agent."""
+
+    def __init__(
+        self,
+        *,
+        agent: Global___Agent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeAgentResponse: _TypeAlias = ResumeAgentResponse  # noqa: Y015

@@ -60,6 +60,16 @@ class AgentServiceStub:
                 request_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentRequest.SerializeToString,
                 response_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentResponse.FromString,
                 _registered_method=True)
+        self.PauseAgent = channel.unary_unary(
+                '/soma.controlplane.v1.AgentService/PauseAgent',
+                request_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentRequest.SerializeToString,
+                response_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentResponse.FromString,
+                _registered_method=True)
+        self.ResumeAgent = channel.unary_unary(
+                '/soma.controlplane.v1.AgentService/ResumeAgent',
+                request_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentRequest.SerializeToString,
+                response_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -101,6 +111,21 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseAgent(self, request, context):
+        """Lets an agent's turns that run end and begins no more: messages are accepted and wait. No new revision. Pausing what is paused
+        changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeAgent(self, request, context):
+        """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +153,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.DeleteAgent,
                     request_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentRequest.FromString,
                     response_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentResponse.SerializeToString,
+            ),
+            'PauseAgent': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseAgent,
+                    request_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentRequest.FromString,
+                    response_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentResponse.SerializeToString,
+            ),
+            'ResumeAgent': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeAgent,
+                    request_deserializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentRequest.FromString,
+                    response_serializer=soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +301,60 @@ class AgentService:
             '/soma.controlplane.v1.AgentService/DeleteAgent',
             soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentRequest.SerializeToString,
             soma_dot_controlplane_dot_v1_dot_agent__service__pb2.DeleteAgentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseAgent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.controlplane.v1.AgentService/PauseAgent',
+            soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentRequest.SerializeToString,
+            soma_dot_controlplane_dot_v1_dot_agent__service__pb2.PauseAgentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeAgent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.controlplane.v1.AgentService/ResumeAgent',
+            soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentRequest.SerializeToString,
+            soma_dot_controlplane_dot_v1_dot_agent__service__pb2.ResumeAgentResponse.FromString,
             options,
             channel_credentials,
             insecure,

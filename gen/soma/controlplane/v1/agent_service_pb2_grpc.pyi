@@ -43,6 +43,12 @@ class AgentServiceStub:
     """Changes the fields of an agent that the mask names. Each change of the spec makes a new revision; turns that run keep theirs."""
     DeleteAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.DeleteAgentRequest, _agent_service_pb2.DeleteAgentResponse]
     """Deletes an agent. Messages accepted before and not yet started end with AGENT_GONE."""
+    PauseAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.PauseAgentRequest, _agent_service_pb2.PauseAgentResponse]
+    """Lets an agent's turns that run end and begins no more: messages are accepted and wait. No new revision. Pausing what is paused
+    changes nothing.
+    """
+    ResumeAgent: _grpc.UnaryUnaryMultiCallable[_agent_service_pb2.ResumeAgentRequest, _agent_service_pb2.ResumeAgentResponse]
+    """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -59,6 +65,12 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Changes the fields of an agent that the mask names. Each change of the spec makes a new revision; turns that run keep theirs."""
     DeleteAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.DeleteAgentRequest, _agent_service_pb2.DeleteAgentResponse]  # type: ignore[assignment]
     """Deletes an agent. Messages accepted before and not yet started end with AGENT_GONE."""
+    PauseAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.PauseAgentRequest, _agent_service_pb2.PauseAgentResponse]  # type: ignore[assignment]
+    """Lets an agent's turns that run end and begins no more: messages are accepted and wait. No new revision. Pausing what is paused
+    changes nothing.
+    """
+    ResumeAgent: _aio.UnaryUnaryMultiCallable[_agent_service_pb2.ResumeAgentRequest, _agent_service_pb2.ResumeAgentResponse]  # type: ignore[assignment]
+    """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps agents."""
@@ -102,5 +114,23 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_service_pb2.DeleteAgentResponse, _abc.Awaitable[_agent_service_pb2.DeleteAgentResponse]]:
         """Deletes an agent. Messages accepted before and not yet started end with AGENT_GONE."""
+
+    @_abc_1.abstractmethod
+    def PauseAgent(
+        self,
+        request: _agent_service_pb2.PauseAgentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_service_pb2.PauseAgentResponse, _abc.Awaitable[_agent_service_pb2.PauseAgentResponse]]:
+        """Lets an agent's turns that run end and begins no more: messages are accepted and wait. No new revision. Pausing what is paused
+        changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeAgent(
+        self,
+        request: _agent_service_pb2.ResumeAgentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_service_pb2.ResumeAgentResponse, _abc.Awaitable[_agent_service_pb2.ResumeAgentResponse]]:
+        """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from soma.common.v1 import authz_pb2 as soma_dot_common_dot_v1_dot_authz__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)soma/controlplane/v1/tenant_service.proto\x12\x14soma.controlplane.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\"\xce\x02\n\x06Tenant\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01R\x0b\x64isplayName\x12 \n\x06weight\x18\x03 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x06weight\x12\x35\n\x11max_running_turns\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\xa0\x8d\x06R\x0fmaxRunningTurns\x12\x1c\n\tsuspended\x18\x05 \x01(\x08R\tsuspended\x12\x12\n\x04\x65tag\x18\x06 \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\"\xbe\x01\n\x13\x43reateTenantRequest\x12H\n\ttenant_id\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x08tenantId\x12\x34\n\x06tenant\x18\x02 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"L\n\x14\x43reateTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"/\n\x10GetTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"I\n\x11GetTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"d\n\x12ListTenantsRequest\x12%\n\tpage_size\x18\x01 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"u\n\x13ListTenantsResponse\x12\x36\n\x07tenants\x18\x01 \x03(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x07tenants\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb9\x01\n\x13UpdateTenantRequest\x12<\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantB\x06\xbaH\x03\xc8\x01\x01R\x06tenant\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"L\n\x14UpdateTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"\x8f\x01\n\x13\x44\x65leteTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"\x16\n\x14\x44\x65leteTenantResponse2\xf6\x04\n\rTenantService\x12{\n\x0c\x43reateTenant\x12).soma.controlplane.v1.CreateTenantRequest\x1a*.soma.controlplane.v1.CreateTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.create\x12v\n\tGetTenant\x12&.soma.controlplane.v1.GetTenantRequest\x1a\'.soma.controlplane.v1.GetTenantResponse\"\x18\xa2\xbb\x18\x14\n\x0ctenants.read\x12\x04name\x12v\n\x0bListTenants\x12(.soma.controlplane.v1.ListTenantsRequest\x1a).soma.controlplane.v1.ListTenantsResponse\"\x12\xa2\xbb\x18\x0e\n\x0ctenants.list\x12{\n\x0cUpdateTenant\x12).soma.controlplane.v1.UpdateTenantRequest\x1a*.soma.controlplane.v1.UpdateTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.update\x12{\n\x0c\x44\x65leteTenant\x12).soma.controlplane.v1.DeleteTenantRequest\x1a*.soma.controlplane.v1.DeleteTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.deleteb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)soma/controlplane/v1/tenant_service.proto\x12\x14soma.controlplane.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\"\xe6\x02\n\x06Tenant\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12+\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xff\x01R\x0b\x64isplayName\x12 \n\x06weight\x18\x03 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x06weight\x12\x35\n\x11max_running_turns\x18\x04 \x01(\rB\t\xbaH\x06*\x04\x18\xa0\x8d\x06R\x0fmaxRunningTurns\x12\x1c\n\tsuspended\x18\x05 \x01(\x08R\tsuspended\x12\x12\n\x04\x65tag\x18\x06 \x01(\tR\x04\x65tag\x12;\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12\x16\n\x06paused\x18\t \x01(\x08R\x06paused\"\xbe\x01\n\x13\x43reateTenantRequest\x12H\n\ttenant_id\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$R\x08tenantId\x12\x34\n\x06tenant\x18\x02 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"L\n\x14\x43reateTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"/\n\x10GetTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"I\n\x11GetTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"d\n\x12ListTenantsRequest\x12%\n\tpage_size\x18\x01 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"u\n\x13ListTenantsResponse\x12\x36\n\x07tenants\x18\x01 \x03(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x07tenants\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb9\x01\n\x13UpdateTenantRequest\x12<\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantB\x06\xbaH\x03\xc8\x01\x01R\x06tenant\x12;\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMaskR\nupdateMask\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"L\n\x14UpdateTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"\x8f\x01\n\x13\x44\x65leteTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\x14\n\x05\x66orce\x18\x03 \x01(\x08R\x05\x66orce\x12\'\n\nrequest_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"\x16\n\x14\x44\x65leteTenantResponse\"x\n\x12PauseTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"K\n\x13PauseTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant\"y\n\x13ResumeTenantRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\x1c\n\x04\x65tag\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x04\x65tag\x12\'\n\nrequest_id\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"L\n\x14ResumeTenantResponse\x12\x34\n\x06tenant\x18\x01 \x01(\x0b\x32\x1c.soma.controlplane.v1.TenantR\x06tenant2\xed\x06\n\rTenantService\x12{\n\x0c\x43reateTenant\x12).soma.controlplane.v1.CreateTenantRequest\x1a*.soma.controlplane.v1.CreateTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.create\x12v\n\tGetTenant\x12&.soma.controlplane.v1.GetTenantRequest\x1a\'.soma.controlplane.v1.GetTenantResponse\"\x18\xa2\xbb\x18\x14\n\x0ctenants.read\x12\x04name\x12v\n\x0bListTenants\x12(.soma.controlplane.v1.ListTenantsRequest\x1a).soma.controlplane.v1.ListTenantsResponse\"\x12\xa2\xbb\x18\x0e\n\x0ctenants.list\x12{\n\x0cUpdateTenant\x12).soma.controlplane.v1.UpdateTenantRequest\x1a*.soma.controlplane.v1.UpdateTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.update\x12{\n\x0c\x44\x65leteTenant\x12).soma.controlplane.v1.DeleteTenantRequest\x1a*.soma.controlplane.v1.DeleteTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.delete\x12x\n\x0bPauseTenant\x12(.soma.controlplane.v1.PauseTenantRequest\x1a).soma.controlplane.v1.PauseTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.update\x12{\n\x0cResumeTenant\x12).soma.controlplane.v1.ResumeTenantRequest\x1a*.soma.controlplane.v1.ResumeTenantResponse\"\x14\xa2\xbb\x18\x10\n\x0etenants.updateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,6 +61,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETETENANTREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_DELETETENANTREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_DELETETENANTREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_PAUSETENANTREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['etag']._loaded_options = None
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['etag']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_RESUMETENANTREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_TENANTSERVICE'].methods_by_name['CreateTenant']._loaded_options = None
   _globals['_TENANTSERVICE'].methods_by_name['CreateTenant']._serialized_options = b'\242\273\030\020\n\016tenants.create'
   _globals['_TENANTSERVICE'].methods_by_name['GetTenant']._loaded_options = None
@@ -71,28 +83,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTSERVICE'].methods_by_name['UpdateTenant']._serialized_options = b'\242\273\030\020\n\016tenants.update'
   _globals['_TENANTSERVICE'].methods_by_name['DeleteTenant']._loaded_options = None
   _globals['_TENANTSERVICE'].methods_by_name['DeleteTenant']._serialized_options = b'\242\273\030\020\n\016tenants.delete'
+  _globals['_TENANTSERVICE'].methods_by_name['PauseTenant']._loaded_options = None
+  _globals['_TENANTSERVICE'].methods_by_name['PauseTenant']._serialized_options = b'\242\273\030\020\n\016tenants.update'
+  _globals['_TENANTSERVICE'].methods_by_name['ResumeTenant']._loaded_options = None
+  _globals['_TENANTSERVICE'].methods_by_name['ResumeTenant']._serialized_options = b'\242\273\030\020\n\016tenants.update'
   _globals['_TENANT']._serialized_start=192
-  _globals['_TENANT']._serialized_end=526
-  _globals['_CREATETENANTREQUEST']._serialized_start=529
-  _globals['_CREATETENANTREQUEST']._serialized_end=719
-  _globals['_CREATETENANTRESPONSE']._serialized_start=721
-  _globals['_CREATETENANTRESPONSE']._serialized_end=797
-  _globals['_GETTENANTREQUEST']._serialized_start=799
-  _globals['_GETTENANTREQUEST']._serialized_end=846
-  _globals['_GETTENANTRESPONSE']._serialized_start=848
-  _globals['_GETTENANTRESPONSE']._serialized_end=921
-  _globals['_LISTTENANTSREQUEST']._serialized_start=923
-  _globals['_LISTTENANTSREQUEST']._serialized_end=1023
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=1025
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=1142
-  _globals['_UPDATETENANTREQUEST']._serialized_start=1145
-  _globals['_UPDATETENANTREQUEST']._serialized_end=1330
-  _globals['_UPDATETENANTRESPONSE']._serialized_start=1332
-  _globals['_UPDATETENANTRESPONSE']._serialized_end=1408
-  _globals['_DELETETENANTREQUEST']._serialized_start=1411
-  _globals['_DELETETENANTREQUEST']._serialized_end=1554
-  _globals['_DELETETENANTRESPONSE']._serialized_start=1556
-  _globals['_DELETETENANTRESPONSE']._serialized_end=1578
-  _globals['_TENANTSERVICE']._serialized_start=1581
-  _globals['_TENANTSERVICE']._serialized_end=2211
+  _globals['_TENANT']._serialized_end=550
+  _globals['_CREATETENANTREQUEST']._serialized_start=553
+  _globals['_CREATETENANTREQUEST']._serialized_end=743
+  _globals['_CREATETENANTRESPONSE']._serialized_start=745
+  _globals['_CREATETENANTRESPONSE']._serialized_end=821
+  _globals['_GETTENANTREQUEST']._serialized_start=823
+  _globals['_GETTENANTREQUEST']._serialized_end=870
+  _globals['_GETTENANTRESPONSE']._serialized_start=872
+  _globals['_GETTENANTRESPONSE']._serialized_end=945
+  _globals['_LISTTENANTSREQUEST']._serialized_start=947
+  _globals['_LISTTENANTSREQUEST']._serialized_end=1047
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=1049
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=1166
+  _globals['_UPDATETENANTREQUEST']._serialized_start=1169
+  _globals['_UPDATETENANTREQUEST']._serialized_end=1354
+  _globals['_UPDATETENANTRESPONSE']._serialized_start=1356
+  _globals['_UPDATETENANTRESPONSE']._serialized_end=1432
+  _globals['_DELETETENANTREQUEST']._serialized_start=1435
+  _globals['_DELETETENANTREQUEST']._serialized_end=1578
+  _globals['_DELETETENANTRESPONSE']._serialized_start=1580
+  _globals['_DELETETENANTRESPONSE']._serialized_end=1602
+  _globals['_PAUSETENANTREQUEST']._serialized_start=1604
+  _globals['_PAUSETENANTREQUEST']._serialized_end=1724
+  _globals['_PAUSETENANTRESPONSE']._serialized_start=1726
+  _globals['_PAUSETENANTRESPONSE']._serialized_end=1801
+  _globals['_RESUMETENANTREQUEST']._serialized_start=1803
+  _globals['_RESUMETENANTREQUEST']._serialized_end=1924
+  _globals['_RESUMETENANTRESPONSE']._serialized_start=1926
+  _globals['_RESUMETENANTRESPONSE']._serialized_end=2002
+  _globals['_TENANTSERVICE']._serialized_start=2005
+  _globals['_TENANTSERVICE']._serialized_end=2882
 # @@protoc_insertion_point(module_scope)

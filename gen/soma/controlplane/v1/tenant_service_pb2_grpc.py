@@ -60,6 +60,16 @@ class TenantServiceStub:
                 request_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantRequest.SerializeToString,
                 response_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantResponse.FromString,
                 _registered_method=True)
+        self.PauseTenant = channel.unary_unary(
+                '/soma.controlplane.v1.TenantService/PauseTenant',
+                request_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantRequest.SerializeToString,
+                response_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantResponse.FromString,
+                _registered_method=True)
+        self.ResumeTenant = channel.unary_unary(
+                '/soma.controlplane.v1.TenantService/ResumeTenant',
+                request_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.SerializeToString,
+                response_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantServiceServicer:
@@ -101,6 +111,20 @@ class TenantServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTenant(self, request, context):
+        """Lets a tenant's turns that run end and begins no more: messages are accepted and wait. Pausing what is paused changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTenant(self, request, context):
+        """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +152,16 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.DeleteTenant,
                     request_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantRequest.FromString,
                     response_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantResponse.SerializeToString,
+            ),
+            'PauseTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTenant,
+                    request_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantRequest.FromString,
+                    response_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantResponse.SerializeToString,
+            ),
+            'ResumeTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTenant,
+                    request_deserializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.FromString,
+                    response_serializer=soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +300,60 @@ class TenantService:
             '/soma.controlplane.v1.TenantService/DeleteTenant',
             soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantRequest.SerializeToString,
             soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.DeleteTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.controlplane.v1.TenantService/PauseTenant',
+            soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantRequest.SerializeToString,
+            soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.PauseTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.controlplane.v1.TenantService/ResumeTenant',
+            soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantRequest.SerializeToString,
+            soma_dot_controlplane_dot_v1_dot_tenant__service__pb2.ResumeTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

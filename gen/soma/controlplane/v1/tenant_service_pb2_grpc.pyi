@@ -43,6 +43,10 @@ class TenantServiceStub:
     """Changes the fields of a tenant that the mask names."""
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.DeleteTenantRequest, _tenant_service_pb2.DeleteTenantResponse]
     """Deletes a tenant that has no agents, or with `force` its agents too. Its messages are refused from then on."""
+    PauseTenant: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.PauseTenantRequest, _tenant_service_pb2.PauseTenantResponse]
+    """Lets a tenant's turns that run end and begins no more: messages are accepted and wait. Pausing what is paused changes nothing."""
+    ResumeTenant: _grpc.UnaryUnaryMultiCallable[_tenant_service_pb2.ResumeTenantRequest, _tenant_service_pb2.ResumeTenantResponse]
+    """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
@@ -59,6 +63,10 @@ class TenantServiceAsyncStub(TenantServiceStub):
     """Changes the fields of a tenant that the mask names."""
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.DeleteTenantRequest, _tenant_service_pb2.DeleteTenantResponse]  # type: ignore[assignment]
     """Deletes a tenant that has no agents, or with `force` its agents too. Its messages are refused from then on."""
+    PauseTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.PauseTenantRequest, _tenant_service_pb2.PauseTenantResponse]  # type: ignore[assignment]
+    """Lets a tenant's turns that run end and begins no more: messages are accepted and wait. Pausing what is paused changes nothing."""
+    ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_service_pb2.ResumeTenantRequest, _tenant_service_pb2.ResumeTenantResponse]  # type: ignore[assignment]
+    """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps tenants."""
@@ -102,5 +110,21 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_service_pb2.DeleteTenantResponse, _abc.Awaitable[_tenant_service_pb2.DeleteTenantResponse]]:
         """Deletes a tenant that has no agents, or with `force` its agents too. Its messages are refused from then on."""
+
+    @_abc_1.abstractmethod
+    def PauseTenant(
+        self,
+        request: _tenant_service_pb2.PauseTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.PauseTenantResponse, _abc.Awaitable[_tenant_service_pb2.PauseTenantResponse]]:
+        """Lets a tenant's turns that run end and begins no more: messages are accepted and wait. Pausing what is paused changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ResumeTenant(
+        self,
+        request: _tenant_service_pb2.ResumeTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tenant_service_pb2.ResumeTenantResponse, _abc.Awaitable[_tenant_service_pb2.ResumeTenantResponse]]:
+        """Ends a pause: what waits begins, each session in its order. Resuming what is not paused changes nothing."""
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
