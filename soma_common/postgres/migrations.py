@@ -1,12 +1,19 @@
 """Numbered SQL migrations, applied in order, each once, each in its own transaction.
 
 Files are `services/<svc>/adapters/migrations/NNNN_name.sql`, from 0001 without gaps; one never changes after its
-release. What was applied stands in `<schema>.schema_migrations` with a checksum. An advisory lock lets several
-processes start at once. The files run as the owner of the schema and grant to the service's role `soma_<svc>` what
-it needs.
+release. An advisory lock lets several processes start at once. The files run as the owner of the schema and grant to
+the service's role `soma_<svc>` what it needs.
 
-`-- soma:no-transaction` as the first line lets a file run outside of a transaction (CREATE INDEX CONCURRENTLY); such a
-file must be safe to run again.
+A file from 0002 on only adds: the release before goes on working with the schema that it makes, and starts with it
+too, because in a rolling upgrade and when an upgrade is taken back both run beside each other. A file that cannot keep
+to that says so in its first line, and then older releases refuse to start.
+
+    -- soma:breaking         older releases cannot work with what this file makes
+    -- soma:no-transaction   runs outside of a transaction (CREATE INDEX CONCURRENTLY); must be safe to run again
+
+What was applied stands with a checksum in two tables, because release 0.1 refuses every number in the first one that it
+does not know: `<schema>.schema_migrations` has the first file and the breaking ones, `<schema>.schema_additions` the
+others.
 """
 
 import hashlib
@@ -26,6 +33,8 @@ STATEMENT_TIMEOUT_S = 600.0
 """How long one file may take."""
 
 NO_TRANSACTION = "-- soma:no-transaction"
+BREAKING = "-- soma:breaking"
+BASE, ADDITIONS = "schema_migrations", "schema_additions"
 
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z0-9_]+)\.sql")
 _IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
@@ -48,6 +57,11 @@ class Migration:
     def checksum(self) -> str:
         """SHA-256 of the content, in hex."""
         return hashlib.sha256(self.sql.encode()).hexdigest()
+
+    @property
+    def table(self) -> str:
+        """Where it is recorded: as something that older releases can live with, or not."""
+        return BASE if self.number == 1 or self.sql.startswith(BREAKING) else ADDITIONS
 
 
 def read_migrations(folder: Path) -> list[Migration]:
@@ -73,8 +87,9 @@ async def apply_migrations(
     """Bring `schema` to the state of the files in `folder` and return the names of those applied now.
 
     With mode `verify` nothing is changed. `dsn` connects as the schema's owner (any role that may read is enough to
-    verify). Raises MigrationError when files and database do not agree (an applied file changed, the database is
-    newer, or it is behind and only `verify` was asked for), and Unavailable when the database does not answer.
+    verify). What a newer release has only added is no obstacle. Raises MigrationError when files and database do not
+    agree (an applied file changed, a newer release has changed what this one relies on, or the database is behind and
+    only `verify` was asked for), and Unavailable when the database does not answer.
     """
     if not _IDENTIFIER.fullmatch(schema):
         raise ValueError(f"{schema!r} is not a plain schema name")
@@ -82,7 +97,7 @@ async def apply_migrations(
     connection = await connect(dsn, application_name=f"migrate {schema}", command_timeout_s=STATEMENT_TIMEOUT_S)
     try:
         if mode == "verify":
-            pending = _pending(schema, migrations, await _applied(connection, schema))
+            pending = await _pending(connection, schema, migrations)
             if pending:
                 raise MigrationError(
                     f"schema {schema} lacks {', '.join(_label(m) for m in pending)}: "
@@ -104,21 +119,22 @@ async def _apply(connection: Connection, schema: str, migrations: list[Migration
     if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
         # Not `IF NOT EXISTS`: that asks for the right to create schemas even when there is nothing to create.
         await connection.execute(f"CREATE SCHEMA {schema}")
-    await connection.execute(
-        f"""CREATE TABLE IF NOT EXISTS {schema}.schema_migrations (
-            number integer PRIMARY KEY,
-            name text NOT NULL,
-            checksum text NOT NULL,
-            applied_at timestamptz NOT NULL DEFAULT now()
-        );
-        DO $$ BEGIN
-            IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'soma_{schema}') THEN
-                GRANT USAGE ON SCHEMA {schema} TO soma_{schema};
-                GRANT SELECT ON {schema}.schema_migrations TO soma_{schema};
-            END IF;
-        END $$"""  # So that the service itself can verify.
-    )
-    pending = _pending(schema, migrations, await _applied(connection, schema))
+    for table in (BASE, ADDITIONS):
+        await connection.execute(
+            f"""CREATE TABLE IF NOT EXISTS {schema}.{table} (
+                number integer PRIMARY KEY,
+                name text NOT NULL,
+                checksum text NOT NULL,
+                applied_at timestamptz NOT NULL DEFAULT now()
+            );
+            DO $$ BEGIN
+                IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'soma_{schema}') THEN
+                    GRANT USAGE ON SCHEMA {schema} TO soma_{schema};
+                    GRANT SELECT ON {schema}.{table} TO soma_{schema};
+                END IF;
+            END $$"""  # So that the service itself can verify.
+        )
+    pending = await _pending(connection, schema, migrations)
     for migration in pending:
         await _apply_one(connection, schema, migration)
         _log.info("migrations.applied", schema=schema, migration=_label(migration))
@@ -126,7 +142,7 @@ async def _apply(connection: Connection, schema: str, migrations: list[Migration
 
 
 async def _apply_one(connection: Connection, schema: str, migration: Migration) -> None:
-    record = f"INSERT INTO {schema}.schema_migrations (number, name, checksum) VALUES ($1, $2, $3)"
+    record = f"INSERT INTO {schema}.{migration.table} (number, name, checksum) VALUES ($1, $2, $3)"
     values = (migration.number, migration.name, migration.checksum)
     try:
         if migration.sql.startswith(NO_TRANSACTION):
@@ -140,28 +156,31 @@ async def _apply_one(connection: Connection, schema: str, migration: Migration) 
         raise MigrationError(f"migration {_label(migration)} of schema {schema} failed: {error}") from error
 
 
-async def _applied(connection: Connection, schema: str) -> dict[int, tuple[str, str]]:
-    if await connection.fetchval("SELECT to_regclass($1)", f"{schema}.schema_migrations") is None:
+async def _applied(connection: Connection, schema: str, table: str) -> dict[int, tuple[str, str]]:
+    if await connection.fetchval("SELECT to_regclass($1)", f"{schema}.{table}") is None:
         return {}
-    rows = await connection.fetch(f"SELECT number, name, checksum FROM {schema}.schema_migrations")
+    rows = await connection.fetch(f"SELECT number, name, checksum FROM {schema}.{table} ORDER BY number")
     return {row["number"]: (row["name"], row["checksum"]) for row in rows}
 
 
-def _pending(schema: str, migrations: list[Migration], applied: dict[int, tuple[str, str]]) -> list[Migration]:
+async def _pending(connection: Connection, schema: str, migrations: list[Migration]) -> list[Migration]:
+    base, additions = [await _applied(connection, schema, table) for table in (BASE, ADDITIONS)]
     known = {migration.number: migration for migration in migrations}
-    for number, (name, checksum) in sorted(applied.items()):
+    for number, (name, checksum) in (base | additions).items():
         migration = known.get(number)
-        if migration is None:
+        if migration is None and number in additions:
+            _log.info("migrations.newer_schema", schema=schema, migration=f"{number:04}_{name}")
+        elif migration is None:
             raise MigrationError(
                 f"schema {schema} has migration {number:04}_{name} "
-                "that this release does not know: run the newer release"
+                "that this release does not know and cannot work with: run the newer release"
             )
-        if migration.checksum != checksum:
+        elif migration.checksum != checksum:
             raise MigrationError(
                 f"migration {_label(migration)} changed after it was applied to schema {schema}: "
                 "restore the file and put the change into a new one"
             )
-    return [migration for migration in migrations if migration.number not in applied]
+    return [migration for migration in migrations if migration.number not in base | additions]
 
 
 def _label(migration: Migration) -> str:

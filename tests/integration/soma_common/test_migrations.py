@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Literal
 
 import asyncpg
 import pytest
@@ -60,13 +61,38 @@ async def test_a_file_that_changed_after_it_ran_is_refused(postgres: Database, f
             await apply_migrations(dsn, "toolgw", folder, mode)
 
 
-async def test_a_database_of_a_newer_release_is_refused(postgres: Database, folder: Path) -> None:
+@pytest.mark.parametrize("mode", ["apply", "verify"])
+async def test_what_a_newer_release_has_added_is_no_obstacle(
+    postgres: Database, folder: Path, mode: Literal["apply", "verify"]
+) -> None:
     dsn = postgres.owner_dsn("toolgw")
     (folder / "0002_author.sql").write_text(SECOND)
     await apply_migrations(dsn, "toolgw", folder)
     (folder / "0002_author.sql").unlink()
-    with pytest.raises(MigrationError, match="newer release"):
-        await apply_migrations(dsn, "toolgw", folder)
+    assert await apply_migrations(dsn, "toolgw", folder, mode) == []
+    (folder / "0002_author.sql").write_text(SECOND)
+    assert await apply_migrations(dsn, "toolgw", folder, mode) == [], "and the newer one finds it as it left it"
+
+
+@pytest.mark.parametrize("mode", ["apply", "verify"])
+async def test_what_a_newer_release_has_broken_is_refused(
+    postgres: Database, folder: Path, mode: Literal["apply", "verify"]
+) -> None:
+    dsn = postgres.owner_dsn("toolgw")
+    (folder / "0002_author.sql").write_text("-- soma:breaking\n" + SECOND)
+    await apply_migrations(dsn, "toolgw", folder)
+    (folder / "0002_author.sql").unlink()
+    with pytest.raises(MigrationError, match="run the newer release"):
+        await apply_migrations(dsn, "toolgw", folder, mode)
+
+
+async def test_release_0_1_finds_only_what_it_knows(postgres: Database, folder: Path) -> None:
+    """It refuses to start when this table has a number that it does not know."""
+    (folder / "0002_author.sql").write_text(SECOND)
+    await apply_migrations(postgres.owner_dsn("toolgw"), "toolgw", folder)
+    connection = await connect(postgres.dsn("toolgw"))
+    assert [row["number"] for row in await connection.fetch("SELECT number FROM toolgw.schema_migrations")] == [1]
+    await connection.close()
 
 
 async def test_a_file_that_fails_leaves_nothing_behind(postgres: Database, folder: Path) -> None:
