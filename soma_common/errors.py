@@ -219,6 +219,8 @@ _CLASSES: Mapping[Reason, type[SomaError]] = MappingProxyType(
         r.ERROR_REASON_TOOL_OUTCOME_UNKNOWN: Conflict,
         r.ERROR_REASON_TOOL_CANCELLED: Conflict,
         r.ERROR_REASON_INVALID_TRANSITION: FailedPrecondition,
+        r.ERROR_REASON_TURN_RUNNING: FailedPrecondition,
+        r.ERROR_REASON_TURN_NOT_RESUMABLE: FailedPrecondition,
         r.ERROR_REASON_LEASE_LOST: Conflict,
         r.ERROR_REASON_PAGE_TOKEN_INVALID: InvalidRequest,
         r.ERROR_REASON_DELIVERY_EXHAUSTED: FailedPrecondition,

@@ -122,6 +122,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The method is not served."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 49
     """A defect of the server; the text says nothing more, the log does."""
+    ERROR_REASON_TURN_RUNNING: _ErrorReason.ValueType  # 50
+    """The policy refused the message because a turn of the session was running or waiting. The metadata name it."""
+    ERROR_REASON_TURN_NOT_RESUMABLE: _ErrorReason.ValueType  # 51
+    """The turn cannot be resumed: it runs, or it has its answer."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine-readable reason of an error: `google.rpc.ErrorInfo.reason` holds the name without the `ERROR_REASON_` prefix, with
@@ -228,4 +232,8 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 48
 """The method is not served."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 49
 """A defect of the server; the text says nothing more, the log does."""
+ERROR_REASON_TURN_RUNNING: ErrorReason.ValueType  # 50
+"""The policy refused the message because a turn of the session was running or waiting. The metadata name it."""
+ERROR_REASON_TURN_NOT_RESUMABLE: ErrorReason.ValueType  # 51
+"""The turn cannot be resumed: it runs, or it has its answer."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -67,7 +67,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_ERROR: _Outcome.ValueType  # 2
     """The turn failed with a typed error."""
     OUTCOME_REJECTED: _Outcome.ValueType  # 3
-    """The policy refused the message because a turn was running."""
+    """The policy refused the message because a turn was running; the error's metadata name it."""
     OUTCOME_CANCELLED: _Outcome.ValueType  # 4
     """Somebody cancelled the turn."""
     OUTCOME_INTERRUPTED: _Outcome.ValueType  # 5
@@ -87,7 +87,7 @@ OUTCOME_FINAL: Outcome.ValueType  # 1
 OUTCOME_ERROR: Outcome.ValueType  # 2
 """The turn failed with a typed error."""
 OUTCOME_REJECTED: Outcome.ValueType  # 3
-"""The policy refused the message because a turn was running."""
+"""The policy refused the message because a turn was running; the error's metadata name it."""
 OUTCOME_CANCELLED: Outcome.ValueType  # 4
 """Somebody cancelled the turn."""
 OUTCOME_INTERRUPTED: Outcome.ValueType  # 5
@@ -155,6 +155,7 @@ class Delivery(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     CREATE_TIME_MS_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    ABSORBED_INTO_FIELD_NUMBER: _builtins.int
     delivery_id: _builtins.bytes
     """Stable over redeliveries: the 16 bytes of the turn id."""
     agent: _builtins.str
@@ -171,6 +172,8 @@ class Delivery(_message.Message):
     """When the outcome was committed, milliseconds since the epoch."""
     attempt: _builtins.int
     """1 for the first try, counted up by each redelivery."""
+    absorbed_into: _builtins.bytes
+    """For ABSORBED, which is shown to watchers and never delivered: the turn that answers the messages, 16 bytes."""
     @_builtins.property
     def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The accepted messages that this outcome answers, 16 bytes each, in the order accepted."""
@@ -197,10 +200,11 @@ class Delivery(_message.Message):
         error: _message_pb2.Error | None = ...,
         create_time_ms: _builtins.int = ...,
         attempt: _builtins.int = ...,
+        absorbed_into: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "attempt", b"attempt", "create_time_ms", b"create_time_ms", "delivery_id", b"delivery_id", "error", b"error", "message", b"message", "message_ids", b"message_ids", "outcome", b"outcome", "position", b"position", "session", b"session", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absorbed_into", b"absorbed_into", "agent", b"agent", "attempt", b"attempt", "create_time_ms", b"create_time_ms", "delivery_id", b"delivery_id", "error", b"error", "message", b"message", "message_ids", b"message_ids", "outcome", b"outcome", "position", b"position", "session", b"session", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

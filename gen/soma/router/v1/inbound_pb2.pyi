@@ -32,6 +32,14 @@ class _InboundKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InboundKi
     """A message to answer."""
     INBOUND_KIND_CANCEL: _InboundKind.ValueType  # 2
     """Stop a turn."""
+    INBOUND_KIND_INTERRUPT: _InboundKind.ValueType  # 3
+    """Stop a turn and keep its work."""
+    INBOUND_KIND_CANCEL_ALL: _InboundKind.ValueType  # 4
+    """Stop the turn that runs and end every message that waits."""
+    INBOUND_KIND_PAUSE: _InboundKind.ValueType  # 5
+    """Start no turn of the session from here on."""
+    INBOUND_KIND_RESUME: _InboundKind.ValueType  # 6
+    """Start turns of the session again."""
 
 class InboundKind(_InboundKind, metaclass=_InboundKindEnumTypeWrapper):
     """What an inbound item is."""
@@ -42,6 +50,14 @@ INBOUND_KIND_MESSAGE: InboundKind.ValueType  # 1
 """A message to answer."""
 INBOUND_KIND_CANCEL: InboundKind.ValueType  # 2
 """Stop a turn."""
+INBOUND_KIND_INTERRUPT: InboundKind.ValueType  # 3
+"""Stop a turn and keep its work."""
+INBOUND_KIND_CANCEL_ALL: InboundKind.ValueType  # 4
+"""Stop the turn that runs and end every message that waits."""
+INBOUND_KIND_PAUSE: InboundKind.ValueType  # 5
+"""Start no turn of the session from here on."""
+INBOUND_KIND_RESUME: InboundKind.ValueType  # 6
+"""Start turns of the session again."""
 Global___InboundKind: _TypeAlias = InboundKind  # noqa: Y015
 
 @_typing.final
@@ -112,7 +128,7 @@ class Inbound(_message.Message):
     session: _builtins.str
     """The conversation."""
     content: _builtins.bytes
-    """A serialized soma.common.v1.Message; empty for a cancel."""
+    """A serialized soma.common.v1.Message; empty for what is no message."""
     policy: _turn_pb2.ArrivalPolicy.ValueType
     """What to do if a turn is running; unset: what the agent says."""
     deliver: _builtins.bool
@@ -122,7 +138,7 @@ class Inbound(_message.Message):
     kind: Global___InboundKind.ValueType
     """What the item is."""
     cancel_turn_id: _builtins.bytes
-    """For a cancel: the turn to stop, 16 bytes; empty: whatever runs."""
+    """For a cancel or an interrupt: the turn to stop, 16 bytes; empty: whatever runs."""
     def __init__(
         self,
         *,

@@ -26,9 +26,10 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from soma.common.v1 import authz_pb2 as soma_dot_common_dot_v1_dot_authz__pb2
 from soma.common.v1 import message_pb2 as soma_dot_common_dot_v1_dot_message__pb2
+from soma.common.v1 import turn_pb2 as soma_dot_common_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$soma/router/v1/session_service.proto\x12\x0esoma.router.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\"\xb0\x03\n\x07Session\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x03key\x18\x02 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyR\x03key\x12\x32\n\x05state\x18\x03 \x01(\x0e\x32\x1c.soma.router.v1.SessionStateR\x05state\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12#\n\rmessage_count\x18\x06 \x01(\x04R\x0cmessageCount\x12\x1d\n\nturn_count\x18\x07 \x01(\x04R\tturnCount\x12!\n\x0cqueued_count\x18\x08 \x01(\x04R\x0bqueuedCount\x12!\n\x0crunning_turn\x18\t \x01(\tR\x0brunningTurn\x12+\n\x11undelivered_count\x18\n \x01(\x04R\x10undeliveredCount\"\xb3\x01\n\x0eSessionMessage\x12\x1d\n\nmessage_id\x18\x01 \x01(\tR\tmessageId\x12\x31\n\x07message\x18\x02 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12;\n\x0b\x61\x63\x63\x65pt_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nacceptTime\x12\x12\n\x04turn\x18\x04 \x01(\tR\x04turn\"0\n\x11GetSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"G\n\x12GetSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session\"\xba\x01\n\x13ListSessionsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12\x32\n\x05state\x18\x04 \x01(\x0e\x32\x1c.soma.router.v1.SessionStateR\x05state\"s\n\x14ListSessionsResponse\x12\x33\n\x08sessions\x18\x01 \x03(\x0b\x32\x17.soma.router.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x86\x01\n\x13ListMessagesRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"z\n\x14ListMessagesResponse\x12:\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.soma.router.v1.SessionMessageR\x08messages\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*]\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_IDLE\x10\x01\x12\x16\n\x12SESSION_STATE_BUSY\x10\x02\x32\xf0\x02\n\x0eSessionService\x12n\n\nGetSession\x12!.soma.router.v1.GetSessionRequest\x1a\".soma.router.v1.GetSessionResponse\"\x19\xa2\xbb\x18\x15\n\rsessions.read\x12\x04name\x12v\n\x0cListSessions\x12#.soma.router.v1.ListSessionsRequest\x1a$.soma.router.v1.ListSessionsResponse\"\x1b\xa2\xbb\x18\x17\n\rsessions.read\x12\x06parent\x12v\n\x0cListMessages\x12#.soma.router.v1.ListMessagesRequest\x1a$.soma.router.v1.ListMessagesResponse\"\x1b\xa2\xbb\x18\x17\n\rsessions.read\x12\x06parentb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$soma/router/v1/session_service.proto\x12\x0esoma.router.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\x1a\x19soma/common/v1/turn.proto\"\x92\x04\n\x07Session\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x03key\x18\x02 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyR\x03key\x12\x32\n\x05state\x18\x03 \x01(\x0e\x32\x1c.soma.router.v1.SessionStateR\x05state\x12;\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12;\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nupdateTime\x12#\n\rmessage_count\x18\x06 \x01(\x04R\x0cmessageCount\x12\x1d\n\nturn_count\x18\x07 \x01(\x04R\tturnCount\x12!\n\x0cqueued_count\x18\x08 \x01(\x04R\x0bqueuedCount\x12!\n\x0crunning_turn\x18\t \x01(\tR\x0brunningTurn\x12+\n\x11undelivered_count\x18\n \x01(\x04R\x10undeliveredCount\x12\x16\n\x06paused\x18\x0b \x01(\x08R\x06paused\x12H\n\x12oldest_queued_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x10oldestQueuedTime\"\xe6\x02\n\x0eSessionMessage\x12\x1d\n\nmessage_id\x18\x01 \x01(\tR\tmessageId\x12\x31\n\x07message\x18\x02 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12;\n\x0b\x61\x63\x63\x65pt_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nacceptTime\x12\x12\n\x04turn\x18\x04 \x01(\tR\x04turn\x12%\n\x0equeue_position\x18\x05 \x01(\rR\rqueuePosition\x12 \n\x0cqueue_age_ms\x18\x06 \x01(\x04R\nqueueAgeMs\x12\x35\n\x06policy\x18\x07 \x01(\x0e\x32\x1d.soma.common.v1.ArrivalPolicyR\x06policy\x12\x31\n\x07outcome\x18\x08 \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x07outcome\"0\n\x11GetSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"G\n\x12GetSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session\"\xba\x01\n\x13ListSessionsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12\x32\n\x05state\x18\x04 \x01(\x0e\x32\x1c.soma.router.v1.SessionStateR\x05state\"s\n\x14ListSessionsResponse\x12\x33\n\x08sessions\x18\x01 \x03(\x0b\x32\x17.soma.router.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x86\x01\n\x13ListMessagesRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"z\n\x14ListMessagesResponse\x12:\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.soma.router.v1.SessionMessageR\x08messages\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"[\n\x13PauseSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"I\n\x14PauseSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session\"\\\n\x14ResumeSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"J\n\x15ResumeSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session\"_\n\x17InterruptSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"M\n\x18InterruptSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session\"\\\n\x14\x43\x61ncelSessionRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"J\n\x15\x43\x61ncelSessionResponse\x12\x31\n\x07session\x18\x01 \x01(\x0b\x32\x17.soma.router.v1.SessionR\x07session*]\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12SESSION_STATE_IDLE\x10\x01\x12\x16\n\x12SESSION_STATE_BUSY\x10\x02\x32\xe7\x06\n\x0eSessionService\x12n\n\nGetSession\x12!.soma.router.v1.GetSessionRequest\x1a\".soma.router.v1.GetSessionResponse\"\x19\xa2\xbb\x18\x15\n\rsessions.read\x12\x04name\x12v\n\x0cListSessions\x12#.soma.router.v1.ListSessionsRequest\x1a$.soma.router.v1.ListSessionsResponse\"\x1b\xa2\xbb\x18\x17\n\rsessions.read\x12\x06parent\x12v\n\x0cListMessages\x12#.soma.router.v1.ListMessagesRequest\x1a$.soma.router.v1.ListMessagesResponse\"\x1b\xa2\xbb\x18\x17\n\rsessions.read\x12\x06parent\x12w\n\x0cPauseSession\x12#.soma.router.v1.PauseSessionRequest\x1a$.soma.router.v1.PauseSessionResponse\"\x1c\xa2\xbb\x18\x18\n\x10sessions.control\x12\x04name\x12z\n\rResumeSession\x12$.soma.router.v1.ResumeSessionRequest\x1a%.soma.router.v1.ResumeSessionResponse\"\x1c\xa2\xbb\x18\x18\n\x10sessions.control\x12\x04name\x12\x83\x01\n\x10InterruptSession\x12\'.soma.router.v1.InterruptSessionRequest\x1a(.soma.router.v1.InterruptSessionResponse\"\x1c\xa2\xbb\x18\x18\n\x10sessions.control\x12\x04name\x12z\n\rCancelSession\x12$.soma.router.v1.CancelSessionRequest\x1a%.soma.router.v1.CancelSessionResponse\"\x1c\xa2\xbb\x18\x18\n\x10sessions.control\x12\x04nameb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,30 +50,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTMESSAGESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\005*\003\030\350\007'
   _globals['_LISTMESSAGESREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTMESSAGESREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\004'
+  _globals['_PAUSESESSIONREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_PAUSESESSIONREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_PAUSESESSIONREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_PAUSESESSIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESUMESESSIONREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_RESUMESESSIONREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_RESUMESESSIONREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_RESUMESESSIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_INTERRUPTSESSIONREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_INTERRUPTSESSIONREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_INTERRUPTSESSIONREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_INTERRUPTSESSIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_CANCELSESSIONREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_CANCELSESSIONREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_CANCELSESSIONREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_CANCELSESSIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_SESSIONSERVICE'].methods_by_name['GetSession']._loaded_options = None
   _globals['_SESSIONSERVICE'].methods_by_name['GetSession']._serialized_options = b'\242\273\030\025\n\rsessions.read\022\004name'
   _globals['_SESSIONSERVICE'].methods_by_name['ListSessions']._loaded_options = None
   _globals['_SESSIONSERVICE'].methods_by_name['ListSessions']._serialized_options = b'\242\273\030\027\n\rsessions.read\022\006parent'
   _globals['_SESSIONSERVICE'].methods_by_name['ListMessages']._loaded_options = None
   _globals['_SESSIONSERVICE'].methods_by_name['ListMessages']._serialized_options = b'\242\273\030\027\n\rsessions.read\022\006parent'
-  _globals['_SESSIONSTATE']._serialized_start=1483
-  _globals['_SESSIONSTATE']._serialized_end=1576
-  _globals['_SESSION']._serialized_start=177
-  _globals['_SESSION']._serialized_end=609
-  _globals['_SESSIONMESSAGE']._serialized_start=612
-  _globals['_SESSIONMESSAGE']._serialized_end=791
-  _globals['_GETSESSIONREQUEST']._serialized_start=793
-  _globals['_GETSESSIONREQUEST']._serialized_end=841
-  _globals['_GETSESSIONRESPONSE']._serialized_start=843
-  _globals['_GETSESSIONRESPONSE']._serialized_end=914
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=917
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1103
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1105
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1220
-  _globals['_LISTMESSAGESREQUEST']._serialized_start=1223
-  _globals['_LISTMESSAGESREQUEST']._serialized_end=1357
-  _globals['_LISTMESSAGESRESPONSE']._serialized_start=1359
-  _globals['_LISTMESSAGESRESPONSE']._serialized_end=1481
-  _globals['_SESSIONSERVICE']._serialized_start=1579
-  _globals['_SESSIONSERVICE']._serialized_end=1947
+  _globals['_SESSIONSERVICE'].methods_by_name['PauseSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['PauseSession']._serialized_options = b'\242\273\030\030\n\020sessions.control\022\004name'
+  _globals['_SESSIONSERVICE'].methods_by_name['ResumeSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['ResumeSession']._serialized_options = b'\242\273\030\030\n\020sessions.control\022\004name'
+  _globals['_SESSIONSERVICE'].methods_by_name['InterruptSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['InterruptSession']._serialized_options = b'\242\273\030\030\n\020sessions.control\022\004name'
+  _globals['_SESSIONSERVICE'].methods_by_name['CancelSession']._loaded_options = None
+  _globals['_SESSIONSERVICE'].methods_by_name['CancelSession']._serialized_options = b'\242\273\030\030\n\020sessions.control\022\004name'
+  _globals['_SESSIONSTATE']._serialized_start=2471
+  _globals['_SESSIONSTATE']._serialized_end=2564
+  _globals['_SESSION']._serialized_start=204
+  _globals['_SESSION']._serialized_end=734
+  _globals['_SESSIONMESSAGE']._serialized_start=737
+  _globals['_SESSIONMESSAGE']._serialized_end=1095
+  _globals['_GETSESSIONREQUEST']._serialized_start=1097
+  _globals['_GETSESSIONREQUEST']._serialized_end=1145
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1147
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1218
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1221
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1407
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1409
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1524
+  _globals['_LISTMESSAGESREQUEST']._serialized_start=1527
+  _globals['_LISTMESSAGESREQUEST']._serialized_end=1661
+  _globals['_LISTMESSAGESRESPONSE']._serialized_start=1663
+  _globals['_LISTMESSAGESRESPONSE']._serialized_end=1785
+  _globals['_PAUSESESSIONREQUEST']._serialized_start=1787
+  _globals['_PAUSESESSIONREQUEST']._serialized_end=1878
+  _globals['_PAUSESESSIONRESPONSE']._serialized_start=1880
+  _globals['_PAUSESESSIONRESPONSE']._serialized_end=1953
+  _globals['_RESUMESESSIONREQUEST']._serialized_start=1955
+  _globals['_RESUMESESSIONREQUEST']._serialized_end=2047
+  _globals['_RESUMESESSIONRESPONSE']._serialized_start=2049
+  _globals['_RESUMESESSIONRESPONSE']._serialized_end=2123
+  _globals['_INTERRUPTSESSIONREQUEST']._serialized_start=2125
+  _globals['_INTERRUPTSESSIONREQUEST']._serialized_end=2220
+  _globals['_INTERRUPTSESSIONRESPONSE']._serialized_start=2222
+  _globals['_INTERRUPTSESSIONRESPONSE']._serialized_end=2299
+  _globals['_CANCELSESSIONREQUEST']._serialized_start=2301
+  _globals['_CANCELSESSIONREQUEST']._serialized_end=2393
+  _globals['_CANCELSESSIONRESPONSE']._serialized_start=2395
+  _globals['_CANCELSESSIONRESPONSE']._serialized_end=2469
+  _globals['_SESSIONSERVICE']._serialized_start=2567
+  _globals['_SESSIONSERVICE']._serialized_end=3438
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class SessionServiceStub:
-    """Reads sessions.
+    """Reads and controls sessions.
     """
 
     def __init__(self, channel):
@@ -50,10 +50,30 @@ class SessionServiceStub:
                 request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.SerializeToString,
                 response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.FromString,
                 _registered_method=True)
+        self.PauseSession = channel.unary_unary(
+                '/soma.router.v1.SessionService/PauseSession',
+                request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionResponse.FromString,
+                _registered_method=True)
+        self.ResumeSession = channel.unary_unary(
+                '/soma.router.v1.SessionService/ResumeSession',
+                request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionResponse.FromString,
+                _registered_method=True)
+        self.InterruptSession = channel.unary_unary(
+                '/soma.router.v1.SessionService/InterruptSession',
+                request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionResponse.FromString,
+                _registered_method=True)
+        self.CancelSession = channel.unary_unary(
+                '/soma.router.v1.SessionService/CancelSession',
+                request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
-    """Reads sessions.
+    """Reads and controls sessions.
     """
 
     def GetSession(self, request, context):
@@ -77,6 +97,36 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseSession(self, request, context):
+        """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
+        nothing. Answered once it is stored, behind every message accepted before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeSession(self, request, context):
+        """Starts turns of the session again. Answered once it is stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InterruptSession(self, request, context):
+        """Stops the turn that runs and keeps its work; the next message goes on from there. Answered once it is stored. Nothing happens
+        where nothing runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelSession(self, request, context):
+        """Stops the turn that runs and ends every message that waits, with CANCELLED each. Answered once it is stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +145,26 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.FromString,
                     response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.SerializeToString,
             ),
+            'PauseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseSession,
+                    request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionResponse.SerializeToString,
+            ),
+            'ResumeSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeSession,
+                    request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionResponse.SerializeToString,
+            ),
+            'InterruptSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.InterruptSession,
+                    request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionResponse.SerializeToString,
+            ),
+            'CancelSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelSession,
+                    request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'soma.router.v1.SessionService', rpc_method_handlers)
@@ -104,7 +174,7 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
-    """Reads sessions.
+    """Reads and controls sessions.
     """
 
     @staticmethod
@@ -178,6 +248,114 @@ class SessionService:
             '/soma.router.v1.SessionService/ListMessages',
             soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.SerializeToString,
             soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.SessionService/PauseSession',
+            soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.SessionService/ResumeSession',
+            soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_session__service__pb2.ResumeSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InterruptSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.SessionService/InterruptSession',
+            soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_session__service__pb2.InterruptSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.SessionService/CancelSession',
+            soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_session__service__pb2.CancelSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class SessionServiceStub:
-    """Reads sessions."""
+    """Reads and controls sessions."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,10 +39,22 @@ class SessionServiceStub:
     """Lists sessions of a tenant, by agent, channel and session."""
     ListMessages: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]
     """Lists the messages of a session in the order accepted, each with its outcome."""
+    PauseSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.PauseSessionRequest, _session_service_pb2.PauseSessionResponse]
+    """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
+    nothing. Answered once it is stored, behind every message accepted before.
+    """
+    ResumeSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ResumeSessionRequest, _session_service_pb2.ResumeSessionResponse]
+    """Starts turns of the session again. Answered once it is stored."""
+    InterruptSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.InterruptSessionRequest, _session_service_pb2.InterruptSessionResponse]
+    """Stops the turn that runs and keeps its work; the next message goes on from there. Answered once it is stored. Nothing happens
+    where nothing runs.
+    """
+    CancelSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.CancelSessionRequest, _session_service_pb2.CancelSessionResponse]
+    """Stops the turn that runs and ends every message that waits, with CANCELLED each. Answered once it is stored."""
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
-    """Reads sessions."""
+    """Reads and controls sessions."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.GetSessionRequest, _session_service_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -51,9 +63,21 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Lists sessions of a tenant, by agent, channel and session."""
     ListMessages: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Lists the messages of a session in the order accepted, each with its outcome."""
+    PauseSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.PauseSessionRequest, _session_service_pb2.PauseSessionResponse]  # type: ignore[assignment]
+    """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
+    nothing. Answered once it is stored, behind every message accepted before.
+    """
+    ResumeSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ResumeSessionRequest, _session_service_pb2.ResumeSessionResponse]  # type: ignore[assignment]
+    """Starts turns of the session again. Answered once it is stored."""
+    InterruptSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.InterruptSessionRequest, _session_service_pb2.InterruptSessionResponse]  # type: ignore[assignment]
+    """Stops the turn that runs and keeps its work; the next message goes on from there. Answered once it is stored. Nothing happens
+    where nothing runs.
+    """
+    CancelSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.CancelSessionRequest, _session_service_pb2.CancelSessionResponse]  # type: ignore[assignment]
+    """Stops the turn that runs and ends every message that waits, with CANCELLED each. Answered once it is stored."""
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads sessions."""
+    """Reads and controls sessions."""
 
     @_abc_1.abstractmethod
     def GetSession(
@@ -78,5 +102,41 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ListMessagesResponse, _abc.Awaitable[_session_service_pb2.ListMessagesResponse]]:
         """Lists the messages of a session in the order accepted, each with its outcome."""
+
+    @_abc_1.abstractmethod
+    def PauseSession(
+        self,
+        request: _session_service_pb2.PauseSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.PauseSessionResponse, _abc.Awaitable[_session_service_pb2.PauseSessionResponse]]:
+        """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
+        nothing. Answered once it is stored, behind every message accepted before.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeSession(
+        self,
+        request: _session_service_pb2.ResumeSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.ResumeSessionResponse, _abc.Awaitable[_session_service_pb2.ResumeSessionResponse]]:
+        """Starts turns of the session again. Answered once it is stored."""
+
+    @_abc_1.abstractmethod
+    def InterruptSession(
+        self,
+        request: _session_service_pb2.InterruptSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.InterruptSessionResponse, _abc.Awaitable[_session_service_pb2.InterruptSessionResponse]]:
+        """Stops the turn that runs and keeps its work; the next message goes on from there. Answered once it is stored. Nothing happens
+        where nothing runs.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelSession(
+        self,
+        request: _session_service_pb2.CancelSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_service_pb2.CancelSessionResponse, _abc.Awaitable[_session_service_pb2.CancelSessionResponse]]:
+        """Stops the turn that runs and ends every message that waits, with CANCELLED each. Answered once it is stored."""
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,7 +29,7 @@ from soma.common.v1 import message_pb2 as soma_dot_common_dot_v1_dot_message__pb
 from soma.common.v1 import turn_pb2 as soma_dot_common_dot_v1_dot_turn__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!soma/router/v1/turn_service.proto\x12\x0esoma.router.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\x1a\x19soma/common/v1/turn.proto\"\xf0\x03\n\x04Turn\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06number\x18\x02 \x01(\x04R\x06number\x12\x32\n\x06status\x18\x03 \x01(\x0e\x32\x1a.soma.router.v1.TurnStatusR\x06status\x12\x31\n\x07outcome\x18\x04 \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x07outcome\x12\x1a\n\x08\x64ispatch\x18\x05 \x01(\rR\x08\x64ispatch\x12\x1d\n\nstep_count\x18\x06 \x01(\rR\tstepCount\x12\x1f\n\x0bmessage_ids\x18\x07 \x03(\tR\nmessageIds\x12%\n\x0e\x61gent_revision\x18\x08 \x01(\tR\ragentRevision\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x35\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x31\n\x07message\x18\x0b \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"-\n\x0eGetTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\";\n\x0fGetTurnResponse\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x14.soma.router.v1.TurnR\x04turn\"\xb7\x01\n\x10ListTurnsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12\x32\n\x06status\x18\x04 \x01(\x0e\x32\x1a.soma.router.v1.TurnStatusR\x06status\"g\n\x11ListTurnsResponse\x12*\n\x05turns\x18\x01 \x03(\x0b\x32\x14.soma.router.v1.TurnR\x05turns\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x83\x01\n\x10ListStepsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"g\n\x11ListStepsResponse\x12*\n\x05steps\x18\x01 \x03(\x0b\x32\x14.soma.common.v1.StepR\x05steps\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"/\n\x10WatchTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"D\n\x11WatchTurnResponse\x12/\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.soma.common.v1.LiveEventR\x05\x65vent\"Y\n\x11\x43\x61ncelTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\">\n\x12\x43\x61ncelTurnResponse\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x14.soma.router.v1.TurnR\x04turn*u\n\nTurnStatus\x12\x1b\n\x17TURN_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TURN_STATUS_RUNNING\x10\x01\x12\x1a\n\x16TURN_STATUS_CONVERGING\x10\x02\x12\x15\n\x11TURN_STATUS_ENDED\x10\x03\x32\xa4\x04\n\x0bTurnService\x12\x62\n\x07GetTurn\x12\x1e.soma.router.v1.GetTurnRequest\x1a\x1f.soma.router.v1.GetTurnResponse\"\x16\xa2\xbb\x18\x12\n\nturns.read\x12\x04name\x12j\n\tListTurns\x12 .soma.router.v1.ListTurnsRequest\x1a!.soma.router.v1.ListTurnsResponse\"\x18\xa2\xbb\x18\x14\n\nturns.read\x12\x06parent\x12j\n\tListSteps\x12 .soma.router.v1.ListStepsRequest\x1a!.soma.router.v1.ListStepsResponse\"\x18\xa2\xbb\x18\x14\n\nturns.read\x12\x06parent\x12j\n\tWatchTurn\x12 .soma.router.v1.WatchTurnRequest\x1a!.soma.router.v1.WatchTurnResponse\"\x16\xa2\xbb\x18\x12\n\nturns.read\x12\x04name0\x01\x12m\n\nCancelTurn\x12!.soma.router.v1.CancelTurnRequest\x1a\".soma.router.v1.CancelTurnResponse\"\x18\xa2\xbb\x18\x14\n\x0cturns.cancel\x12\x04nameb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!soma/router/v1/turn_service.proto\x12\x0esoma.router.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\x1a\x19soma/common/v1/turn.proto\"\xa5\x04\n\x04Turn\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n\x06number\x18\x02 \x01(\x04R\x06number\x12\x32\n\x06status\x18\x03 \x01(\x0e\x32\x1a.soma.router.v1.TurnStatusR\x06status\x12\x31\n\x07outcome\x18\x04 \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x07outcome\x12\x1a\n\x08\x64ispatch\x18\x05 \x01(\rR\x08\x64ispatch\x12\x1d\n\nstep_count\x18\x06 \x01(\rR\tstepCount\x12\x1f\n\x0bmessage_ids\x18\x07 \x03(\tR\nmessageIds\x12%\n\x0e\x61gent_revision\x18\x08 \x01(\tR\ragentRevision\x12;\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x35\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x07\x65ndTime\x12\x31\n\x07message\x18\x0b \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\x12\x33\n\x08stopping\x18\r \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x08stopping\"-\n\x0eGetTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\";\n\x0fGetTurnResponse\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x14.soma.router.v1.TurnR\x04turn\"\xb7\x01\n\x10ListTurnsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\x12\x32\n\x06status\x18\x04 \x01(\x0e\x32\x1a.soma.router.v1.TurnStatusR\x06status\"g\n\x11ListTurnsResponse\x12*\n\x05turns\x18\x01 \x03(\x0b\x32\x14.soma.router.v1.TurnR\x05turns\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x83\x01\n\x10ListStepsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"g\n\x11ListStepsResponse\x12*\n\x05steps\x18\x01 \x03(\x0b\x32\x14.soma.common.v1.StepR\x05steps\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"/\n\x10WatchTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\"D\n\x11WatchTurnResponse\x12/\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.soma.common.v1.LiveEventR\x05\x65vent\"Y\n\x11\x43\x61ncelTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\">\n\x12\x43\x61ncelTurnResponse\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x14.soma.router.v1.TurnR\x04turn\"\\\n\x14InterruptTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"A\n\x15InterruptTurnResponse\x12(\n\x04turn\x18\x01 \x01(\x0b\x32\x14.soma.router.v1.TurnR\x04turn\"Y\n\x11ResumeTurnRequest\x12\x1b\n\x04name\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x04name\x12\'\n\nrequest_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\trequestId\"P\n\x12ResumeTurnResponse\x12\x1d\n\nmessage_id\x18\x01 \x01(\tR\tmessageId\x12\x1b\n\tturn_name\x18\x02 \x01(\tR\x08turnName*u\n\nTurnStatus\x12\x1b\n\x17TURN_STATUS_UNSPECIFIED\x10\x00\x12\x17\n\x13TURN_STATUS_RUNNING\x10\x01\x12\x1a\n\x16TURN_STATUS_CONVERGING\x10\x02\x12\x15\n\x11TURN_STATUS_ENDED\x10\x03\x32\x8c\x06\n\x0bTurnService\x12\x62\n\x07GetTurn\x12\x1e.soma.router.v1.GetTurnRequest\x1a\x1f.soma.router.v1.GetTurnResponse\"\x16\xa2\xbb\x18\x12\n\nturns.read\x12\x04name\x12j\n\tListTurns\x12 .soma.router.v1.ListTurnsRequest\x1a!.soma.router.v1.ListTurnsResponse\"\x18\xa2\xbb\x18\x14\n\nturns.read\x12\x06parent\x12j\n\tListSteps\x12 .soma.router.v1.ListStepsRequest\x1a!.soma.router.v1.ListStepsResponse\"\x18\xa2\xbb\x18\x14\n\nturns.read\x12\x06parent\x12j\n\tWatchTurn\x12 .soma.router.v1.WatchTurnRequest\x1a!.soma.router.v1.WatchTurnResponse\"\x16\xa2\xbb\x18\x12\n\nturns.read\x12\x04name0\x01\x12v\n\rInterruptTurn\x12$.soma.router.v1.InterruptTurnRequest\x1a%.soma.router.v1.InterruptTurnResponse\"\x18\xa2\xbb\x18\x14\n\x0cturns.cancel\x12\x04name\x12n\n\nResumeTurn\x12!.soma.router.v1.ResumeTurnRequest\x1a\".soma.router.v1.ResumeTurnResponse\"\x19\xa2\xbb\x18\x15\n\rmessages.send\x12\x04name\x12m\n\nCancelTurn\x12!.soma.router.v1.CancelTurnRequest\x1a\".soma.router.v1.CancelTurnResponse\"\x18\xa2\xbb\x18\x14\n\x0cturns.cancel\x12\x04nameb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,6 +56,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELTURNREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
   _globals['_CANCELTURNREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_CANCELTURNREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_INTERRUPTTURNREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_INTERRUPTTURNREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_INTERRUPTTURNREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_INTERRUPTTURNREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_RESUMETURNREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_RESUMETURNREQUEST'].fields_by_name['name']._serialized_options = b'\272H\004r\002\020\001'
+  _globals['_RESUMETURNREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_RESUMETURNREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_TURNSERVICE'].methods_by_name['GetTurn']._loaded_options = None
   _globals['_TURNSERVICE'].methods_by_name['GetTurn']._serialized_options = b'\242\273\030\022\n\nturns.read\022\004name'
   _globals['_TURNSERVICE'].methods_by_name['ListTurns']._loaded_options = None
@@ -64,32 +72,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TURNSERVICE'].methods_by_name['ListSteps']._serialized_options = b'\242\273\030\024\n\nturns.read\022\006parent'
   _globals['_TURNSERVICE'].methods_by_name['WatchTurn']._loaded_options = None
   _globals['_TURNSERVICE'].methods_by_name['WatchTurn']._serialized_options = b'\242\273\030\022\n\nturns.read\022\004name'
+  _globals['_TURNSERVICE'].methods_by_name['InterruptTurn']._loaded_options = None
+  _globals['_TURNSERVICE'].methods_by_name['InterruptTurn']._serialized_options = b'\242\273\030\024\n\014turns.cancel\022\004name'
+  _globals['_TURNSERVICE'].methods_by_name['ResumeTurn']._loaded_options = None
+  _globals['_TURNSERVICE'].methods_by_name['ResumeTurn']._serialized_options = b'\242\273\030\025\n\rmessages.send\022\004name'
   _globals['_TURNSERVICE'].methods_by_name['CancelTurn']._loaded_options = None
   _globals['_TURNSERVICE'].methods_by_name['CancelTurn']._serialized_options = b'\242\273\030\024\n\014turns.cancel\022\004name'
-  _globals['_TURNSTATUS']._serialized_start=1611
-  _globals['_TURNSTATUS']._serialized_end=1728
+  _globals['_TURNSTATUS']._serialized_start=1998
+  _globals['_TURNSTATUS']._serialized_end=2115
   _globals['_TURN']._serialized_start=201
-  _globals['_TURN']._serialized_end=697
-  _globals['_GETTURNREQUEST']._serialized_start=699
-  _globals['_GETTURNREQUEST']._serialized_end=744
-  _globals['_GETTURNRESPONSE']._serialized_start=746
-  _globals['_GETTURNRESPONSE']._serialized_end=805
-  _globals['_LISTTURNSREQUEST']._serialized_start=808
-  _globals['_LISTTURNSREQUEST']._serialized_end=991
-  _globals['_LISTTURNSRESPONSE']._serialized_start=993
-  _globals['_LISTTURNSRESPONSE']._serialized_end=1096
-  _globals['_LISTSTEPSREQUEST']._serialized_start=1099
-  _globals['_LISTSTEPSREQUEST']._serialized_end=1230
-  _globals['_LISTSTEPSRESPONSE']._serialized_start=1232
-  _globals['_LISTSTEPSRESPONSE']._serialized_end=1335
-  _globals['_WATCHTURNREQUEST']._serialized_start=1337
-  _globals['_WATCHTURNREQUEST']._serialized_end=1384
-  _globals['_WATCHTURNRESPONSE']._serialized_start=1386
-  _globals['_WATCHTURNRESPONSE']._serialized_end=1454
-  _globals['_CANCELTURNREQUEST']._serialized_start=1456
-  _globals['_CANCELTURNREQUEST']._serialized_end=1545
-  _globals['_CANCELTURNRESPONSE']._serialized_start=1547
-  _globals['_CANCELTURNRESPONSE']._serialized_end=1609
-  _globals['_TURNSERVICE']._serialized_start=1731
-  _globals['_TURNSERVICE']._serialized_end=2279
+  _globals['_TURN']._serialized_end=750
+  _globals['_GETTURNREQUEST']._serialized_start=752
+  _globals['_GETTURNREQUEST']._serialized_end=797
+  _globals['_GETTURNRESPONSE']._serialized_start=799
+  _globals['_GETTURNRESPONSE']._serialized_end=858
+  _globals['_LISTTURNSREQUEST']._serialized_start=861
+  _globals['_LISTTURNSREQUEST']._serialized_end=1044
+  _globals['_LISTTURNSRESPONSE']._serialized_start=1046
+  _globals['_LISTTURNSRESPONSE']._serialized_end=1149
+  _globals['_LISTSTEPSREQUEST']._serialized_start=1152
+  _globals['_LISTSTEPSREQUEST']._serialized_end=1283
+  _globals['_LISTSTEPSRESPONSE']._serialized_start=1285
+  _globals['_LISTSTEPSRESPONSE']._serialized_end=1388
+  _globals['_WATCHTURNREQUEST']._serialized_start=1390
+  _globals['_WATCHTURNREQUEST']._serialized_end=1437
+  _globals['_WATCHTURNRESPONSE']._serialized_start=1439
+  _globals['_WATCHTURNRESPONSE']._serialized_end=1507
+  _globals['_CANCELTURNREQUEST']._serialized_start=1509
+  _globals['_CANCELTURNREQUEST']._serialized_end=1598
+  _globals['_CANCELTURNRESPONSE']._serialized_start=1600
+  _globals['_CANCELTURNRESPONSE']._serialized_end=1662
+  _globals['_INTERRUPTTURNREQUEST']._serialized_start=1664
+  _globals['_INTERRUPTTURNREQUEST']._serialized_end=1756
+  _globals['_INTERRUPTTURNRESPONSE']._serialized_start=1758
+  _globals['_INTERRUPTTURNRESPONSE']._serialized_end=1823
+  _globals['_RESUMETURNREQUEST']._serialized_start=1825
+  _globals['_RESUMETURNREQUEST']._serialized_end=1914
+  _globals['_RESUMETURNRESPONSE']._serialized_start=1916
+  _globals['_RESUMETURNRESPONSE']._serialized_end=1996
+  _globals['_TURNSERVICE']._serialized_start=2118
+  _globals['_TURNSERVICE']._serialized_end=2898
 # @@protoc_insertion_point(module_scope)

@@ -68,10 +68,11 @@ class Turn(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenants/{t}/agents/{a}/channels/{c}/sessions/{s}/turns/{turn}`, turn as 32 hex digits."""
     number: _builtins.int
-    """Number of the turn in its session, from 1."""
+    """Number of the turn in its session, from 1; 0 for a rejected message, which ran no turn."""
     status: Global___TurnStatus.ValueType
     """Whether it runs."""
     outcome: _turn_pb2.Outcome.ValueType
@@ -82,6 +83,8 @@ class Turn(_message.Message):
     """Journaled steps so far."""
     agent_revision: _builtins.str
     """Revision of the agent it runs with."""
+    stopping: _turn_pb2.Outcome.ValueType
+    """While it is being stopped: the outcome it is to end with, unless its last step was first."""
     @_builtins.property
     def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The messages it takes, 32 hex digits each, in the order accepted."""
@@ -117,10 +120,11 @@ class Turn(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         message: _message_pb2.Message | None = ...,
         error: _message_pb2.Error | None = ...,
+        stopping: _turn_pb2.Outcome.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_revision", b"agent_revision", "create_time", b"create_time", "dispatch", b"dispatch", "end_time", b"end_time", "error", b"error", "message", b"message", "message_ids", b"message_ids", "name", b"name", "number", b"number", "outcome", b"outcome", "status", b"status", "step_count", b"step_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_revision", b"agent_revision", "create_time", b"create_time", "dispatch", b"dispatch", "end_time", b"end_time", "error", b"error", "message", b"message", "message_ids", b"message_ids", "name", b"name", "number", b"number", "outcome", b"outcome", "status", b"status", "step_count", b"step_count", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -387,3 +391,105 @@ class CancelTurnResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTurnResponse: _TypeAlias = CancelTurnResponse  # noqa: Y015
+
+@_typing.final
+class InterruptTurnRequest(_message.Message):
+    """Interrupts a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name of the turn."""
+    request_id: _builtins.str
+    """Makes a retry the same request: at most 128 characters; unset: every call is its own."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterruptTurnRequest: _TypeAlias = InterruptTurnRequest  # noqa: Y015
+
+@_typing.final
+class InterruptTurnResponse(_message.Message):
+    """The turn as it is after the stop was stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def turn(self) -> Global___Turn:
+        """The turn."""
+
+    def __init__(
+        self,
+        *,
+        turn: Global___Turn | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turn", b"turn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterruptTurnResponse: _TypeAlias = InterruptTurnResponse  # noqa: Y015
+
+@_typing.final
+class ResumeTurnRequest(_message.Message):
+    """Resumes a stopped turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name of the stopped turn."""
+    request_id: _builtins.str
+    """Makes a retry the same request: at most 128 characters; unset: every call is its own."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTurnRequest: _TypeAlias = ResumeTurnRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTurnResponse(_message.Message):
+    """The message that goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    TURN_NAME_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.str
+    """The id of the message that asks the agent to go on, 32 hex digits."""
+    turn_name: _builtins.str
+    """Resource name of the turn that answers it, when the message gets a turn of its own, as under policy enqueue."""
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.str = ...,
+        turn_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_id", b"message_id", "turn_name", b"turn_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTurnResponse: _TypeAlias = ResumeTurnResponse  # noqa: Y015

@@ -55,6 +55,16 @@ class TurnServiceStub:
                 request_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnRequest.SerializeToString,
                 response_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnResponse.FromString,
                 _registered_method=True)
+        self.InterruptTurn = channel.unary_unary(
+                '/soma.router.v1.TurnService/InterruptTurn',
+                request_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnResponse.FromString,
+                _registered_method=True)
+        self.ResumeTurn = channel.unary_unary(
+                '/soma.router.v1.TurnService/ResumeTurn',
+                request_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnResponse.FromString,
+                _registered_method=True)
         self.CancelTurn = channel.unary_unary(
                 '/soma.router.v1.TurnService/CancelTurn',
                 request_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.CancelTurnRequest.SerializeToString,
@@ -95,6 +105,22 @@ class TurnServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InterruptTurn(self, request, context):
+        """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
+        when the stop is stored; the turn has ended when its outcome is INTERRUPTED. Interrupting an ended turn changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTurn(self, request, context):
+        """Goes on where a turn was stopped: a new turn of the session, with what the stopped one has done as its context. Only for turns
+        that were interrupted, were cancelled or failed; others are refused with TURN_NOT_RESUMABLE. Answered when the request is stored.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelTurn(self, request, context):
         """Stops a turn. Answered when the stop is stored; the turn has ended when its outcome is CANCELLED. Cancelling an ended turn
         changes nothing and returns it as it is.
@@ -125,6 +151,16 @@ def add_TurnServiceServicer_to_server(servicer, server):
                     servicer.WatchTurn,
                     request_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnRequest.FromString,
                     response_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnResponse.SerializeToString,
+            ),
+            'InterruptTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.InterruptTurn,
+                    request_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnResponse.SerializeToString,
+            ),
+            'ResumeTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTurn,
+                    request_deserializer=soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnResponse.SerializeToString,
             ),
             'CancelTurn': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelTurn,
@@ -241,6 +277,60 @@ class TurnService:
             '/soma.router.v1.TurnService/WatchTurn',
             soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnRequest.SerializeToString,
             soma_dot_router_dot_v1_dot_turn__service__pb2.WatchTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InterruptTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.TurnService/InterruptTurn',
+            soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_turn__service__pb2.InterruptTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.router.v1.TurnService/ResumeTurn',
+            soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_turn__service__pb2.ResumeTurnResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class TurnServiceStub:
     """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
     watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
     """
+    InterruptTurn: _grpc.UnaryUnaryMultiCallable[_turn_service_pb2.InterruptTurnRequest, _turn_service_pb2.InterruptTurnResponse]
+    """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
+    when the stop is stored; the turn has ended when its outcome is INTERRUPTED. Interrupting an ended turn changes nothing.
+    """
+    ResumeTurn: _grpc.UnaryUnaryMultiCallable[_turn_service_pb2.ResumeTurnRequest, _turn_service_pb2.ResumeTurnResponse]
+    """Goes on where a turn was stopped: a new turn of the session, with what the stopped one has done as its context. Only for turns
+    that were interrupted, were cancelled or failed; others are refused with TURN_NOT_RESUMABLE. Answered when the request is stored.
+    """
     CancelTurn: _grpc.UnaryUnaryMultiCallable[_turn_service_pb2.CancelTurnRequest, _turn_service_pb2.CancelTurnResponse]
     """Stops a turn. Answered when the stop is stored; the turn has ended when its outcome is CANCELLED. Cancelling an ended turn
     changes nothing and returns it as it is.
@@ -62,6 +70,14 @@ class TurnServiceAsyncStub(TurnServiceStub):
     WatchTurn: _aio.UnaryStreamMultiCallable[_turn_service_pb2.WatchTurnRequest, _turn_service_pb2.WatchTurnResponse]  # type: ignore[assignment]
     """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
     watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+    """
+    InterruptTurn: _aio.UnaryUnaryMultiCallable[_turn_service_pb2.InterruptTurnRequest, _turn_service_pb2.InterruptTurnResponse]  # type: ignore[assignment]
+    """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
+    when the stop is stored; the turn has ended when its outcome is INTERRUPTED. Interrupting an ended turn changes nothing.
+    """
+    ResumeTurn: _aio.UnaryUnaryMultiCallable[_turn_service_pb2.ResumeTurnRequest, _turn_service_pb2.ResumeTurnResponse]  # type: ignore[assignment]
+    """Goes on where a turn was stopped: a new turn of the session, with what the stopped one has done as its context. Only for turns
+    that were interrupted, were cancelled or failed; others are refused with TURN_NOT_RESUMABLE. Answered when the request is stored.
     """
     CancelTurn: _aio.UnaryUnaryMultiCallable[_turn_service_pb2.CancelTurnRequest, _turn_service_pb2.CancelTurnResponse]  # type: ignore[assignment]
     """Stops a turn. Answered when the stop is stored; the turn has ended when its outcome is CANCELLED. Cancelling an ended turn
@@ -103,6 +119,26 @@ class TurnServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_turn_service_pb2.WatchTurnResponse], _abc.AsyncIterator[_turn_service_pb2.WatchTurnResponse]]:
         """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
         watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+        """
+
+    @_abc_1.abstractmethod
+    def InterruptTurn(
+        self,
+        request: _turn_service_pb2.InterruptTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_turn_service_pb2.InterruptTurnResponse, _abc.Awaitable[_turn_service_pb2.InterruptTurnResponse]]:
+        """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
+        when the stop is stored; the turn has ended when its outcome is INTERRUPTED. Interrupting an ended turn changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTurn(
+        self,
+        request: _turn_service_pb2.ResumeTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_turn_service_pb2.ResumeTurnResponse, _abc.Awaitable[_turn_service_pb2.ResumeTurnResponse]]:
+        """Goes on where a turn was stopped: a new turn of the session, with what the stopped one has done as its context. Only for turns
+        that were interrupted, were cancelled or failed; others are refused with TURN_NOT_RESUMABLE. Answered when the request is stored.
         """
 
     @_abc_1.abstractmethod
