@@ -26,7 +26,7 @@ from soma.common.v1 import authz_pb2 as soma_dot_common_dot_v1_dot_authz__pb2
 from soma.common.v1 import message_pb2 as soma_dot_common_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)soma/cognition/v1/cognition_service.proto\x12\x11soma.cognition.v1\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\"\x86\x02\n\x0fRunTurnsRequest\x12\x34\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.soma.cognition.v1.RouterHelloR\x05hello\x12\x34\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.soma.cognition.v1.StartTurnR\x06starts\x12\x36\n\x08\x63onfirms\x18\x03 \x03(\x0b\x32\x1a.soma.cognition.v1.ConfirmR\x08\x63onfirms\x12\x31\n\x05stops\x18\x04 \x03(\x0b\x32\x1b.soma.cognition.v1.StopTurnR\x05stops\x12\x1c\n\theartbeat\x18\x05 \x01(\x08R\theartbeat\"\xc6\x02\n\x10RunTurnsResponse\x12\x39\n\x07welcome\x18\x01 \x01(\x0b\x32\x1f.soma.cognition.v1.BrainWelcomeR\x07welcome\x12\x39\n\tproposals\x18\x02 \x03(\x0b\x32\x1b.soma.cognition.v1.ProposalR\tproposals\x12\x31\n\x05texts\x18\x03 \x03(\x0b\x32\x1b.soma.cognition.v1.TurnTextR\x05texts\x12\x16\n\x06\x63redit\x18\x04 \x01(\rR\x06\x63redit\x12\x37\n\x08\x64\x65\x63lined\x18\x05 \x03(\x0b\x32\x1b.soma.cognition.v1.StopTurnR\x08\x64\x65\x63lined\x12\x1c\n\theartbeat\x18\x06 \x01(\x08R\theartbeat\x12\x1a\n\x08\x64raining\x18\x07 \x01(\x08R\x08\x64raining\"A\n\x0bRouterHello\x12\x16\n\x06router\x18\x01 \x01(\tR\x06router\x12\x1a\n\x08protocol\x18\x02 \x01(\rR\x08protocol\"{\n\x0c\x42rainWelcome\x12\x14\n\x05\x62rain\x18\x01 \x01(\tR\x05\x62rain\x12\x1a\n\x08protocol\x18\x02 \x01(\rR\x08protocol\x12\x16\n\x06\x63redit\x18\x03 \x01(\rR\x06\x63redit\x12!\n\x0cheartbeat_ms\x18\x04 \x01(\rR\x0bheartbeatMs\"\xaa\x02\n\tStartTurn\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x34\n\x07session\x18\x03 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyR\x07session\x12%\n\x0e\x61gent_revision\x18\x04 \x01(\tR\ragentRevision\x12\x1d\n\nagent_spec\x18\x05 \x01(\x0cR\tagentSpec\x12\x18\n\x07\x63ontext\x18\x06 \x03(\x0cR\x07\x63ontext\x12\x16\n\x06inputs\x18\x07 \x03(\x0cR\x06inputs\x12\x18\n\x07journal\x18\x08 \x03(\x0cR\x07journal\x12 \n\x0btraceparent\x18\t \x01(\tR\x0btraceparent\"R\n\x07\x43onfirm\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\"l\n\x08StopTurn\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"\xf0\x01\n\x08Proposal\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\x12/\n\x04kind\x18\x04 \x01(\x0e\x32\x1b.soma.cognition.v1.StepKindR\x04kind\x12\x12\n\x04\x62ody\x18\x05 \x01(\x0cR\x04\x62ody\x12\x16\n\x06\x61nswer\x18\x06 \x01(\x0cR\x06\x61nswer\x12\x1f\n\x0binputs_seen\x18\x07 \x01(\rR\ninputsSeen\x12\x1d\n\ncall_count\x18\x08 \x01(\rR\tcallCount\"\x7f\n\x08TurnText\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\x12\x16\n\x06offset\x18\x04 \x01(\rR\x06offset\x12\x12\n\x04text\x18\x05 \x01(\tR\x04text*\x88\x01\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15STEP_KIND_MODEL_REPLY\x10\x01\x12\x1a\n\x16STEP_KIND_TOOL_RESULTS\x10\x02\x12\x13\n\x0fSTEP_KIND_FINAL\x10\x03\x12\x15\n\x11STEP_KIND_FAILURE\x10\x04\x32|\n\x10\x43ognitionService\x12h\n\x08RunTurns\x12\".soma.cognition.v1.RunTurnsRequest\x1a#.soma.cognition.v1.RunTurnsResponse\"\x0f\xa2\xbb\x18\x0b\n\tturns.run(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)soma/cognition/v1/cognition_service.proto\x12\x11soma.cognition.v1\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\"\xc3\x02\n\x0fRunTurnsRequest\x12\x34\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.soma.cognition.v1.RouterHelloR\x05hello\x12\x34\n\x06starts\x18\x02 \x03(\x0b\x32\x1c.soma.cognition.v1.StartTurnR\x06starts\x12\x36\n\x08\x63onfirms\x18\x03 \x03(\x0b\x32\x1a.soma.cognition.v1.ConfirmR\x08\x63onfirms\x12\x31\n\x05stops\x18\x04 \x03(\x0b\x32\x1b.soma.cognition.v1.StopTurnR\x05stops\x12\x1c\n\theartbeat\x18\x05 \x01(\x08R\theartbeat\x12;\n\nadd_inputs\x18\x06 \x03(\x0b\x32\x1c.soma.cognition.v1.AddInputsR\taddInputs\"\xc6\x02\n\x10RunTurnsResponse\x12\x39\n\x07welcome\x18\x01 \x01(\x0b\x32\x1f.soma.cognition.v1.BrainWelcomeR\x07welcome\x12\x39\n\tproposals\x18\x02 \x03(\x0b\x32\x1b.soma.cognition.v1.ProposalR\tproposals\x12\x31\n\x05texts\x18\x03 \x03(\x0b\x32\x1b.soma.cognition.v1.TurnTextR\x05texts\x12\x16\n\x06\x63redit\x18\x04 \x01(\rR\x06\x63redit\x12\x37\n\x08\x64\x65\x63lined\x18\x05 \x03(\x0b\x32\x1b.soma.cognition.v1.StopTurnR\x08\x64\x65\x63lined\x12\x1c\n\theartbeat\x18\x06 \x01(\x08R\theartbeat\x12\x1a\n\x08\x64raining\x18\x07 \x01(\x08R\x08\x64raining\"A\n\x0bRouterHello\x12\x16\n\x06router\x18\x01 \x01(\tR\x06router\x12\x1a\n\x08protocol\x18\x02 \x01(\rR\x08protocol\"{\n\x0c\x42rainWelcome\x12\x14\n\x05\x62rain\x18\x01 \x01(\tR\x05\x62rain\x12\x1a\n\x08protocol\x18\x02 \x01(\rR\x08protocol\x12\x16\n\x06\x63redit\x18\x03 \x01(\rR\x06\x63redit\x12!\n\x0cheartbeat_ms\x18\x04 \x01(\rR\x0bheartbeatMs\"\xaa\x02\n\tStartTurn\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x34\n\x07session\x18\x03 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyR\x07session\x12%\n\x0e\x61gent_revision\x18\x04 \x01(\tR\ragentRevision\x12\x1d\n\nagent_spec\x18\x05 \x01(\x0cR\tagentSpec\x12\x18\n\x07\x63ontext\x18\x06 \x03(\x0cR\x07\x63ontext\x12\x16\n\x06inputs\x18\x07 \x03(\x0cR\x06inputs\x12\x18\n\x07journal\x18\x08 \x03(\x0cR\x07journal\x12 \n\x0btraceparent\x18\t \x01(\tR\x0btraceparent\"R\n\x07\x43onfirm\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\"l\n\x08StopTurn\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"n\n\tAddInputs\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x14\n\x05\x66irst\x18\x03 \x01(\rR\x05\x66irst\x12\x16\n\x06inputs\x18\x04 \x03(\x0cR\x06inputs\"\xf0\x01\n\x08Proposal\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\x12/\n\x04kind\x18\x04 \x01(\x0e\x32\x1b.soma.cognition.v1.StepKindR\x04kind\x12\x12\n\x04\x62ody\x18\x05 \x01(\x0cR\x04\x62ody\x12\x16\n\x06\x61nswer\x18\x06 \x01(\x0cR\x06\x61nswer\x12\x1f\n\x0binputs_seen\x18\x07 \x01(\rR\ninputsSeen\x12\x1d\n\ncall_count\x18\x08 \x01(\rR\tcallCount\"\x7f\n\x08TurnText\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\x12\x16\n\x06offset\x18\x04 \x01(\rR\x06offset\x12\x12\n\x04text\x18\x05 \x01(\tR\x04text*\xa5\x01\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15STEP_KIND_MODEL_REPLY\x10\x01\x12\x1a\n\x16STEP_KIND_TOOL_RESULTS\x10\x02\x12\x13\n\x0fSTEP_KIND_FINAL\x10\x03\x12\x15\n\x11STEP_KIND_FAILURE\x10\x04\x12\x1b\n\x17STEP_KIND_INTERIM_REPLY\x10\x05\x32|\n\x10\x43ognitionService\x12h\n\x08RunTurns\x12\".soma.cognition.v1.RunTurnsRequest\x1a#.soma.cognition.v1.RunTurnsResponse\"\x0f\xa2\xbb\x18\x0b\n\tturns.run(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,26 +35,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_COGNITIONSERVICE'].methods_by_name['RunTurns']._loaded_options = None
   _globals['_COGNITIONSERVICE'].methods_by_name['RunTurns']._serialized_options = b'\242\273\030\013\n\tturns.run'
-  _globals['_STEPKIND']._serialized_start=1776
-  _globals['_STEPKIND']._serialized_end=1912
+  _globals['_STEPKIND']._serialized_start=1949
+  _globals['_STEPKIND']._serialized_end=2114
   _globals['_RUNTURNSREQUEST']._serialized_start=123
-  _globals['_RUNTURNSREQUEST']._serialized_end=385
-  _globals['_RUNTURNSRESPONSE']._serialized_start=388
-  _globals['_RUNTURNSRESPONSE']._serialized_end=714
-  _globals['_ROUTERHELLO']._serialized_start=716
-  _globals['_ROUTERHELLO']._serialized_end=781
-  _globals['_BRAINWELCOME']._serialized_start=783
-  _globals['_BRAINWELCOME']._serialized_end=906
-  _globals['_STARTTURN']._serialized_start=909
-  _globals['_STARTTURN']._serialized_end=1207
-  _globals['_CONFIRM']._serialized_start=1209
-  _globals['_CONFIRM']._serialized_end=1291
-  _globals['_STOPTURN']._serialized_start=1293
-  _globals['_STOPTURN']._serialized_end=1401
-  _globals['_PROPOSAL']._serialized_start=1404
-  _globals['_PROPOSAL']._serialized_end=1644
-  _globals['_TURNTEXT']._serialized_start=1646
-  _globals['_TURNTEXT']._serialized_end=1773
-  _globals['_COGNITIONSERVICE']._serialized_start=1914
-  _globals['_COGNITIONSERVICE']._serialized_end=2038
+  _globals['_RUNTURNSREQUEST']._serialized_end=446
+  _globals['_RUNTURNSRESPONSE']._serialized_start=449
+  _globals['_RUNTURNSRESPONSE']._serialized_end=775
+  _globals['_ROUTERHELLO']._serialized_start=777
+  _globals['_ROUTERHELLO']._serialized_end=842
+  _globals['_BRAINWELCOME']._serialized_start=844
+  _globals['_BRAINWELCOME']._serialized_end=967
+  _globals['_STARTTURN']._serialized_start=970
+  _globals['_STARTTURN']._serialized_end=1268
+  _globals['_CONFIRM']._serialized_start=1270
+  _globals['_CONFIRM']._serialized_end=1352
+  _globals['_STOPTURN']._serialized_start=1354
+  _globals['_STOPTURN']._serialized_end=1462
+  _globals['_ADDINPUTS']._serialized_start=1464
+  _globals['_ADDINPUTS']._serialized_end=1574
+  _globals['_PROPOSAL']._serialized_start=1577
+  _globals['_PROPOSAL']._serialized_end=1817
+  _globals['_TURNTEXT']._serialized_start=1819
+  _globals['_TURNTEXT']._serialized_end=1946
+  _globals['_COGNITIONSERVICE']._serialized_start=2116
+  _globals['_COGNITIONSERVICE']._serialized_end=2240
 # @@protoc_insertion_point(module_scope)

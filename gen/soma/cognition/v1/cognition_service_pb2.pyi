@@ -36,6 +36,10 @@ class _StepKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StepKind.Val
     """The answer: ends the turn."""
     STEP_KIND_FAILURE: _StepKind.ValueType  # 4
     """A typed error: ends the turn."""
+    STEP_KIND_INTERIM_REPLY: _StepKind.ValueType  # 5
+    """The model answered without tools, and the turn goes on, because further inputs came before that answer could be taken as the final.
+    Its body is a model reply without calls.
+    """
 
 class StepKind(_StepKind, metaclass=_StepKindEnumTypeWrapper):
     """What kind of step a proposal is."""
@@ -50,6 +54,10 @@ STEP_KIND_FINAL: StepKind.ValueType  # 3
 """The answer: ends the turn."""
 STEP_KIND_FAILURE: StepKind.ValueType  # 4
 """A typed error: ends the turn."""
+STEP_KIND_INTERIM_REPLY: StepKind.ValueType  # 5
+"""The model answered without tools, and the turn goes on, because further inputs came before that answer could be taken as the final.
+Its body is a model reply without calls.
+"""
 Global___StepKind: _TypeAlias = StepKind  # noqa: Y015
 
 @_typing.final
@@ -63,6 +71,7 @@ class RunTurnsRequest(_message.Message):
     CONFIRMS_FIELD_NUMBER: _builtins.int
     STOPS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    ADD_INPUTS_FIELD_NUMBER: _builtins.int
     heartbeat: _builtins.bool
     """Keeps the stream alive."""
     @_builtins.property
@@ -81,6 +90,10 @@ class RunTurnsRequest(_message.Message):
     def stops(self) -> _containers.RepeatedCompositeFieldContainer[Global___StopTurn]:
         """Turns to stop at once; the brain answers with nothing."""
 
+    @_builtins.property
+    def add_inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___AddInputs]:
+        """Further inputs of turns that run."""
+
     def __init__(
         self,
         *,
@@ -89,10 +102,11 @@ class RunTurnsRequest(_message.Message):
         confirms: _abc.Iterable[Global___Confirm] | None = ...,
         stops: _abc.Iterable[Global___StopTurn] | None = ...,
         heartbeat: _builtins.bool = ...,
+        add_inputs: _abc.Iterable[Global___AddInputs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confirms", b"confirms", "heartbeat", b"heartbeat", "hello", b"hello", "starts", b"starts", "stops", b"stops"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_inputs", b"add_inputs", "confirms", b"confirms", "heartbeat", b"heartbeat", "hello", b"hello", "starts", b"starts", "stops", b"stops"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,7 +261,9 @@ class StartTurn(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """The messages this turn answers, in the order accepted: serialized soma.common.v1.Message."""
+        """The messages this turn answers, in the order accepted, as far as they are known: serialized soma.common.v1.Message. AddInputs brings
+        further ones.
+        """
 
     @_builtins.property
     def journal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
@@ -335,6 +351,42 @@ class StopTurn(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopTurn: _TypeAlias = StopTurn  # noqa: Y015
+
+@_typing.final
+class AddInputs(_message.Message):
+    """Gives a running turn further inputs: messages that the turn answers too. Told twice, they count once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.bytes
+    """The turn, 16 bytes."""
+    dispatch: _builtins.int
+    """The dispatch."""
+    first: _builtins.int
+    """How many inputs the turn had before these."""
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The messages, in the order accepted: serialized soma.common.v1.Message."""
+
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.bytes = ...,
+        dispatch: _builtins.int = ...,
+        first: _builtins.int = ...,
+        inputs: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "first", b"first", "inputs", b"inputs", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddInputs: _TypeAlias = AddInputs  # noqa: Y015
 
 @_typing.final
 class Proposal(_message.Message):

@@ -53,6 +53,12 @@ class CognitionServiceServicer:
         The rules: the brain proposes a step and acts on it (calls its tools, goes on) only after the router has confirmed it. Steps of a
         turn are numbered from 1 without gaps. An item of an older dispatch is ignored. Each side sends a frame at least every heartbeat
         interval; a side that hears nothing for four intervals takes the other for dead. Credits are turns the brain can take at once.
+
+        A turn may get further inputs while it runs. The brain reads them before its next model call and journals with each reply how many
+        it had read. A final that has not read all of them is not taken: the brain keeps the turn and its credit until the final is confirmed
+        or the turn is stopped, and if further inputs come instead, it proposes the same reply under the same step as an interim reply and
+        goes on. A failure is taken whatever was read; the brain forgets the turn with it. In a frame, stops and confirms count before starts,
+        and further inputs after them. A brain declines a turn whose inputs it is given with a gap, or that it does not run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -393,7 +393,7 @@ class StepBody(_message.Message):
     """Format of the body. This release writes 1; a release reads its own and the one before."""
     @_builtins.property
     def model_reply(self) -> Global___ModelReply:
-        """The model answered and wants tools before it goes on."""
+        """The model answered and the turn goes on: tools are to run, or further inputs are to be read."""
 
     @_builtins.property
     def tool_results(self) -> Global___ToolResults:
@@ -428,7 +428,9 @@ Global___StepBody: _TypeAlias = StepBody  # noqa: Y015
 
 @_typing.final
 class ModelReply(_message.Message):
-    """An answer of the model that asks for tools."""
+    """An answer of the model that does not end the turn: it asks for tools, or it came when the turn had got further inputs (an interim
+    reply, which has text and no calls).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -436,10 +438,15 @@ class ModelReply(_message.Message):
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_SEEN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text beside the calls; may be empty."""
+    """Text beside the calls, which may be empty; or the text of an interim reply, which becomes a part of the turn's answer."""
     model: _builtins.str
     """The model that answered."""
+    inputs_seen: _builtins.int
+    """How many inputs of the turn the model had read when it answered: a replay puts the inputs between the steps by it. 0 in journals of
+    releases before the field: all inputs the turn began with.
+    """
     @_builtins.property
     def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
         """The calls, in the order the model gave them."""
@@ -455,10 +462,11 @@ class ModelReply(_message.Message):
         tool_calls: _abc.Iterable[Global___ToolCall] | None = ...,
         usage: Global___Usage | None = ...,
         model: _builtins.str = ...,
+        inputs_seen: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "text", b"text", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs_seen", b"inputs_seen", "model", b"model", "text", b"text", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,7 +512,7 @@ class FinalMessage(_message.Message):
     """How many inputs of the turn the brain has read. The router refuses a final that has not read them all."""
     @_builtins.property
     def message(self) -> _message_pb2.Message:
-        """The answer."""
+        """The answer: the texts of the turn's interim replies in order, a part each, then what the model said last."""
 
     @_builtins.property
     def usage(self) -> Global___Usage:
