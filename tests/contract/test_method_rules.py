@@ -77,8 +77,9 @@ def test_only_unary_methods_of_that_service_retry_and_only_when_unavailable(path
             assert entry["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
 
 
-_SAME_TWICE = {"CancelTurn", "InterruptTurn", "PauseSession", "ResumeSession"}
-"""Stopping a turn that was stopped, or pausing what is paused, changes nothing: the name alone makes them idempotent."""
+_SAME_TWICE = {"CancelTurn", "InterruptTurn", "PauseSession", "ResumeSession", "RevertTurn"}
+"""Stopping or reverting a turn that was, or pausing what is paused, changes nothing: the name alone makes them
+idempotent."""
 
 
 def test_mutations_without_a_key_do_not_retry() -> None:

@@ -28,7 +28,7 @@ from soma.common.v1 import authz_pb2 as soma_dot_common_dot_v1_dot_authz__pb2
 from soma.common.v1 import message_pb2 as soma_dot_common_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!soma/toolgw/v1/tool_service.proto\x12\x0esoma.toolgw.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\"\xe5\x01\n\x04Tool\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04tool\x18\x02 \x01(\tR\x04tool\x12 \n\x0b\x64\x65scription\x18\x03 \x01(\tR\x0b\x64\x65scription\x12\x37\n\nparameters\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructR\nparameters\x12;\n\x0bside_effect\x18\x05 \x01(\x0e\x32\x1a.soma.toolgw.v1.SideEffectR\nsideEffect\x12\x1d\n\ntimeout_ms\x18\x06 \x01(\rR\ttimeoutMs\"\x83\x01\n\x10ListToolsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"g\n\x11ListToolsResponse\x12*\n\x05tools\x18\x01 \x03(\x0b\x32\x14.soma.toolgw.v1.ToolR\x05tools\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x91\x02\n\x11InvokeToolRequest\x12<\n\x07session\x18\x01 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x1e\n\x04tool\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x04tool\x12\x35\n\targuments\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructR\targuments\x12\x31\n\x0fidempotency_key\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0eidempotencyKey\x12 \n\x07turn_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x06turnId\x12\x12\n\x04step\x18\x06 \x01(\rR\x04step\"\x8d\x01\n\x12InvokeToolResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\x12\x1a\n\x08replayed\x18\x03 \x01(\x08R\x08replayed\"\x8c\x01\n\x17\x43\x61ncelInvocationRequest\x12<\n\x07session\x18\x01 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x33\n\x0fidempotency_key\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x0eidempotencyKey\"\xae\x01\n\x18\x43\x61ncelInvocationResponse\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32\x1f.soma.toolgw.v1.InvocationStateR\x05state\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror*\xa0\x01\n\nSideEffect\x12\x1b\n\x17SIDE_EFFECT_UNSPECIFIED\x10\x00\x12\x19\n\x15SIDE_EFFECT_READ_ONLY\x10\x01\x12\x1a\n\x16SIDE_EFFECT_IDEMPOTENT\x10\x02\x12\x1e\n\x1aSIDE_EFFECT_SIDE_EFFECTFUL\x10\x03\x12\x1e\n\x1aSIDE_EFFECT_NEEDS_APPROVAL\x10\x04*\xb2\x01\n\x0fInvocationState\x12 \n\x1cINVOCATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18INVOCATION_STATE_RUNNING\x10\x01\x12\x19\n\x15INVOCATION_STATE_DONE\x10\x02\x12\x1e\n\x1aINVOCATION_STATE_CANCELLED\x10\x03\x12$\n INVOCATION_STATE_OUTCOME_UNKNOWN\x10\x04\x32\xfe\x02\n\x0bToolService\x12j\n\tListTools\x12 .soma.toolgw.v1.ListToolsRequest\x1a!.soma.toolgw.v1.ListToolsResponse\"\x18\xa2\xbb\x18\x14\n\ntools.read\x12\x06parent\x12w\n\nInvokeTool\x12!.soma.toolgw.v1.InvokeToolRequest\x1a\".soma.toolgw.v1.InvokeToolResponse\"\"\xa2\xbb\x18\x1e\n\x0ctools.invoke\x12\x0esession.tenant\x12\x89\x01\n\x10\x43\x61ncelInvocation\x12\'.soma.toolgw.v1.CancelInvocationRequest\x1a(.soma.toolgw.v1.CancelInvocationResponse\"\"\xa2\xbb\x18\x1e\n\x0ctools.invoke\x12\x0esession.tenantb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!soma/toolgw/v1/tool_service.proto\x12\x0esoma.toolgw.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1asoma/common/v1/authz.proto\x1a\x1csoma/common/v1/message.proto\"\x89\x02\n\x04Tool\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n\x04tool\x18\x02 \x01(\tR\x04tool\x12 \n\x0b\x64\x65scription\x18\x03 \x01(\tR\x0b\x64\x65scription\x12\x37\n\nparameters\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructR\nparameters\x12;\n\x0bside_effect\x18\x05 \x01(\x0e\x32\x1a.soma.toolgw.v1.SideEffectR\nsideEffect\x12\x1d\n\ntimeout_ms\x18\x06 \x01(\rR\ttimeoutMs\x12\"\n\x0c\x63ompensation\x18\x07 \x01(\tR\x0c\x63ompensation\"\x83\x01\n\x10ListToolsRequest\x12\x1f\n\x06parent\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07R\x08pageSize\x12\'\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x04R\tpageToken\"g\n\x11ListToolsResponse\x12*\n\x05tools\x18\x01 \x03(\x0b\x32\x14.soma.toolgw.v1.ToolR\x05tools\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x91\x02\n\x11InvokeToolRequest\x12<\n\x07session\x18\x01 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x1e\n\x04tool\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x04tool\x12\x35\n\targuments\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructR\targuments\x12\x31\n\x0fidempotency_key\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01R\x0eidempotencyKey\x12 \n\x07turn_id\x18\x05 \x01(\tB\x07\xbaH\x04r\x02\x18 R\x06turnId\x12\x12\n\x04step\x18\x06 \x01(\rR\x04step\"\x8d\x01\n\x12InvokeToolResponse\x12.\n\x06result\x18\x01 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\x12\x1a\n\x08replayed\x18\x03 \x01(\x08R\x08replayed\"\xb7\x01\n\x17\x43\x61ncelInvocationRequest\x12<\n\x07session\x18\x01 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12\x33\n\x0fidempotency_key\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01R\x0eidempotencyKey\x12)\n\ntimeout_ms\x18\x03 \x01(\rB\n\xbaH\x07*\x05\x18\x80\xb8\x99)R\ttimeoutMs\"\xae\x01\n\x18\x43\x61ncelInvocationResponse\x12\x35\n\x05state\x18\x01 \x01(\x0e\x32\x1f.soma.toolgw.v1.InvocationStateR\x05state\x12.\n\x06result\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"\x81\x01\n\x11RevertTurnRequest\x12<\n\x07session\x18\x01 \x01(\x0b\x32\x1a.soma.common.v1.SessionKeyB\x06\xbaH\x03\xc8\x01\x01R\x07session\x12.\n\x07turn_id\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{32}$R\x06turnId\"^\n\x12RevertTurnResponse\x12\x34\n\x08reversal\x18\x01 \x01(\x0e\x32\x18.soma.toolgw.v1.ReversalR\x08reversal\x12\x12\n\x04kept\x18\x02 \x03(\tR\x04kept*\xa0\x01\n\nSideEffect\x12\x1b\n\x17SIDE_EFFECT_UNSPECIFIED\x10\x00\x12\x19\n\x15SIDE_EFFECT_READ_ONLY\x10\x01\x12\x1a\n\x16SIDE_EFFECT_IDEMPOTENT\x10\x02\x12\x1e\n\x1aSIDE_EFFECT_SIDE_EFFECTFUL\x10\x03\x12\x1e\n\x1aSIDE_EFFECT_NEEDS_APPROVAL\x10\x04*\xb2\x01\n\x0fInvocationState\x12 \n\x1cINVOCATION_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18INVOCATION_STATE_RUNNING\x10\x01\x12\x19\n\x15INVOCATION_STATE_DONE\x10\x02\x12\x1e\n\x1aINVOCATION_STATE_CANCELLED\x10\x03\x12$\n INVOCATION_STATE_OUTCOME_UNKNOWN\x10\x04*N\n\x08Reversal\x12\x18\n\x14REVERSAL_UNSPECIFIED\x10\x00\x12\x15\n\x11REVERSAL_REVERTED\x10\x01\x12\x11\n\rREVERSAL_KEPT\x10\x02\x32\xf7\x03\n\x0bToolService\x12j\n\tListTools\x12 .soma.toolgw.v1.ListToolsRequest\x1a!.soma.toolgw.v1.ListToolsResponse\"\x18\xa2\xbb\x18\x14\n\ntools.read\x12\x06parent\x12w\n\nInvokeTool\x12!.soma.toolgw.v1.InvokeToolRequest\x1a\".soma.toolgw.v1.InvokeToolResponse\"\"\xa2\xbb\x18\x1e\n\x0ctools.invoke\x12\x0esession.tenant\x12\x89\x01\n\x10\x43\x61ncelInvocation\x12\'.soma.toolgw.v1.CancelInvocationRequest\x1a(.soma.toolgw.v1.CancelInvocationResponse\"\"\xa2\xbb\x18\x1e\n\x0ctools.invoke\x12\x0esession.tenant\x12w\n\nRevertTurn\x12!.soma.toolgw.v1.RevertTurnRequest\x1a\".soma.toolgw.v1.RevertTurnResponse\"\"\xa2\xbb\x18\x1e\n\x0ctools.invoke\x12\x0esession.tenantb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,30 +53,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELINVOCATIONREQUEST'].fields_by_name['session']._serialized_options = b'\272H\003\310\001\001'
   _globals['_CANCELINVOCATIONREQUEST'].fields_by_name['idempotency_key']._loaded_options = None
   _globals['_CANCELINVOCATIONREQUEST'].fields_by_name['idempotency_key']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
+  _globals['_CANCELINVOCATIONREQUEST'].fields_by_name['timeout_ms']._loaded_options = None
+  _globals['_CANCELINVOCATIONREQUEST'].fields_by_name['timeout_ms']._serialized_options = b'\272H\007*\005\030\200\270\231)'
+  _globals['_REVERTTURNREQUEST'].fields_by_name['session']._loaded_options = None
+  _globals['_REVERTTURNREQUEST'].fields_by_name['session']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_REVERTTURNREQUEST'].fields_by_name['turn_id']._loaded_options = None
+  _globals['_REVERTTURNREQUEST'].fields_by_name['turn_id']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{32}$'
   _globals['_TOOLSERVICE'].methods_by_name['ListTools']._loaded_options = None
   _globals['_TOOLSERVICE'].methods_by_name['ListTools']._serialized_options = b'\242\273\030\024\n\ntools.read\022\006parent'
   _globals['_TOOLSERVICE'].methods_by_name['InvokeTool']._loaded_options = None
   _globals['_TOOLSERVICE'].methods_by_name['InvokeTool']._serialized_options = b'\242\273\030\036\n\014tools.invoke\022\016session.tenant'
   _globals['_TOOLSERVICE'].methods_by_name['CancelInvocation']._loaded_options = None
   _globals['_TOOLSERVICE'].methods_by_name['CancelInvocation']._serialized_options = b'\242\273\030\036\n\014tools.invoke\022\016session.tenant'
-  _globals['_SIDEEFFECT']._serialized_start=1382
-  _globals['_SIDEEFFECT']._serialized_end=1542
-  _globals['_INVOCATIONSTATE']._serialized_start=1545
-  _globals['_INVOCATIONSTATE']._serialized_end=1723
+  _globals['_TOOLSERVICE'].methods_by_name['RevertTurn']._loaded_options = None
+  _globals['_TOOLSERVICE'].methods_by_name['RevertTurn']._serialized_options = b'\242\273\030\036\n\014tools.invoke\022\016session.tenant'
+  _globals['_SIDEEFFECT']._serialized_start=1689
+  _globals['_SIDEEFFECT']._serialized_end=1849
+  _globals['_INVOCATIONSTATE']._serialized_start=1852
+  _globals['_INVOCATIONSTATE']._serialized_end=2030
+  _globals['_REVERSAL']._serialized_start=2032
+  _globals['_REVERSAL']._serialized_end=2110
   _globals['_TOOL']._serialized_start=171
-  _globals['_TOOL']._serialized_end=400
-  _globals['_LISTTOOLSREQUEST']._serialized_start=403
-  _globals['_LISTTOOLSREQUEST']._serialized_end=534
-  _globals['_LISTTOOLSRESPONSE']._serialized_start=536
-  _globals['_LISTTOOLSRESPONSE']._serialized_end=639
-  _globals['_INVOKETOOLREQUEST']._serialized_start=642
-  _globals['_INVOKETOOLREQUEST']._serialized_end=915
-  _globals['_INVOKETOOLRESPONSE']._serialized_start=918
-  _globals['_INVOKETOOLRESPONSE']._serialized_end=1059
-  _globals['_CANCELINVOCATIONREQUEST']._serialized_start=1062
-  _globals['_CANCELINVOCATIONREQUEST']._serialized_end=1202
-  _globals['_CANCELINVOCATIONRESPONSE']._serialized_start=1205
-  _globals['_CANCELINVOCATIONRESPONSE']._serialized_end=1379
-  _globals['_TOOLSERVICE']._serialized_start=1726
-  _globals['_TOOLSERVICE']._serialized_end=2108
+  _globals['_TOOL']._serialized_end=436
+  _globals['_LISTTOOLSREQUEST']._serialized_start=439
+  _globals['_LISTTOOLSREQUEST']._serialized_end=570
+  _globals['_LISTTOOLSRESPONSE']._serialized_start=572
+  _globals['_LISTTOOLSRESPONSE']._serialized_end=675
+  _globals['_INVOKETOOLREQUEST']._serialized_start=678
+  _globals['_INVOKETOOLREQUEST']._serialized_end=951
+  _globals['_INVOKETOOLRESPONSE']._serialized_start=954
+  _globals['_INVOKETOOLRESPONSE']._serialized_end=1095
+  _globals['_CANCELINVOCATIONREQUEST']._serialized_start=1098
+  _globals['_CANCELINVOCATIONREQUEST']._serialized_end=1281
+  _globals['_CANCELINVOCATIONRESPONSE']._serialized_start=1284
+  _globals['_CANCELINVOCATIONRESPONSE']._serialized_end=1458
+  _globals['_REVERTTURNREQUEST']._serialized_start=1461
+  _globals['_REVERTTURNREQUEST']._serialized_end=1590
+  _globals['_REVERTTURNRESPONSE']._serialized_start=1592
+  _globals['_REVERTTURNRESPONSE']._serialized_end=1686
+  _globals['_TOOLSERVICE']._serialized_start=2113
+  _globals['_TOOLSERVICE']._serialized_end=2616
 # @@protoc_insertion_point(module_scope)

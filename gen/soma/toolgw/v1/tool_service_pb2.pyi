@@ -68,7 +68,7 @@ class _InvocationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Invoc
     INVOCATION_STATE_CANCELLED: _InvocationState.ValueType  # 3
     """It will never run."""
     INVOCATION_STATE_OUTCOME_UNKNOWN: _InvocationState.ValueType  # 4
-    """Its runner died in the middle; what it did is not known."""
+    """Its runner died in the middle, or it was no longer waited for; what it did is not known."""
 
 class InvocationState(_InvocationState, metaclass=_InvocationStateEnumTypeWrapper):
     """Where a call is."""
@@ -82,8 +82,32 @@ INVOCATION_STATE_DONE: InvocationState.ValueType  # 2
 INVOCATION_STATE_CANCELLED: InvocationState.ValueType  # 3
 """It will never run."""
 INVOCATION_STATE_OUTCOME_UNKNOWN: InvocationState.ValueType  # 4
-"""Its runner died in the middle; what it did is not known."""
+"""Its runner died in the middle, or it was no longer waited for; what it did is not known."""
 Global___InvocationState: _TypeAlias = InvocationState  # noqa: Y015
+
+class _Reversal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReversalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reversal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REVERSAL_UNSPECIFIED: _Reversal.ValueType  # 0
+    """Not set."""
+    REVERSAL_REVERTED: _Reversal.ValueType  # 1
+    """Nothing: there were no effects, or each was compensated."""
+    REVERSAL_KEPT: _Reversal.ValueType  # 2
+    """An effect stays: one could not be compensated, so none was; or a compensation failed."""
+
+class Reversal(_Reversal, metaclass=_ReversalEnumTypeWrapper):
+    """What is left of the calls of a turn."""
+
+REVERSAL_UNSPECIFIED: Reversal.ValueType  # 0
+"""Not set."""
+REVERSAL_REVERTED: Reversal.ValueType  # 1
+"""Nothing: there were no effects, or each was compensated."""
+REVERSAL_KEPT: Reversal.ValueType  # 2
+"""An effect stays: one could not be compensated, so none was; or a compensation failed."""
+Global___Reversal: _TypeAlias = Reversal  # noqa: Y015
 
 @_typing.final
 class Tool(_message.Message):
@@ -97,6 +121,7 @@ class Tool(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     SIDE_EFFECT_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    COMPENSATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenants/{tenant}/tools/{tool}`."""
     tool: _builtins.str
@@ -107,6 +132,10 @@ class Tool(_message.Message):
     """What running it does to the world."""
     timeout_ms: _builtins.int
     """Longest run in milliseconds."""
+    compensation: _builtins.str
+    """The tool that undoes a call of this one; empty: nothing does. Its arguments are `arguments` and `result` of that call. It may
+    be one that is not listed.
+    """
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """JSON Schema (2020-12) of the arguments."""
@@ -120,10 +149,11 @@ class Tool(_message.Message):
         parameters: _struct_pb2.Struct | None = ...,
         side_effect: Global___SideEffect.ValueType = ...,
         timeout_ms: _builtins.int = ...,
+        compensation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters", b"parameters", "side_effect", b"side_effect", "timeout_ms", b"timeout_ms", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compensation", b"compensation", "description", b"description", "name", b"name", "parameters", b"parameters", "side_effect", b"side_effect", "timeout_ms", b"timeout_ms", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,8 +305,13 @@ class CancelInvocationRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """The key of the call."""
+    timeout_ms: _builtins.int
+    """How long to wait for a call that runs before its outcome is called unknown, in milliseconds from the first CancelInvocation
+    of the key on, so that a retry does not begin the wait anew; 0 means the platform's default.
+    """
     @_builtins.property
     def session(self) -> _message_pb2.SessionKey:
         """The session it is for."""
@@ -286,10 +321,11 @@ class CancelInvocationRequest(_message.Message):
         *,
         session: _message_pb2.SessionKey | None = ...,
         idempotency_key: _builtins.str = ...,
+        timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "session", b"session", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -328,3 +364,59 @@ class CancelInvocationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelInvocationResponse: _TypeAlias = CancelInvocationResponse  # noqa: Y015
+
+@_typing.final
+class RevertTurnRequest(_message.Message):
+    """Undoes the calls of a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.str
+    """The turn, 32 hex digits."""
+    @_builtins.property
+    def session(self) -> _message_pb2.SessionKey:
+        """The session it is of."""
+
+    def __init__(
+        self,
+        *,
+        session: _message_pb2.SessionKey | None = ...,
+        turn_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevertTurnRequest: _TypeAlias = RevertTurnRequest  # noqa: Y015
+
+@_typing.final
+class RevertTurnResponse(_message.Message):
+    """What became of the effects of a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVERSAL_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    reversal: Global___Reversal.ValueType
+    """Whether anything stays."""
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The idempotency keys of the calls whose effect stays, the last call first; empty when REVERTED."""
+
+    def __init__(
+        self,
+        *,
+        reversal: Global___Reversal.ValueType = ...,
+        kept: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "reversal", b"reversal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevertTurnResponse: _TypeAlias = RevertTurnResponse  # noqa: Y015

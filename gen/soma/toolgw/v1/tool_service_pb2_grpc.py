@@ -50,6 +50,11 @@ class ToolServiceStub:
                 request_serializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationRequest.SerializeToString,
                 response_deserializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationResponse.FromString,
                 _registered_method=True)
+        self.RevertTurn = channel.unary_unary(
+                '/soma.toolgw.v1.ToolService/RevertTurn',
+                request_serializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnRequest.SerializeToString,
+                response_deserializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnResponse.FromString,
+                _registered_method=True)
 
 
 class ToolServiceServicer:
@@ -73,7 +78,20 @@ class ToolServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelInvocation(self, request, context):
-        """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the result of what runs or ran.
+        """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the end of what runs or ran. When
+        the wait is over and the call still runs, its outcome is unknown from then on, whatever comes: the call goes on, a late result
+        is kept with it for the record, and every answer for the key stays OUTCOME_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevertTurn(self, request, context):
+        """Undoes what the calls of a turn did, if everything can be undone. Called when every call of the turn has an end
+        (CancelInvocation). Each call that may have left an effect is compensated by its tool's `compensation`, the last call first,
+        each compensation at most once under the key `<key of the call>/compensation`. Nothing is undone where the first look shows an
+        effect that cannot be; and nothing more after a compensation that failed. The same answer however often and wherever it is
+        asked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +114,11 @@ def add_ToolServiceServicer_to_server(servicer, server):
                     servicer.CancelInvocation,
                     request_deserializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationRequest.FromString,
                     response_serializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationResponse.SerializeToString,
+            ),
+            'RevertTurn': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevertTurn,
+                    request_deserializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnRequest.FromString,
+                    response_serializer=soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +203,33 @@ class ToolService:
             '/soma.toolgw.v1.ToolService/CancelInvocation',
             soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationRequest.SerializeToString,
             soma_dot_toolgw_dot_v1_dot_tool__service__pb2.CancelInvocationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevertTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/soma.toolgw.v1.ToolService/RevertTurn',
+            soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnRequest.SerializeToString,
+            soma_dot_toolgw_dot_v1_dot_tool__service__pb2.RevertTurnResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,7 +41,17 @@ class ToolServiceStub:
     effect it fails with TOOL_OUTCOME_UNKNOWN. A tool's own failure is a result with `error`, not a status.
     """
     CancelInvocation: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.CancelInvocationRequest, _tool_service_pb2.CancelInvocationResponse]
-    """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the result of what runs or ran."""
+    """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the end of what runs or ran. When
+    the wait is over and the call still runs, its outcome is unknown from then on, whatever comes: the call goes on, a late result
+    is kept with it for the record, and every answer for the key stays OUTCOME_UNKNOWN.
+    """
+    RevertTurn: _grpc.UnaryUnaryMultiCallable[_tool_service_pb2.RevertTurnRequest, _tool_service_pb2.RevertTurnResponse]
+    """Undoes what the calls of a turn did, if everything can be undone. Called when every call of the turn has an end
+    (CancelInvocation). Each call that may have left an effect is compensated by its tool's `compensation`, the last call first,
+    each compensation at most once under the key `<key of the call>/compensation`. Nothing is undone where the first look shows an
+    effect that cannot be; and nothing more after a compensation that failed. The same answer however often and wherever it is
+    asked.
+    """
 
 @_typing.type_check_only
 class ToolServiceAsyncStub(ToolServiceStub):
@@ -56,7 +66,17 @@ class ToolServiceAsyncStub(ToolServiceStub):
     effect it fails with TOOL_OUTCOME_UNKNOWN. A tool's own failure is a result with `error`, not a status.
     """
     CancelInvocation: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.CancelInvocationRequest, _tool_service_pb2.CancelInvocationResponse]  # type: ignore[assignment]
-    """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the result of what runs or ran."""
+    """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the end of what runs or ran. When
+    the wait is over and the call still runs, its outcome is unknown from then on, whatever comes: the call goes on, a late result
+    is kept with it for the record, and every answer for the key stays OUTCOME_UNKNOWN.
+    """
+    RevertTurn: _aio.UnaryUnaryMultiCallable[_tool_service_pb2.RevertTurnRequest, _tool_service_pb2.RevertTurnResponse]  # type: ignore[assignment]
+    """Undoes what the calls of a turn did, if everything can be undone. Called when every call of the turn has an end
+    (CancelInvocation). Each call that may have left an effect is compensated by its tool's `compensation`, the last call first,
+    each compensation at most once under the key `<key of the call>/compensation`. Nothing is undone where the first look shows an
+    effect that cannot be; and nothing more after a compensation that failed. The same answer however often and wherever it is
+    asked.
+    """
 
 class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lists and runs tools."""
@@ -86,6 +106,22 @@ class ToolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tool_service_pb2.CancelInvocationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tool_service_pb2.CancelInvocationResponse, _abc.Awaitable[_tool_service_pb2.CancelInvocationResponse]]:
-        """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the result of what runs or ran."""
+        """Makes sure that a key will never run: stores a tombstone if the key is new, else waits for the end of what runs or ran. When
+        the wait is over and the call still runs, its outcome is unknown from then on, whatever comes: the call goes on, a late result
+        is kept with it for the record, and every answer for the key stays OUTCOME_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def RevertTurn(
+        self,
+        request: _tool_service_pb2.RevertTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tool_service_pb2.RevertTurnResponse, _abc.Awaitable[_tool_service_pb2.RevertTurnResponse]]:
+        """Undoes what the calls of a turn did, if everything can be undone. Called when every call of the turn has an end
+        (CancelInvocation). Each call that may have left an effect is compensated by its tool's `compensation`, the last call first,
+        each compensation at most once under the key `<key of the call>/compensation`. Nothing is undone where the first look shows an
+        effect that cannot be; and nothing more after a compensation that failed. The same answer however often and wherever it is
+        asked.
+        """
 
 def add_ToolServiceServicer_to_server(servicer: ToolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
