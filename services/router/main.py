@@ -42,6 +42,7 @@ from soma_common.layout import LaneLayout, LaneMismatch
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.nats.connection import connect_nats
 from soma_common.nats.lanes import ensure_lanes
+from soma_common.patience import patiently
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.settings import load_settings
 from soma_common.telemetry.admin import serve_admin
@@ -82,8 +83,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     router = settings.service_instance
     token = load_token(settings.auth_service_token_file)
     layout = LaneLayout(settings.partitions, settings.lanes)
-    await apply_migrations(
-        settings.postgres_owner_dsn or settings.postgres_dsn, "router", MIGRATIONS, settings.postgres_migrate
+    owner_dsn = settings.postgres_owner_dsn or settings.postgres_dsn
+    await patiently(
+        lambda: apply_migrations(owner_dsn, "router", MIGRATIONS, settings.postgres_migrate), settings.start_patience_s
     )
     leases = PostgresLeases(settings.postgres_dsn, router)
     stored = await leases.ensure_layout(layout.metadata(), layout.partitions)
@@ -92,7 +94,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
             f"the database was made for {stored}, this router is set to {layout.metadata()}:"
             " set SOMA_PARTITIONS and SOMA_LANES to the database's values"
         )
-    client = await connect_nats(settings.nats_url, settings.nats_token_file, router)
+    client = await patiently(
+        lambda: connect_nats(settings.nats_url, settings.nats_token_file, router), settings.start_patience_s
+    )
     lifecycle.on_stop("bus", client.close)
     js = client.jetstream(timeout=2.0)
     await ensure_lanes(js, layout, settings.tenant_lane_batches)
@@ -150,6 +154,12 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     ingest.committer = desk.committer = committer
     for reader in readers:
         reader.committer = committer
+
+    def gates_changed() -> None:
+        state.scheduler.gates_changed()
+        committer.nudge()
+
+    feed.on_change(gates_changed)
     inbox = NatsInbox(client, router, desk, live.query)
 
     server = GrpcServer(

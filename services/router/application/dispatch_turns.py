@@ -86,7 +86,7 @@ class Dispatcher:
                 return
             self._orphans.popleft()
             self._begin(turn, link)
-        if self._state.scheduler.waiting and self._brains.room() > 0:
+        if self._state.scheduler.startable and self._brains.room() > 0:
             self.committer.nudge()
 
     def dispatch(self, turn: Turn) -> None:

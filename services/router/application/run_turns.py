@@ -101,7 +101,7 @@ class TurnRunner:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
         if session is None or not session.idle or message.fault or self._room <= 0:
             return None
-        if not self._state.scheduler.may_start(session.key.tenant):
+        if not self._state.scheduler.may_start(session.key):
             return None
         if self._state.directory.agent(session.key.tenant, session.key.agent) is None:
             return None
@@ -162,7 +162,7 @@ class TurnRunner:
             message.deliver,
         )
         session.turn = turn
-        self._state.scheduler.started(session.key.tenant)
+        self._state.scheduler.started(session.key)
         return turn
 
     def _started(self, item: StartItem, result: GroupResult) -> None:
@@ -203,7 +203,7 @@ class TurnRunner:
     def resume(self, turn: Turn) -> None:
         """Takes over a turn that the store says is running; its dispatch is already raised."""
         self._state.running[turn.id] = turn
-        self._state.scheduler.started(turn.session.key.tenant)
+        self._state.scheduler.started(turn.session.key)
         if turn.status is TurnStatus.CONVERGING:
             self._spawn(self._canceller.converge(turn))
         elif turn.strikes >= self._max_strikes:
@@ -396,7 +396,7 @@ class TurnRunner:
     def _release(self, turn: Turn) -> None:
         """Frees the turn's place and the brain's credit."""
         self._state.running.pop(turn.id, None)
-        self._state.scheduler.ended(turn.session.key.tenant)
+        self._state.scheduler.ended(turn.session.key)
         turn.session.turn = None
         turn.let_go()
 
@@ -407,7 +407,7 @@ class TurnRunner:
             self._state.idle(session)
         if self._dispatcher.waiting:
             self._dispatcher.assign()
-        elif self._state.scheduler.waiting:
+        elif self._state.scheduler.startable:
             self.committer.nudge()
 
     def end_terms(self, turns: Iterable[Turn]) -> None:

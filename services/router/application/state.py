@@ -33,7 +33,7 @@ class RouterState:
         self.directory = directory
         self.partitions: dict[int, Partition] = {}
         self.running: dict[bytes, Turn] = {}
-        self.scheduler = Scheduler(max_running, self._limits)
+        self.scheduler = Scheduler(max_running, self._limits, self._agent_limit)
         self._idle: OrderedDict[bytes, Session] = OrderedDict()
         self._max_idle = max_idle
         self._queued_bytes = 0
@@ -102,7 +102,7 @@ class RouterState:
             if session.turn is not None:
                 turns.append(session.turn)
                 self.running.pop(session.turn.id, None)
-                self.scheduler.ended(session.key.tenant)
+                self.scheduler.ended(session.key)
         self.scheduler.drop(lambda session: session.partition is partition)
         partition.sessions.clear()
         return turns
@@ -111,4 +111,11 @@ class RouterState:
         found = self.directory.tenant(tenant)
         if found is None:
             return DEFAULT_WEIGHT, DEFAULT_TENANT_RUNNING
-        return found.weight or DEFAULT_WEIGHT, found.max_running_turns or DEFAULT_TENANT_RUNNING
+        limit = 0 if found.paused else found.max_running_turns or DEFAULT_TENANT_RUNNING
+        return found.weight or DEFAULT_WEIGHT, limit
+
+    def _agent_limit(self, tenant: str, agent: str) -> int:
+        found = self.directory.agent(tenant, agent)
+        if found is None:
+            return DEFAULT_TENANT_RUNNING  # its messages are to be refused, not kept
+        return 0 if found.paused else found.spec.max_running_turns or DEFAULT_TENANT_RUNNING

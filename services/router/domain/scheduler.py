@@ -1,8 +1,16 @@
-"""Which session gets the next turn: deficit round robin over tenants by weight, round robin over the sessions of a
-tenant.
+"""Which session gets the next turn: deficit round robin over tenants by weight, first come first served over the
+sessions of a tenant.
 
 A tenant that floods fills only its own ring; others keep their share (Shreedhar and Varghese, "Efficient Fair Queuing
 using Deficit Round Robin", 1995, with a cost of one per turn).
+
+Two gates stand before a turn: how many turns a tenant may run at once, and how many an agent; 0 means paused. A tenant
+without room leaves the round until a turn of it ends. Sessions of an agent without room are set aside (*parked*) when
+their turn comes, so that the sessions of other agents pass; they come back in their order, and before whatever became
+ready after them, when a turn of the agent ends. `gates_changed` says that there may be more room than there was.
+
+Every operation takes a bounded number of steps, amortized over the sessions that pass; only `drop` and
+`gates_changed`, which are rare, look at everything.
 """
 
 from __future__ import annotations
@@ -11,39 +19,82 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from services.router.domain.session import Session
+from services.router.domain.session import Session, SessionKey
 
 TURN_COST: Final = 100
 """The default weight: a tenant of weight 200 takes two turns in its round, one of 50 takes one in every two."""
 
 
+class _Agent:
+    """What runs of one agent, and its sessions that were set aside."""
+
+    __slots__ = ("parked", "running")
+
+    def __init__(self) -> None:
+        self.parked: deque[Session] = deque()
+        self.running = 0
+
+
 class _Ring:
     """The ready sessions of one tenant."""
 
-    __slots__ = ("deficit", "running", "sessions", "visited")
+    __slots__ = ("agents", "deficit", "open", "running", "sessions", "visited", "waiting")
 
     def __init__(self) -> None:
         self.sessions: deque[Session] = deque()
+        self.agents: dict[str, _Agent] = {}
+        """Agents with running turns or parked sessions."""
+        self.open: OrderedDict[str, None] = OrderedDict()
+        """Agents with parked sessions that may have room again."""
         self.deficit = 0
         self.running = 0
+        self.waiting = 0
+        """Its ready sessions, the parked ones included."""
         self.visited = False
         """Whether its weight was added in this round."""
+
+    def agent(self, name: str) -> _Agent:
+        found = self.agents.get(name)
+        if found is None:
+            found = self.agents[name] = _Agent()
+        return found
+
+    def forget(self, name: str, agent: _Agent) -> None:
+        """An agent with nothing to do costs no memory."""
+        if not agent.running and not agent.parked:
+            self.agents.pop(name, None)
+            self.open.pop(name, None)
 
 
 class Scheduler:
     """Ready sessions and running counts of all tenants.
 
-    `max_running` bounds turns in flight in this router; `limits(tenant)` gives a tenant's (weight, most turns at once).
+    `max_running` bounds turns in flight in this router; `limits(tenant)` gives a tenant's (weight, most turns at once),
+    `agent_limit(tenant, agent)` the most turns of an agent at once.
     """
 
-    def __init__(self, max_running: int, limits: Callable[[str], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        max_running: int,
+        limits: Callable[[str], tuple[int, int]],
+        agent_limit: Callable[[str, str], int],
+    ) -> None:
         self._max_running = max_running
         self._limits = limits
+        self._agent_limit = agent_limit
         self._tenants: dict[str, _Ring] = {}
         self._active: OrderedDict[str, None] = OrderedDict()
-        """Tenants with ready sessions, in ring order."""
+        """Tenants with sessions that may be startable, in ring order."""
         self.running = 0
         self.waiting = 0
+        """Ready sessions, those included that no gate lets through."""
+
+    @property
+    def startable(self) -> bool:
+        """Whether a session waits only for room in this router or its brains: then it is worth a look when there is
+        some.
+        """
+        return bool(self._active)
 
     def add(self, session: Session) -> None:
         """Makes a session ready. Adding it twice changes nothing."""
@@ -53,34 +104,61 @@ class Scheduler:
         tenant = session.key.tenant
         ring = self._ring(tenant)
         ring.sessions.append(session)
+        ring.waiting += 1
         self.waiting += 1
         self._active.setdefault(tenant)
 
-    def started(self, tenant: str) -> None:
+    def started(self, key: SessionKey) -> None:
         """Counts a turn in."""
         self.running += 1
-        self._ring(tenant).running += 1
+        ring = self._ring(key.tenant)
+        ring.running += 1
+        ring.agent(key.agent).running += 1
 
-    def ended(self, tenant: str) -> None:
-        """Counts a turn out."""
+    def ended(self, key: SessionKey) -> None:
+        """Counts a turn out: there is room for another of its agent and its tenant."""
         self.running -= 1
-        ring = self._ring(tenant)
+        ring = self._tenants[key.tenant]
+        agent = ring.agents[key.agent]
         ring.running -= 1
-        self._forget(tenant, ring)
+        agent.running -= 1
+        if agent.parked:
+            ring.open.setdefault(key.agent)
+        ring.forget(key.agent, agent)
+        if ring.sessions or ring.open:
+            self._active.setdefault(key.tenant)
+        self._forget(key.tenant, ring)
 
-    def may_start(self, tenant: str) -> bool:
-        """Whether a turn of the tenant can start at once without overtaking anybody."""
-        return not self.waiting and self.running < self._max_running and self._has_room(tenant)
+    def gates_changed(self) -> None:
+        """Tenants or agents may have other limits than before: whatever was held up is looked at again."""
+        for tenant, ring in self._tenants.items():
+            ring.open.update((name, None) for name, agent in ring.agents.items() if agent.parked)
+            if ring.sessions or ring.open:
+                self._active.setdefault(tenant)
+
+    def may_start(self, key: SessionKey) -> bool:
+        """Whether a turn of the session can start at once without overtaking anybody who could start too."""
+        if self.running >= self._max_running:
+            return False
+        while self._active:
+            first = next(iter(self._active))
+            if self._head(first, self._tenants[first]) is not None:
+                return False
+            self._leave_round(first)
+        ring = self._tenants.get(key.tenant)
+        agent = ring.agents.get(key.agent) if ring is not None else None
+        if agent is not None and agent.parked:
+            return False
+        return self._tenant_has_room(key.tenant, ring) and self._agent_has_room(key.tenant, key.agent, agent)
 
     def pick(self, room: int) -> Iterator[Session]:
         """Takes up to `room` sessions in fair order. The caller calls `started` for each before it takes the next."""
-        passed = 0
-        while room > 0 and self._active and self.running < self._max_running and passed < len(self._active):
+        while room > 0 and self._active and self.running < self._max_running:
             tenant = next(iter(self._active))
             ring = self._tenants[tenant]
-            if not self._has_room(tenant):
-                self._active.move_to_end(tenant)
-                passed += 1
+            sessions = self._head(tenant, ring)
+            if sessions is None:
+                self._leave_round(tenant)
                 continue
             if not ring.visited:
                 ring.visited = True
@@ -88,31 +166,74 @@ class Scheduler:
             if ring.deficit < TURN_COST:
                 ring.visited = False
                 self._active.move_to_end(tenant)
-                passed = 0  # it may start, in a later round: those that may not do not end the search for it
                 continue
-            session = ring.sessions.popleft()
+            session = sessions.popleft()
             session.ready = False
             self.waiting -= 1
+            ring.waiting -= 1
             ring.deficit -= TURN_COST
-            if not ring.sessions:
-                ring.deficit, ring.visited = 0, False
-                del self._active[tenant]
-            passed = 0
+            agent = ring.agents.get(session.key.agent)
+            if agent is not None:
+                ring.forget(session.key.agent, agent)
+            if not ring.sessions and not ring.open:
+                self._leave_round(tenant)
             room -= 1
             yield session
 
     def drop(self, lost: Callable[[Session], bool]) -> None:
         """Forgets ready sessions for which `lost` is true."""
         for tenant, ring in list(self._tenants.items()):
-            kept = deque(session for session in ring.sessions if not lost(session))
-            self.waiting -= len(ring.sessions) - len(kept)
-            ring.sessions = kept
-            if not kept:
-                self._active.pop(tenant, None)
-                self._forget(tenant, ring)
+            ring.sessions = self._without(lost, ring, ring.sessions)
+            for name, agent in list(ring.agents.items()):
+                agent.parked = self._without(lost, ring, agent.parked)
+                ring.forget(name, agent)
+            if not ring.sessions and not ring.open:
+                self._leave_round(tenant)
 
-    def _has_room(self, tenant: str) -> bool:
-        return self._ring(tenant).running < self._limits(tenant)[1]
+    def _without(self, lost: Callable[[Session], bool], ring: _Ring, sessions: deque[Session]) -> deque[Session]:
+        kept = deque(session for session in sessions if not lost(session))
+        ring.waiting -= len(sessions) - len(kept)
+        self.waiting -= len(sessions) - len(kept)
+        return kept
+
+    def _head(self, tenant: str, ring: _Ring) -> deque[Session] | None:
+        """The queue whose first session is the tenant's next; None if no gate lets one through."""
+        if not self._tenant_has_room(tenant, ring):
+            return None
+        while ring.open:
+            name = next(iter(ring.open))
+            agent = ring.agents[name]
+            if agent.parked and self._agent_has_room(tenant, name, agent):
+                return agent.parked
+            del ring.open[name]
+        while ring.sessions:
+            name = ring.sessions[0].key.agent
+            known = ring.agents.get(name)
+            has_room = self._agent_has_room(tenant, name, known)
+            if has_room and (known is None or not known.parked):
+                return ring.sessions
+            agent = ring.agent(name)
+            agent.parked.append(ring.sessions.popleft())
+            if has_room:  # more room than anybody has told: the parked go first
+                ring.open[name] = None
+                return agent.parked
+        return None
+
+    def _tenant_has_room(self, tenant: str, ring: _Ring | None) -> bool:
+        return (0 if ring is None else ring.running) < self._limits(tenant)[1]
+
+    def _agent_has_room(self, tenant: str, name: str, agent: _Agent | None) -> bool:
+        return (0 if agent is None else agent.running) < self._agent_limit(tenant, name)
+
+    def _leave_round(self, tenant: str) -> None:
+        """The tenant has nothing that could start. What waits at a gate keeps the share that it has not used; the
+        share of a tenant for which nothing waits is not saved up.
+        """
+        self._active.pop(tenant, None)
+        ring = self._tenants[tenant]
+        if not ring.waiting:
+            ring.deficit, ring.visited = 0, False
+        self._forget(tenant, ring)
 
     def _ring(self, tenant: str) -> _Ring:
         ring = self._tenants.get(tenant)
@@ -121,5 +242,5 @@ class Scheduler:
         return ring
 
     def _forget(self, tenant: str, ring: _Ring) -> None:
-        if not ring.sessions and not ring.running:
+        if not ring.waiting and not ring.running:
             self._tenants.pop(tenant, None)

@@ -75,10 +75,10 @@ def ingest(partition: Partition, seq: int, *items: Inbound, tenant: str = TENANT
     )
 
 
-def a_session(partition: Partition, name: str = "s", *, tenant: str = TENANT) -> Session:
+def a_session(partition: Partition, name: str = "s", *, tenant: str = TENANT, agent: str = AGENT) -> Session:
     """A session without a past."""
-    key = SessionKey(tenant, AGENT, CHANNEL, name)
-    session = Session(ids.session_id(tenant, AGENT, CHANNEL, name), key, partition, 0, 0)
+    key = SessionKey(tenant, agent, CHANNEL, name)
+    session = Session(ids.session_id(tenant, agent, CHANNEL, name), key, partition, 0, 0)
     partition.sessions[session.id] = session
     return session
 
