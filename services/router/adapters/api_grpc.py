@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
@@ -24,6 +23,7 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound, InboundKind
 from soma.router.v1.session_service_pb2_grpc import SessionServiceServicer
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceServicer
 
+from services.router.adapters.watch_grpc import TurnWatches
 from services.router.application.group import StoreLost
 from services.router.application.read_sessions import SessionReader, SessionRow, StepRow, TurnRow
 from services.router.domain.turn import TurnStatus as Status
@@ -32,7 +32,6 @@ from soma_common.clock import monotonic, now_ms
 from soma_common.errors import InvalidRequest, NotFound, Unavailable
 from soma_common.ids import InvalidName, SessionName, TurnName
 from soma_common.layout import BATCH_FORMAT, LaneLayout
-from soma_common.live import LiveWatcher
 from soma_common.nats import subjects
 from soma_common.paging import Page
 
@@ -123,8 +122,8 @@ class SessionApi(SessionServiceServicer):
         return answer
 
 
-class TurnApi(TurnServiceServicer):
-    """Reads, watches and stops turns."""
+class TurnApi(TurnWatches, TurnServiceServicer):
+    """Reads and stops turns; watching them is next door."""
 
     def __init__(self, reader: SessionReader, client: Client, js: JetStreamContext, layout: LaneLayout) -> None:
         self._reader = reader
@@ -182,17 +181,6 @@ class TurnApi(TurnServiceServicer):
         if len(rows) > page.size:
             answer.next_page_token = page.next_token(str(rows[page.size - 1].step))
         return answer
-
-    async def WatchTurn(
-        self, request: turns.WatchTurnRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncIterator[turns.WatchTurnResponse]:
-        """Streams what a turn does: first where it stands, then what happens, last its outcome."""
-        name = _turn_name(request.name)
-        await self._find(name)
-        watcher = LiveWatcher(self._client, name.session, partitions=self._layout.partitions, turn_id=name.turn_id)
-        async with watcher as events:
-            async for event in events:
-                yield turns.WatchTurnResponse(event=event)
 
     async def CancelTurn(
         self, request: turns.CancelTurnRequest, context: grpc.aio.ServicerContext[object, object]
