@@ -21,6 +21,8 @@ from services.controlplane.application.get_agent import GetAgent
 from services.controlplane.application.get_tenant import GetTenant
 from services.controlplane.application.list_agents import ListAgents
 from services.controlplane.application.list_tenants import ListTenants
+from services.controlplane.application.pause_agent import PauseAgent, ResumeAgent
+from services.controlplane.application.pause_tenant import PauseTenant, ResumeTenant
 from services.controlplane.application.ports import ConfigStore
 from services.controlplane.application.update_agent import UpdateAgent
 from services.controlplane.application.update_tenant import UpdateTenant
@@ -41,6 +43,8 @@ class TenantApi(TenantServiceServicer):
         self._list = ListTenants(store)
         self._update = UpdateTenant(store)
         self._delete = DeleteTenant(store)
+        self._pause = PauseTenant(store)
+        self._resume = ResumeTenant(store)
 
     async def CreateTenant(
         self,
@@ -82,6 +86,22 @@ class TenantApi(TenantServiceServicer):
         """Deletes a tenant."""
         return await self._delete(request, caller().subject)
 
+    async def PauseTenant(
+        self,
+        request: tenants.PauseTenantRequest,
+        context: aio.ServicerContext[tenants.PauseTenantRequest, tenants.PauseTenantResponse],
+    ) -> tenants.PauseTenantResponse:
+        """Begins no more turns of a tenant."""
+        return await self._pause(request, caller().subject)
+
+    async def ResumeTenant(
+        self,
+        request: tenants.ResumeTenantRequest,
+        context: aio.ServicerContext[tenants.ResumeTenantRequest, tenants.ResumeTenantResponse],
+    ) -> tenants.ResumeTenantResponse:
+        """Ends the pause of a tenant."""
+        return await self._resume(request, caller().subject)
+
 
 class AgentApi(AgentServiceServicer):
     """Keeps agents in `store`."""
@@ -92,6 +112,8 @@ class AgentApi(AgentServiceServicer):
         self._list = ListAgents(store)
         self._update = UpdateAgent(store)
         self._delete = DeleteAgent(store)
+        self._pause = PauseAgent(store)
+        self._resume = ResumeAgent(store)
 
     async def CreateAgent(
         self,
@@ -132,6 +154,22 @@ class AgentApi(AgentServiceServicer):
     ) -> agents.DeleteAgentResponse:
         """Deletes an agent."""
         return await self._delete(request, caller().subject)
+
+    async def PauseAgent(
+        self,
+        request: agents.PauseAgentRequest,
+        context: aio.ServicerContext[agents.PauseAgentRequest, agents.PauseAgentResponse],
+    ) -> agents.PauseAgentResponse:
+        """Begins no more turns of an agent."""
+        return await self._pause(request, caller().subject)
+
+    async def ResumeAgent(
+        self,
+        request: agents.ResumeAgentRequest,
+        context: aio.ServicerContext[agents.ResumeAgentRequest, agents.ResumeAgentResponse],
+    ) -> agents.ResumeAgentResponse:
+        """Ends the pause of an agent."""
+        return await self._resume(request, caller().subject)
 
 
 class ConfigApi(ConfigServiceServicer):

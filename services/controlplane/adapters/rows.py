@@ -11,9 +11,9 @@ from soma.controlplane.v1.tenant_service_pb2 import Tenant
 from services.controlplane.domain.version import etag_of
 
 TENANT_COLUMNS: Final = (
-    "tenant, display_name, weight, max_running_turns, suspended, version, tenants.create_time, update_time"
+    "tenant, display_name, weight, max_running_turns, suspended, paused, version, tenants.create_time, update_time"
 )
-AGENT_COLUMNS: Final = "tenant, agent, display_name, revision, spec, version, agents.create_time, update_time"
+AGENT_COLUMNS: Final = "tenant, agent, display_name, revision, spec, paused, version, agents.create_time, update_time"
 
 
 def tenant_from(row: asyncpg.Record) -> Tenant:
@@ -25,6 +25,7 @@ def tenant_from(row: asyncpg.Record) -> Tenant:
         weight=row["weight"],
         max_running_turns=row["max_running_turns"],
         suspended=row["suspended"],
+        paused=row["paused"],
         etag=etag_of(name, row["version"]),
     )
     tenant.create_time.FromDatetime(row["create_time"])
@@ -40,6 +41,7 @@ def agent_from(row: asyncpg.Record) -> Agent:
         display_name=row["display_name"],
         spec=AgentSpec.FromString(row["spec"]),
         revision=row["revision"],
+        paused=row["paused"],
         etag=etag_of(name, row["version"]),
     )
     agent.create_time.FromDatetime(row["create_time"])

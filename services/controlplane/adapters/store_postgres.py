@@ -98,15 +98,16 @@ class PostgresChange:
         name = TenantName.parse(tenant.name, "tenant.name")
         await self._connection.execute(
             "INSERT INTO controlplane.tenants"
-            " (tenant, display_name, weight, max_running_turns, suspended, version, create_time, update_time)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7, $7)"
+            " (tenant, display_name, weight, max_running_turns, suspended, paused, version, create_time, update_time)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8)"
             " ON CONFLICT (tenant) DO UPDATE SET display_name = $2, weight = $3, max_running_turns = $4,"
-            " suspended = $5, version = $6, update_time = $7",
+            " suspended = $5, paused = $6, version = $7, update_time = $8",
             name.tenant,
             tenant.display_name,
             tenant.weight,
             tenant.max_running_turns,
             tenant.suspended,
+            tenant.paused,
             self._stamp.version,
             self._stamp.time,
         )
@@ -132,14 +133,15 @@ class PostgresChange:
         )
         await self._connection.execute(
             "INSERT INTO controlplane.agents"
-            " (tenant, agent, display_name, revision, version, create_time, update_time)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $6)"
+            " (tenant, agent, display_name, revision, paused, version, create_time, update_time)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7, $7)"
             " ON CONFLICT (tenant, agent) DO UPDATE"
-            " SET display_name = $3, revision = $4, version = $5, update_time = $6",
+            " SET display_name = $3, revision = $4, paused = $5, version = $6, update_time = $7",
             name.tenant,
             name.agent,
             agent.display_name,
             agent.revision,
+            agent.paused,
             self._stamp.version,
             self._stamp.time,
         )

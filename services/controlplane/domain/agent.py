@@ -16,18 +16,21 @@ from services.controlplane.domain.version import Stamp, check_etag, etag_of, rev
 
 WRITABLE: Final = ("display_name", "spec")
 """The fields a caller may set; all others are the server's."""
+BY_VERB: Final = {"paused": "PauseAgent and ResumeAgent"}
+"""The server's fields that a caller changes by a verb of their own, and which."""
 
-SUPPORTED_POLICIES: Final = (ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED, ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE)
-"""What this release does with a message that arrives during a turn."""
+DEFAULT_DEBOUNCE_MS: Final = 300
+DEFAULT_DEBOUNCE_MAX_MS: Final = 2000
+"""What 0 means, as the contract has it."""
 
 
 def new_agent(name: AgentName, wanted: Agent, stamp: Stamp) -> Agent:
     """The agent `name` as its creator wants it.
 
     Raises:
-        InvalidRequest: a field breaks a rule, or asks for what this release cannot do.
+        InvalidRequest: a field breaks a rule.
     """
-    agent = merged(Agent(), wanted, FieldMask(paths=["*"]), WRITABLE)
+    agent = merged(Agent(), wanted, FieldMask(paths=["*"]), WRITABLE, BY_VERB)
     _check(agent)
     agent.name = str(name)
     agent.create_time.FromDatetime(stamp.time)
@@ -39,12 +42,27 @@ def changed_agent(stored: Agent, patch: Agent, mask: FieldMask | None, stamp: St
 
     Raises:
         Conflict: the patch carries an etag that is not the stored one.
-        InvalidRequest: the mask or a field breaks a rule, or asks for what this release cannot do.
+        InvalidRequest: the mask or a field breaks a rule.
     """
     check_etag(stored.name, patch.etag, stored.etag)
-    agent = merged(stored, patch, mask, WRITABLE)
+    agent = merged(stored, patch, mask, WRITABLE, BY_VERB)
     _check(agent)
     return None if agent == stored else _stamped(agent, stamp)
+
+
+def paused_agent(stored: Agent, etag: str, stamp: Stamp, *, paused: bool) -> Agent | None:
+    """`stored` with its pause begun or ended; None when that changes nothing.
+
+    Raises:
+        Conflict: `etag` is set and not the stored one.
+    """
+    check_etag(stored.name, etag, stored.etag)
+    if stored.paused == paused:
+        return None
+    agent = Agent()
+    agent.CopyFrom(stored)
+    agent.paused = paused
+    return _stamped(agent, stamp)
 
 
 def _stamped(agent: Agent, stamp: Stamp) -> Agent:
@@ -60,17 +78,21 @@ def _check(agent: Agent) -> None:
     check_text("agent.spec.instructions", agent.spec.instructions)
     if not agent.spec.model:
         raise invalid_field("agent.spec.model", "a model is required, as provider/name, for example offline/assistant")
-    _check_policy(agent.spec)
+    if agent.spec.arrival_policy not in ArrivalPolicy.values():
+        raise invalid_field(
+            "agent.spec.arrival_policy",
+            f"there is no policy {agent.spec.arrival_policy}; there are {', '.join(ArrivalPolicy.keys()[1:])}",
+        )
+    _check_debounce(agent.spec)
 
 
-def _check_policy(spec: AgentSpec) -> None:
-    if spec.arrival_policy in SUPPORTED_POLICIES:
-        return
-    values = ArrivalPolicy.DESCRIPTOR.values_by_number
-    asked = values[spec.arrival_policy].name if spec.arrival_policy in values else str(spec.arrival_policy)
-    supported = ArrivalPolicy.Name(ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE)
-    raise invalid_field(
-        "agent.spec.arrival_policy",
-        f"this release supports {supported}, not {asked}",
-        metadata={"supported": supported, "asked": asked},
-    )
+def _check_debounce(spec: AgentSpec) -> None:
+    """A group that is due before it has been silent for long enough would never wait for the silence."""
+    silence = spec.debounce_ms or DEFAULT_DEBOUNCE_MS
+    longest = spec.debounce_max_ms or DEFAULT_DEBOUNCE_MAX_MS
+    if longest < silence:
+        raise invalid_field(
+            "agent.spec.debounce_max_ms",
+            f"{longest} ms is less than debounce_ms, {silence} ms: raise it or lower debounce_ms"
+            f" (not set they are {DEFAULT_DEBOUNCE_MAX_MS} and {DEFAULT_DEBOUNCE_MS})",
+        )

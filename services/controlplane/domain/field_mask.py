@@ -6,7 +6,7 @@ patch sets is meant, down to the single fields of nested messages; `*` means eve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -20,25 +20,32 @@ M = TypeVar("M", bound=Message)
 EVERYTHING = "*"
 
 
-def merged(stored: M, patch: M, mask: FieldMask | None, writable: Iterable[str]) -> M:
+def merged(
+    stored: M, patch: M, mask: FieldMask | None, writable: Iterable[str], by_verb: Mapping[str, str] | None = None
+) -> M:
     """A copy of `stored` with the fields of `patch` that `mask` names. A field named and not set is cleared.
 
-    `writable` are the top-level fields a caller may change; `mask` None or empty means what the patch sets.
+    `writable` are the top-level fields a caller may change; `mask` None or empty means what the patch sets. `by_verb`
+    are flags that other methods change, with their names: a patch that would set one is refused and told which, as it
+    would otherwise seem to have done it. One that says what is so anyway, as after a read, is not.
 
     Raises:
-        InvalidRequest: the mask names a field that does not exist or is not the caller's to change.
+        InvalidRequest: the mask names a field that does not exist or is not the caller's to change; the patch sets a
+            flag that another method sets.
     """
-    allowed = list(writable)
+    allowed, verbs = list(writable), by_verb or {}
     if mask is None or not mask.paths:
+        _refuse_flags(stored, patch, verbs)
         paths = [path for path in _set_paths(patch) if path.split(".", 1)[0] in allowed]
     elif list(mask.paths) == [EVERYTHING]:
+        _refuse_flags(stored, patch, verbs)
         paths = allowed
     else:
         paths = list(mask.paths)
     result = type(stored)()
     result.CopyFrom(stored)
     for path in paths:
-        _check(stored, path, allowed)
+        _check(stored, path, allowed, verbs)
         _copy(patch, result, path)
     return result
 
@@ -53,9 +60,17 @@ def _set_paths(message: Message, prefix: str = "") -> Iterator[str]:
             yield path
 
 
-def _check(message: Message, path: str, allowed: list[str]) -> None:
+def _refuse_flags(stored: Message, patch: Message, verbs: Mapping[str, str]) -> None:
+    for flag, methods in verbs.items():
+        if getattr(patch, flag) and not getattr(stored, flag):
+            raise invalid_field(flag, f"is changed by {methods} alone")
+
+
+def _check(message: Message, path: str, allowed: list[str], verbs: Mapping[str, str]) -> None:
     """Refuse a path that leads nowhere or to a field the server alone writes."""
     head = path.split(".", 1)[0]
+    if head in verbs:
+        raise invalid_field("update_mask", f"{path!r} is changed by {verbs[head]} alone")
     if head not in allowed:
         raise invalid_field("update_mask", f"{path!r} cannot be changed; fields that can: {', '.join(allowed)}, or *")
     *parents, leaf = path.split(".")

@@ -14,6 +14,8 @@ from services.controlplane.domain.version import Stamp, check_etag, etag_of
 
 WRITABLE: Final = ("display_name", "weight", "max_running_turns", "suspended")
 """The fields a caller may set; all others are the server's."""
+BY_VERB: Final = {"paused": "PauseTenant and ResumeTenant"}
+"""The server's fields that a caller changes by a verb of their own, and which."""
 
 
 def new_tenant(name: TenantName, wanted: Tenant, stamp: Stamp) -> Tenant:
@@ -22,7 +24,7 @@ def new_tenant(name: TenantName, wanted: Tenant, stamp: Stamp) -> Tenant:
     Raises:
         InvalidRequest: a field breaks a rule.
     """
-    tenant = merged(Tenant(), wanted, FieldMask(paths=["*"]), WRITABLE)
+    tenant = merged(Tenant(), wanted, FieldMask(paths=["*"]), WRITABLE, BY_VERB)
     _check(tenant)
     tenant.name = str(name)
     tenant.create_time.FromDatetime(stamp.time)
@@ -37,9 +39,24 @@ def changed_tenant(stored: Tenant, patch: Tenant, mask: FieldMask | None, stamp:
         InvalidRequest: the mask or a field breaks a rule.
     """
     check_etag(stored.name, patch.etag, stored.etag)
-    tenant = merged(stored, patch, mask, WRITABLE)
+    tenant = merged(stored, patch, mask, WRITABLE, BY_VERB)
     _check(tenant)
     return None if tenant == stored else _stamped(tenant, stamp)
+
+
+def paused_tenant(stored: Tenant, etag: str, stamp: Stamp, *, paused: bool) -> Tenant | None:
+    """`stored` with its pause begun or ended; None when that changes nothing.
+
+    Raises:
+        Conflict: `etag` is set and not the stored one.
+    """
+    check_etag(stored.name, etag, stored.etag)
+    if stored.paused == paused:
+        return None
+    tenant = Tenant()
+    tenant.CopyFrom(stored)
+    tenant.paused = paused
+    return _stamped(tenant, stamp)
 
 
 def _stamped(tenant: Tenant, stamp: Stamp) -> Tenant:

@@ -142,12 +142,31 @@ async def test_an_etag_admits_one_of_racing_updates(admin: Caller) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [ArrivalPolicy.ARRIVAL_POLICY_STEER, ArrivalPolicy.ARRIVAL_POLICY_REJECT, 99], ids=str
+    ("field", "value"),
+    [("arrival_policy", 99), ("debounce_ms", 600_001), ("debounce_max_ms", 299), ("max_running_turns", 100_001)],
 )
-async def test_a_policy_this_release_lacks_is_refused(admin: Caller, policy: int) -> None:
+async def test_a_spec_outside_its_bounds_is_refused(admin: Caller, field: str, value: int) -> None:
     async with refused("INVALID_REQUEST"):
-        await admin.agent(arrival_policy=policy)
-    await admin.agent(arrival_policy=ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE)
+        await admin.agent("helper", "demo", **{field: value})
+
+
+async def test_what_an_agent_says_of_arriving_messages_is_kept(admin: Caller, plane: Plane) -> None:
+    made = await admin.agent(
+        arrival_policy=ArrivalPolicy.ARRIVAL_POLICY_ACCUMULATE,
+        debounce_ms=50,
+        debounce_max_ms=400,
+        max_running_turns=3,
+    )
+    assert (await admin.agents.GetAgent(GetAgentRequest(name=NAME))).agent == made
+    assert list((await admin.agents.ListAgents(ListAgentsRequest(parent="tenants/demo"))).agents) == [made]
+    patch = Agent(name=NAME, spec=AgentSpec(debounce_ms=401))
+    async with refused("INVALID_REQUEST"):
+        await admin.agents.UpdateAgent(
+            UpdateAgentRequest(agent=patch, update_mask=FieldMask(paths=["spec.debounce_ms"]))
+        )
+    patch.spec.debounce_max_ms = 500
+    changed = (await admin.agents.UpdateAgent(UpdateAgentRequest(agent=patch))).agent
+    assert (changed.spec.debounce_ms, changed.spec.max_running_turns) == (401, 3)
 
 
 @pytest.mark.parametrize("model", ["", "echo", "Echo/echo", "echo/"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from soma.common.v1.turn_pb2 import ArrivalPolicy
 from soma.controlplane.v1.agent_service_pb2 import Agent, AgentSpec
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 
-from services.controlplane.domain.agent import changed_agent, new_agent
+from services.controlplane.domain.agent import changed_agent, new_agent, paused_agent
 from services.controlplane.domain.names import AgentName, TenantName
-from services.controlplane.domain.tenant import changed_tenant, new_tenant
+from services.controlplane.domain.tenant import changed_tenant, new_tenant, paused_tenant
 from services.controlplane.domain.version import Stamp, etag_of, revision_of
 from soma_common.errors import Conflict, InvalidRequest, reason_name
 
@@ -84,11 +85,85 @@ def test_texts_with_a_zero_character_are_refused() -> None:
     assert "character 2" in refused.value.message
 
 
-@pytest.mark.parametrize("policy", [policy for policy in ArrivalPolicy.values() if policy > 1])
-def test_policies_of_later_releases_are_refused_by_name(policy: ArrivalPolicy.ValueType) -> None:
+@pytest.mark.parametrize("policy", ArrivalPolicy.values())
+def test_every_policy_may_be_set(policy: ArrivalPolicy.ValueType) -> None:
+    wanted = Agent(spec=AgentSpec(model="a/b", arrival_policy=policy))
+    assert new_agent(NAME, wanted, FIRST).spec.arrival_policy == policy
+
+
+def test_a_policy_that_nobody_knows_is_refused_with_those_there_are() -> None:
+    unknown = AgentSpec.FromString(AgentSpec(model="a/b").SerializeToString() + b"\x20\x63")  # arrival_policy: 99
     with pytest.raises(InvalidRequest) as refused:
-        new_agent(NAME, Agent(spec=AgentSpec(model="a/b", arrival_policy=policy)), FIRST)
-    assert refused.value.metadata == {
-        "supported": "ARRIVAL_POLICY_ENQUEUE",
-        "asked": ArrivalPolicy.Name(policy),
-    }
+        new_agent(NAME, Agent(spec=unknown), FIRST)
+    assert "99" in refused.value.message
+    assert "ARRIVAL_POLICY_STEER" in refused.value.message
+
+
+@pytest.mark.parametrize(("silence", "longest"), [(0, 0), (2000, 0), (0, 300), (5000, 5000), (1, 600_000)])
+def test_a_group_may_wait_as_long_as_its_silence_or_longer(silence: int, longest: int) -> None:
+    spec = AgentSpec(model="a/b", debounce_ms=silence, debounce_max_ms=longest)
+    assert new_agent(NAME, Agent(spec=spec), FIRST).spec == spec
+
+
+@pytest.mark.parametrize(("silence", "longest"), [(2001, 0), (0, 299), (5000, 4999)])
+def test_a_group_that_is_due_before_its_silence_is_refused(silence: int, longest: int) -> None:
+    spec = AgentSpec(model="a/b", debounce_ms=silence, debounce_max_ms=longest)
+    with pytest.raises(InvalidRequest) as refused:
+        new_agent(NAME, Agent(spec=spec), FIRST)
+    assert refused.value.field_violations[0].field == "agent.spec.debounce_max_ms"
+
+
+def test_a_pause_is_another_state_of_the_same_revision() -> None:
+    agent = new_agent(NAME, WANTED, FIRST)
+    paused = paused_agent(agent, agent.etag, SECOND, paused=True)
+    assert paused is not None
+    assert (paused.paused, paused.revision) == (True, agent.revision)
+    assert paused.etag != agent.etag
+    assert paused.update_time.ToDatetime(UTC) == SECOND.time
+    assert not agent.paused
+    tenant = new_tenant(TenantName("demo"), Tenant(weight=3), FIRST)
+    held = paused_tenant(tenant, "", SECOND, paused=True)
+    assert held is not None
+    assert (held.paused, held.weight) == (True, 3)
+    assert held.etag != tenant.etag
+
+
+def test_a_pause_that_is_so_already_is_no_change_unless_its_etag_is_old() -> None:
+    agent, tenant = new_agent(NAME, WANTED, FIRST), new_tenant(TenantName("demo"), Tenant(), FIRST)
+    assert paused_agent(agent, "", SECOND, paused=False) is None
+    assert paused_tenant(tenant, tenant.etag, SECOND, paused=False) is None
+    with pytest.raises(Conflict):
+        paused_agent(agent, "old", SECOND, paused=False)
+    with pytest.raises(Conflict):
+        paused_tenant(tenant, "old", SECOND, paused=True)
+
+
+def test_an_update_that_would_pause_is_told_the_verb() -> None:
+    agent = new_agent(NAME, WANTED, FIRST)
+    for mask in (
+        None,
+        FieldMask(paths=["*"]),
+        FieldMask(paths=["paused"]),
+        FieldMask(paths=["display_name", "paused"]),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            changed_agent(agent, Agent(paused=True, display_name="x", spec=WANTED.spec), mask, SECOND)
+        assert "PauseAgent and ResumeAgent" in refused.value.message
+    with pytest.raises(InvalidRequest) as refused:
+        new_tenant(TenantName("demo"), Tenant(paused=True), FIRST)
+    assert "PauseTenant and ResumeTenant" in refused.value.message
+
+
+def test_an_update_of_what_was_read_paused_keeps_the_pause() -> None:
+    paused = paused_agent(new_agent(NAME, WANTED, FIRST), "", FIRST, paused=True)
+    assert paused is not None
+    patch = Agent()
+    patch.CopyFrom(paused)
+    patch.display_name = "x"
+    for mask in (None, FieldMask(paths=["*"])):
+        changed = changed_agent(paused, patch, mask, SECOND)
+        assert changed is not None
+        assert (changed.paused, changed.display_name) == (True, "x")
+    kept = changed_agent(paused, Agent(display_name="y"), None, SECOND)
+    assert kept is not None
+    assert kept.paused

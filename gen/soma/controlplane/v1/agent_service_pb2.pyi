@@ -122,8 +122,8 @@ class AgentSpec(_message.Message):
     debounce_ms: _builtins.int
     """For accumulate: how long nothing may arrive before the gathered messages become a turn, in milliseconds; 0 means 300."""
     debounce_max_ms: _builtins.int
-    """For accumulate: how long the first of the gathered messages waits at most, in milliseconds; 0 means 2000, or debounce_ms where
-    that is more. Not less than debounce_ms.
+    """For accumulate: how long the first of the gathered messages waits at most, in milliseconds; 0 means 2000. Not less than
+    debounce_ms.
     """
     max_running_turns: _builtins.int
     """Turns of this agent that may run at once at one router; 0 means no bound of its own."""
