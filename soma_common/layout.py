@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from soma_common.ids import PARTITION_FUNCTION
+from soma_common.settings import StartRefused
 
 BATCH_FORMAT: Final = 1
 """Format of the batches in the lanes that this release writes."""
 
 
-class LaneMismatch(Exception):
+class LaneMismatch(StartRefused):
     """Lanes or database were made for another layout: this process must not take part."""
 
 

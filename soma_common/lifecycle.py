@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -21,7 +22,7 @@ import structlog
 import uvloop
 
 from soma_common.failpoints import arm_failpoints
-from soma_common.settings import ServiceSettings
+from soma_common.settings import EXIT_BAD_SETTINGS, ServiceSettings, StartRefused
 from soma_common.telemetry.logging import setup_logging
 
 EXIT_CRASHED = 1
@@ -143,7 +144,8 @@ def run_service(main: Callable[[Lifecycle], Awaitable[None]], settings: ServiceS
     """Run a service until a signal or a crash ends it, then exit the process with the fitting code.
 
     `main` starts everything and returns (or waits for `Lifecycle.wait_stop`); the process lives on until it is told
-    to stop. An exception from `main` is a failed start: it is logged and the exit code is 1.
+    to stop. An exception from `main` is a failed start: it is logged and the exit code is 1, or 2 for a StartRefused,
+    which no restart helps.
     """
     logs = setup_logging(settings.service, settings.service_instance, settings.log_file, settings.log_level)
     try:
@@ -169,6 +171,10 @@ async def _live(main: Callable[[Lifecycle], Awaitable[None]], stop_timeout_s: fl
             start.result()
             lifecycle.ready()
             await stop_asked
+    except StartRefused as refusal:
+        _log.error("service.start_refused", why=str(refusal))
+        sys.stderr.write(f"{refusal}\n")  # To the console, too, as load_settings does.
+        lifecycle.request_stop("the start was refused", EXIT_BAD_SETTINGS)
     except Exception:  # noqa: BLE001 - boundary: the process's last word on a start that failed
         _log.exception("service.start_failed")
         lifecycle.request_stop("the start failed", EXIT_CRASHED)

@@ -16,6 +16,14 @@ ENV_PREFIX = "SOMA_"
 EXIT_BAD_SETTINGS = 2
 """Exit code of a service that cannot start because of its settings; a restart does not help."""
 
+
+class StartRefused(Exception):
+    """The process cannot work as it is set up: only a change of its settings, or of the release, helps, no restart.
+
+    The message says what to change. `run_service` shows it and ends the process with EXIT_BAD_SETTINGS.
+    """
+
+
 Targets = Annotated[tuple[str, ...], NoDecode]
 """Addresses (`host:port`), separated by commas in the environment."""
 
@@ -79,6 +87,8 @@ class ServiceSettings(BaseSettings):
 
     grpc_max_message_bytes: int = Field(default=16 * 1024 * 1024, ge=64 * 1024)
     """Largest gRPC message that is sent or received."""
+    start_patience_s: float = Field(default=45.0, ge=0)
+    """How long a starting process waits for the database and the message bus before it gives up."""
     drain_timeout_s: float = Field(default=3.0, gt=0)
     """How long calls in flight may go on after the stop signal."""
     stop_timeout_s: float = Field(default=8.0, gt=0)

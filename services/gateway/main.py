@@ -29,7 +29,8 @@ from soma_common.grpc.server import GrpcServer
 from soma_common.layout import LaneLayout
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.nats.connection import connect_nats
-from soma_common.settings import load_settings
+from soma_common.patience import patiently
+from soma_common.settings import StartRefused, load_settings
 from soma_common.telemetry.admin import serve_admin
 
 SERVICE = "soma.gateway.v1.ChannelService"
@@ -41,14 +42,17 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     Raises:
         LaneMismatch: the lanes were made for other numbers of partitions or lanes, or another hash.
         Unavailable: the bus does not answer.
-        ValueError: a setting that the gateway cannot do without is missing, or does not fit the bus.
+        StartRefused: a setting that the gateway cannot do without is missing, or does not fit the bus.
     """
     if settings.controlplane_target is None:
-        raise ValueError("SOMA_CONTROLPLANE_TARGET is not set: without it no tenant is known")
-    nc = await connect_nats(settings.nats_url, settings.nats_token_file, settings.service_instance)
+        raise StartRefused("SOMA_CONTROLPLANE_TARGET is not set: without it no tenant is known")
+    nc = await patiently(
+        lambda: connect_nats(settings.nats_url, settings.nats_token_file, settings.service_instance),
+        settings.start_patience_s,
+    )
     lifecycle.on_stop("close nats", nc.close)
     if settings.max_batch_bytes > nc.max_payload:
-        raise ValueError(
+        raise StartRefused(
             f"SOMA_MAX_BATCH_BYTES is {settings.max_batch_bytes}, the bus takes {nc.max_payload}: lower it, "
             "or raise max_payload of the NATS server"
         )

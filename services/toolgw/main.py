@@ -30,6 +30,7 @@ from soma_common.errors import Unavailable
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
 from soma_common.lifecycle import Lifecycle, run_service
+from soma_common.patience import patiently
 from soma_common.postgres.connect import create_pool
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.settings import load_settings
@@ -50,8 +51,9 @@ async def main(lifecycle: Lifecycle, settings: ToolgwSettings) -> None:
 
 async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, int]:
     """Start everything and register how it stops; returns the gRPC port and the admin port."""
-    await apply_migrations(
-        settings.postgres_owner_dsn or settings.postgres_dsn, SCHEMA, MIGRATIONS, settings.postgres_migrate
+    owner_dsn = settings.postgres_owner_dsn or settings.postgres_dsn
+    await patiently(
+        lambda: apply_migrations(owner_dsn, SCHEMA, MIGRATIONS, settings.postgres_migrate), settings.start_patience_s
     )
     pool = await create_pool(
         settings.postgres_dsn, max_size=settings.postgres_pool_size, application_name=settings.service_instance

@@ -25,7 +25,9 @@ from typing import Literal
 import asyncpg
 import structlog
 
-from soma_common.postgres.connect import Connection, connect
+from soma_common.postgres.connect import Connection, connect, unavailable
+from soma_common.postgres.errors import store_errors
+from soma_common.settings import StartRefused
 
 LOCK_TIMEOUT_S = 30
 """How long to wait for another process that migrates."""
@@ -41,7 +43,7 @@ _IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
 _log = structlog.get_logger(__name__)
 
 
-class MigrationError(RuntimeError):
+class MigrationError(StartRefused):
     """The schema cannot be brought, or is not, where the code needs it; the message says what to do."""
 
 
@@ -96,15 +98,16 @@ async def apply_migrations(
     migrations = read_migrations(folder)
     connection = await connect(dsn, application_name=f"migrate {schema}", command_timeout_s=STATEMENT_TIMEOUT_S)
     try:
-        if mode == "verify":
+        async with store_errors():
+            if mode == "apply":
+                return await _apply(connection, schema, migrations)
             pending = await _pending(connection, schema, migrations)
-            if pending:
-                raise MigrationError(
-                    f"schema {schema} lacks {', '.join(_label(m) for m in pending)}: "
-                    "start once with SOMA_POSTGRES_MIGRATE=apply, or apply the files in order"
-                )
-            return []
-        return await _apply(connection, schema, migrations)
+        if pending:
+            raise MigrationError(
+                f"schema {schema} lacks {', '.join(_label(m) for m in pending)}: "
+                "start once with SOMA_POSTGRES_MIGRATE=apply, or apply the files in order"
+            )
+        return []
     finally:
         await connection.close()
 
@@ -115,7 +118,9 @@ async def _apply(connection: Connection, schema: str, migrations: list[Migration
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", key)
     except asyncpg.LockNotAvailableError as error:
-        raise MigrationError(f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s") from error
+        raise unavailable(
+            error, f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s"
+        ) from error
     if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
         # Not `IF NOT EXISTS`: that asks for the right to create schemas even when there is nothing to create.
         await connection.execute(f"CREATE SCHEMA {schema}")

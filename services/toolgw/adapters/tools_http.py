@@ -23,6 +23,7 @@ from services.toolgw.domain.invocation import Call
 from services.toolgw.domain.outcome import MAX_RESULT_BYTES, TRUNCATED, Outcome, OutcomeUnknown, failed
 from services.toolgw.domain.tool import Effect, Json, ToolDefinition, ToolKind
 from soma_common.ids import is_slug
+from soma_common.settings import StartRefused
 
 CONNECT_TIMEOUT_S: Final = 2.0
 SHOWN_ERROR_BYTES: Final = 1000
@@ -37,7 +38,7 @@ _NEVER_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTim
 """Errors before the first byte of the request has left."""
 
 
-class HttpToolsFileError(ValueError):
+class HttpToolsFileError(StartRefused):
     """The file of HTTP tools cannot be used; the text says where and what to change."""
 
 

@@ -9,7 +9,9 @@ import structlog
 
 from soma_common.failpoints import failpoint_async
 from soma_common.lifecycle import Lifecycle, run_service
-from soma_common.settings import ServiceSettings, load_settings
+from soma_common.patience import patiently
+from soma_common.postgres.connect import connect
+from soma_common.settings import ServiceSettings, StartRefused, load_settings
 from soma_common.telemetry.admin import serve_admin
 
 _log = structlog.get_logger(__name__)
@@ -46,6 +48,12 @@ def main() -> None:
         await asyncio.sleep(float(os.environ.get("PROBE_START_S", "0")))
         if "PROBE_FAIL_START" in os.environ:
             raise RuntimeError("the probe cannot start")
+        if "PROBE_REFUSE_START" in os.environ:
+            raise StartRefused("PROBE_REFUSE_START is set: unset it")
+        if settings.postgres_dsn is not None:
+            dsn = settings.postgres_dsn
+            connection = await patiently(lambda: connect(dsn), settings.start_patience_s)
+            lifecycle.on_stop("database", connection.close)
         logging.getLogger("some.library").warning("library says password=%s", "hunter2")
         _log.info("probe.secret", token="hunter2")
         admin = await serve_admin(settings, ready)

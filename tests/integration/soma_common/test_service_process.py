@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from soma_common.lifecycle import EXIT_CRASHED
+from soma_common.settings import EXIT_BAD_SETTINGS
+from soma_common.testing.embedded import FaultyPostgres
 from soma_common.testing.eventually import eventually
 
 
@@ -159,6 +161,44 @@ async def test_a_failed_start_is_told(start: Start) -> None:
         assert failed is not None
         assert "the probe cannot start" in failed["exception"]
         assert probe.line("service.ready") is None
+
+
+async def test_a_refused_start_says_what_to_change_and_nothing_else(start: Start) -> None:
+    async with start(PROBE_REFUSE_START="1") as probe:
+        assert await probe.ended() == EXIT_BAD_SETTINGS
+        assert await probe.process.stderr.read() == b"PROBE_REFUSE_START is set: unset it\n"
+        refused = probe.line("service.start_refused")
+        assert refused is not None
+        assert refused["why"] == "PROBE_REFUSE_START is set: unset it"
+        assert "exception" not in refused
+
+
+async def test_a_start_waits_for_a_database_that_is_not_up_yet(start: Start, own_postgres: FaultyPostgres) -> None:
+    await own_postgres.kill9()
+    async with start(SOMA_POSTGRES_DSN=own_postgres.dsn()) as probe:
+        waits = await probe.logged("service.start_waits")
+        assert waits["level"] == "warning"
+        assert waits["why"].startswith("the database does not answer")
+        await own_postgres.restart()  # it recovers first
+        await probe.logged("service.ready")
+        probe.process.send_signal(signal.SIGTERM)
+        assert await probe.ended() == 0
+
+
+async def test_a_start_does_not_wait_for_ever(start: Start, tmp_path: Path) -> None:
+    nowhere = f"postgresql:///soma?host={tmp_path}&port=5432&user=soma"
+    async with start(SOMA_POSTGRES_DSN=nowhere, SOMA_START_PATIENCE_S="0.7") as probe:
+        assert await probe.ended() == EXIT_CRASHED
+        failed = probe.line("service.start_failed")
+        assert failed is not None
+        assert "the database does not answer" in failed["exception"]
+
+
+async def test_a_signal_ends_the_waiting(start: Start, tmp_path: Path) -> None:
+    async with start(SOMA_POSTGRES_DSN=f"postgresql:///soma?host={tmp_path}&port=5432&user=soma") as probe:
+        await probe.logged("service.start_waits")
+        probe.process.send_signal(signal.SIGTERM)
+        assert await probe.ended(5) == 0
 
 
 async def test_a_signal_during_the_start_ends_it(start: Start) -> None:
