@@ -60,10 +60,11 @@ class _Ring:
         return found
 
     def forget(self, name: str, agent: _Agent) -> None:
-        """An agent with nothing to do costs no memory."""
-        if not agent.running and not agent.parked:
-            self.agents.pop(name, None)
+        """An agent with nothing to do costs no memory, and one with nothing parked is not looked at."""
+        if not agent.parked:
             self.open.pop(name, None)
+            if not agent.running:
+                self.agents.pop(name, None)
 
 
 class Scheduler:
@@ -243,4 +244,5 @@ class Scheduler:
 
     def _forget(self, tenant: str, ring: _Ring) -> None:
         if not ring.waiting and not ring.running:
+            self._active.pop(tenant, None)
             self._tenants.pop(tenant, None)

@@ -229,6 +229,20 @@ def test_a_tenant_held_up_by_its_agents_has_saved_nothing_up() -> None:
     assert abs(counts["a"] - counts["b"]) <= 2
 
 
+def test_a_gate_that_opens_for_sessions_that_are_lost_opens_for_nobody() -> None:
+    scheduler = Scheduler(100, free_for_all, lambda *_: 1)
+    partition = a_partition()
+    for n in range(2):
+        scheduler.add(a_session(partition, f"s{n}"))
+    [running] = started(scheduler, 100)
+    scheduler.gates_changed()
+    scheduler.drop(lambda session: session.partition is partition)
+    scheduler.ended(running.key)
+    assert started(scheduler, 100) == []
+    assert scheduler.may_start(running.key)
+    assert not scheduler.startable
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Sessions come, turns start and end, gates move, partitions are lost, in any order, for tenants of all sizes."""
 
@@ -380,4 +394,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
