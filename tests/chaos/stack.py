@@ -2,6 +2,9 @@
 
 Like the standalone supervisor it starts each part again shortly after it died, but always after the same short pause,
 and not while a test holds it down. Model and tools are servers of the test run, outside of what is hurt.
+
+With `links=True` every connection between two processes, and from clients to gateways, goes through a proxy of its own
+(`tests/chaos/fault_proxy.py`): `stack.link("router-0", "postgres").blackhole()`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -20,15 +23,17 @@ from typing import Final
 import asyncpg
 from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 
+from soma_common.embedded.postgres import DATABASE, PORT, SERVICE_ROLES
 from soma_common.embedded.process import ChildProcess, PartFailed, descendants
 from soma_common.testing.eventually import eventually
 from soma_common.testing.model_server import CallTools, ModelServer, RecordedCall, Reply, Say, ToolRequest
 from soma_common.testing.tool_server import ToolServer, WitnessTool
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
-from somastack.layout import SERVICES, Layout, is_taken
-from somastack.parts import Part, PostgresPart, parts_of
+from somastack.layout import SERVICES, Instance, Layout, is_taken
+from somastack.parts import NatsPart, Part, PostgresPart, parts_of
 from somastack.provision import provision
+from tests.chaos.fault_proxy import Address, FaultLink, FaultProxy
 
 TENANTS: Final = ("demo", "acme")
 ECHO, SLOW, CLERK = "echo", "slow", "clerk"
@@ -39,6 +44,28 @@ RESTART_AFTER_S: Final = 0.2
 READY_TIMEOUT_S: Final = 30.0
 START_TIMEOUT_S: Final = 60.0
 FAILPOINTS: Final = "SOMA_FAILPOINTS"
+MODULE: Final = "services.{service}.main"
+CLIENT: Final = "client"
+"""What links from the test's own clients to gateways are named by."""
+STORES: Final = {
+    "gateway": ("nats",),
+    "router": ("nats", "postgres"),
+    "cognition": (),
+    "toolgw": ("postgres",),
+    "controlplane": ("postgres",),
+}
+TARGETS: Final = {
+    "gateway": {"SOMA_CONTROLPLANE_TARGET": "controlplane"},
+    "router": {
+        "SOMA_CONTROLPLANE_TARGET": "controlplane",
+        "SOMA_TOOLGW_TARGET": "toolgw",
+        "SOMA_COGNITION_TARGETS": "cognition",
+    },
+    "cognition": {"SOMA_TOOLGW_TARGET": "toolgw"},
+    "toolgw": {"SOMA_CONTROLPLANE_TARGET": "controlplane"},
+    "controlplane": {},
+}
+"""Whom each service talks to, and the setting that says where that is."""
 
 
 def errand(call: RecordedCall) -> Reply:
@@ -59,16 +86,22 @@ class FaultyStack:
         model: ModelServer,
         tools: ToolServer,
         environment: Mapping[str, Mapping[str, str]],
+        *,
+        tenants: Sequence[str] = TENANTS,
+        module: str = MODULE,
+        links: bool = False,
     ) -> None:
         self.home, self.layout, self.model, self.tools = home, layout, model, tools
         self.auth = AuthMaterial(home)
+        self.tenants = tuple(tenants)
+        self.proxy = FaultProxy() if links else None
         # Read at each start of a part: what is written here holds for its next life.
         self._environment = {name: dict(variables) for name, variables in environment.items()}
         for instance in layout.instances():
             own = self._environment.setdefault(instance.name, {})
             own.update(self._environment.get(instance.service.name, {}))
         self.parts: dict[str, Part] = {
-            part.name: part for part in parts_of(home, layout, self.auth, "services.{service}.main", self._environment)
+            part.name: part for part in parts_of(home, layout, self.auth, module, self._environment)
         }
         self._up = {name: asyncio.Event() for name in self.parts}
         self._may_start = {name: asyncio.Event() for name in self.parts}
@@ -83,7 +116,14 @@ class FaultyStack:
     @property
     def gateways(self) -> str:
         """Addresses of the gateways, separated by commas."""
-        return self.layout.targets("gateway")
+        if self.proxy is None:
+            return self.layout.targets("gateway")
+        return ",".join(self.link(CLIENT, i.name).address for i in self.layout.instances("gateway"))
+
+    def link(self, source: str, server: str) -> FaultLink:
+        """The connections of a process (or of `CLIENT`) to another; only of a stack with links."""
+        assert self.proxy is not None, "this stack was made without links"
+        return self.proxy.link(source, server)
 
     @property
     def routers(self) -> str:
@@ -199,7 +239,9 @@ class FaultyStack:
     async def start(self) -> None:
         """Start every part, each after those it needs."""
         self.home.make()
-        self.auth.make([service.name for service in SERVICES], TENANTS)
+        self.auth.make([service.name for service in SERVICES], self.tenants)
+        if self.proxy is not None:
+            await self._open_links(self.proxy)
         self.tools.write_tools_file(Path(self._environment["toolgw-0"]["SOMA_TOOLGW_HTTP_TOOLS_FILE"]))
         for event in self._may_start.values():
             event.set()
@@ -213,14 +255,44 @@ class FaultyStack:
         except TimeoutError:
             late = [name for name, event in self._up.items() if not event.is_set()]
             raise AssertionError(f"these parts did not start: {late}") from None
-        for tenant in TENANTS:
+        for tenant in self.tenants:
             for agent, model in MODELS.items():
                 tools = [tool.name for tool in self.tools.tools] if agent == CLERK else []
                 spec = AgentSpec(instructions="Do what you are told.", model=model, tools=tools)
                 await provision(self.layout.targets("controlplane"), self.admin_token, tenant, agent, spec)
 
+    async def _open_links(self, proxy: FaultProxy) -> None:
+        """Puts a link between every two processes that talk to each other."""
+        for instance in self.layout.instances():
+            own, service = self._environment[instance.name], instance.service.name
+            for store in STORES[service]:
+                await self._open_store(proxy, instance, store, own)
+            for variable, target in TARGETS[service].items():
+                addresses = [
+                    (await proxy.open(instance.name, peer.name, Address(self.layout.grpc_port(peer)))).address
+                    for peer in self.layout.instances(target)
+                ]
+                own[variable] = ",".join(addresses)
+            if service == "gateway":
+                await proxy.open(CLIENT, instance.name, Address(self.layout.grpc_port(instance)))
+
+    async def _open_store(self, proxy: FaultProxy, instance: Instance, store: str, own: dict[str, str]) -> None:
+        part = self.parts[store]
+        if isinstance(part, NatsPart):
+            link = await proxy.open(instance.name, store, Address(self.layout.nats_port))
+            own["SOMA_NATS_URL"] = f"nats://{link.address}"
+            return
+        assert isinstance(part, PostgresPart)
+        socket_path = part.server.socket_directory / f".s.PGSQL.{PORT}"
+        link = await proxy.open(instance.name, store, Address(path=str(socket_path)))
+        role = next(role for role in SERVICE_ROLES if role.service == instance.service.name)
+        for variable, user in (("SOMA_POSTGRES_DSN", role.user), ("SOMA_POSTGRES_OWNER_DSN", role.owner)):
+            own[variable] = f"postgresql://{user}@{link.address}/{DATABASE}?sslmode=disable"
+
     async def stop(self) -> None:
         """End every part, whatever state a test has left it in."""
+        if self.proxy is not None:
+            self.proxy.heal()
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -229,6 +301,8 @@ class FaultyStack:
             self.thaw(name)
         for rank in sorted({self.parts[name].stop_rank for name in running}):
             await asyncio.gather(*(self.parts[name].stop() for name in running if self.parts[name].stop_rank == rank))
+        if self.proxy is not None:
+            await self.proxy.stop()
 
     async def _keep(self, part: Part) -> None:
         needed = [n for n in self.parts if {n, n.rpartition("-")[0]} & set(part.start_after)]
@@ -260,18 +334,30 @@ async def faulty_stack(
     replicas: Mapping[str, int] | None = None,
     environment: Mapping[str, Mapping[str, str]] | None = None,
     tools: Sequence[WitnessTool] = (BOOK, CHARGE),
+    *,
+    rule: Callable[[RecordedCall], Reply] = errand,
+    tenants: Sequence[str] = TENANTS,
+    module: str = MODULE,
+    links: bool = False,
 ) -> AsyncIterator[FaultyStack]:
-    """A stack in a directory of its own with tenants and agents; `environment` by service or instance."""
+    """A stack in a directory of its own with tenants and agents; `environment` by service or instance.
+
+    `rule` is how the clerk's model answers, `module` the Python module that runs a service, with `{service}` in place
+    of its name. With `links` everything that processes say to each other goes through proxies.
+    """
     with tempfile.TemporaryDirectory(prefix="soma-chaos-", ignore_cleanup_errors=True) as folder:
         layout = Layout(_free_base(replicas or {}), replicas or {})
-        async with ModelServer(errand) as model, ToolServer(tools) as tool_server:
+        async with ModelServer(rule) as model, ToolServer(tools) as tool_server:
             ours = {
                 "cognition": {"SOMA_OPENAI_BASE_URL": model.base_url, "SOMA_OPENAI_API_KEY": "not-checked"},
                 "toolgw": {"SOMA_TOOLGW_HTTP_TOOLS_FILE": f"{folder}/tools.json"},
             }
             for name, variables in (environment or {}).items():
                 ours[name] = {**ours.get(name, {}), **variables}
-            stack = FaultyStack(Home(Path(folder) / "home"), layout, model, tool_server, ours)
+            stack = FaultyStack(
+                Home(Path(folder) / "home"), layout, model, tool_server, ours,
+                tenants=tenants, module=module, links=links,
+            )  # fmt: skip
             try:
                 await stack.start()
                 yield stack
