@@ -30,6 +30,7 @@ from services.router.application.own_partitions import OwnPartitions
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
 from services.router.application.watch_turns import LiveDesk
+from services.router.domain.lane_window import LaneWindow
 from services.router.domain.partition import Partition
 from services.router.settings import RouterSettings
 from soma_common.authz.authorizer import Authorizer
@@ -145,7 +146,20 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
             runner.cancel(session, entry.message.position, entry.inbound.cancel_turn_id or None)
 
     ingest = Ingest(state, runner, on_cancel)
-    readers = [LaneReader(client, js, state, ingest, lane, settings.lane_backlog) for lane in range(layout.lanes)]
+    readers = [
+        LaneReader(
+            client,
+            js,
+            state,
+            ingest,
+            lane,
+            settings.lane_backlog,
+            # Half of what a tenant may have in a lane stays free for what is not taken in.
+            LaneWindow(settings.lane_purge_lag_s, settings.tenant_lane_batches // 2, settings.lane_keep_bytes),
+            settings.tenant_lane_batches,
+        )
+        for lane in range(layout.lanes)
+    ]
     ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
     committer = GroupCommitter(
         writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("connection to the database lost")
@@ -237,8 +251,9 @@ async def _tend_lanes(
         purge_at = monotonic() + purge_every_s
         try:
             floors = await history.lane_floors(layout.lanes)
+            place = await history.committed_place()
             for lane, reader in enumerate(readers):
-                await reader.purge(*floors.get(lane, ("", 0)))
+                await reader.tend(*floors.get(lane, ("", 0)), place)
         except (StoreLost, NatsError, APIError, OSError, TimeoutError) as error:
             log.warning("router.purge_failed", error=str(error) or type(error).__name__)
 

@@ -42,3 +42,9 @@ class RouterSettings(ServiceSettings):
     """Most lane messages that are read and not committed."""
     purge_every_s: float = Field(default=5.0, gt=0)
     """How often lanes are purged of what all partitions have."""
+    lane_purge_lag_s: float = Field(default=600.0, ge=0)
+    """A lane message is purged once all partitions have had it for so long, and every connected standby has it on disk:
+    a database restored to a copy no older than this loses no accepted message. Shorter where it would keep more than
+    half of `SOMA_TENANT_LANE_BATCHES` or `SOMA_LANE_KEEP_BYTES` of a lane."""
+    lane_keep_bytes: int = Field(default=1024**3, ge=0)
+    """Most bytes of a lane that are kept for `SOMA_LANE_PURGE_LAG_S`."""

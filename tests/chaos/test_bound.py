@@ -24,7 +24,9 @@ READ_AHEAD = 16
 async def bounded() -> AsyncIterator[FaultyStack]:
     """A stack whose lanes hold little."""
     bound = {"SOMA_TENANT_LANE_BATCHES": str(BOUND)}
-    router = {**bound, "SOMA_LANE_BACKLOG": str(READ_AHEAD), "SOMA_PURGE_EVERY_S": "0.5"}
+    # Nothing that is taken in stays in the lanes: the whole bound is for what is not.
+    at_once = {"SOMA_PURGE_EVERY_S": "0.5", "SOMA_LANE_PURGE_LAG_S": "0"}
+    router = {**bound, "SOMA_LANE_BACKLOG": str(READ_AHEAD), **at_once}
     async with faulty_stack(environment={"gateway": bound, "router": router}) as running:
         yield running
 

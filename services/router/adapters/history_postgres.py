@@ -15,6 +15,7 @@ from soma.common.v1.turn_pb2 import Delivery, StepBody
 from services.router.application.group import StoreLost
 from services.router.application.ports import StoredDelivery
 from services.router.application.read_sessions import MessageRow, SessionRow, StepRow, TurnRow
+from services.router.domain.lane_window import CommittedPlace
 from soma_common.errors import Unavailable
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
 
@@ -39,6 +40,17 @@ _TURN_COLUMNS = (
     "  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind <> 2 ORDER BY m.position) AS message_ids,"
     " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind IN (3, 4)) AS last_body"
 )
+
+# A row without a state is a standby that this role may not look at (it lacks pg_read_all_stats): it may have nothing.
+# Subscribers of logical replication are no copies to fail over to.
+_COMMITTED_PLACE = """
+SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS written,
+       (SELECT min(CASE WHEN r.state IS NULL THEN 0 ELSE (r.flush_lsn - '0/0'::pg_lsn)::bigint END)
+        FROM pg_stat_replication r
+        WHERE (r.state IS NULL OR r.state IN ('catchup', 'streaming'))
+          AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
+       ) AS flushed
+"""
 
 
 class PostgresHistory:
@@ -288,6 +300,15 @@ class PostgresHistory:
         except (*CONNECTION_LOST, asyncpg.PostgresError) as error:
             raise StoreLost(str(error) or type(error).__name__) from error
         return {row["lane"]: (row["stream"], row["floor"]) for row in rows}
+
+    async def committed_place(self) -> CommittedPlace:
+        """How far the write-ahead log is, here and on the disks of the standbys."""
+        try:
+            async with self._pool.acquire(timeout=3.0) as connection:
+                [row] = await connection.fetch(_COMMITTED_PLACE)
+        except (*CONNECTION_LOST, asyncpg.PostgresError) as error:
+            raise StoreLost(str(error) or type(error).__name__) from error
+        return CommittedPlace(row["written"], row["flushed"])
 
 
 def _session(row: Any) -> SessionRow:

@@ -4,7 +4,8 @@ acks.
 What was read and not committed is lost with the router and read again by the next owner: the cursor in PostgreSQL is
 the only acknowledgement. A gap in the consumer's numbering, a missing heartbeat or a new connection makes the reader
 attach again, and attaching compares each cursor with the stream: its incarnation, and the batch id at the cursor's
-place.
+place. A stream that is gone is made anew. Whatever is found missing is told loudly: `router.ingest_gap` and the metric
+beside it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError, NotFoundError
 
 from services.router.application.items import CursorItem
+from services.router.domain.lane_window import CommittedPlace, LaneExtent, LaneWindow
 from services.router.domain.partition import Cursor, Partition
 from soma_common.clock import monotonic
 from soma_common.ids import lane_of
-from soma_common.nats.lanes import stream_name
+from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.nats.subjects import tenant_of
 from soma_common.telemetry.metrics import counter, gauge
 
@@ -51,6 +53,11 @@ log = structlog.get_logger(__name__)
 LANE_LAG = gauge("soma_router_lane_lag_messages", "Lane messages that are stored and not read.", ["lane"])
 GAPS = counter("soma_router_ingest_gaps_total", "Lanes found without messages that should have been there.")
 ATTACHED = counter("soma_router_lane_attached_total", "Times a lane reader attached, by lane.", ["lane"])
+WINDOW = gauge(
+    "soma_router_lane_window_seconds",
+    "How old a copy of the database may be, as far as this router has seen, for the lane to hold all accepted since.",
+    ["lane"],
+)
 
 
 @dataclass(slots=True)
@@ -64,13 +71,23 @@ class _Consumer:
     outstanding: int = 0
     """Messages asked for and not yet received."""
     heard_at: float = 0.0
+    next_seq: int = 0
+    """Stream sequence of the next message: the stream has no holes, so another one says that something was removed."""
 
 
 class LaneReader:
     """Reads one lane for this router."""
 
     def __init__(
-        self, client: Client, js: JetStreamContext, state: RouterState, ingest: Ingest, lane: int, backlog: int
+        self,
+        client: Client,
+        js: JetStreamContext,
+        state: RouterState,
+        ingest: Ingest,
+        lane: int,
+        backlog: int,
+        window: LaneWindow,
+        tenant_lane_batches: int,
     ) -> None:
         self._client = client
         self._js = js
@@ -78,6 +95,8 @@ class LaneReader:
         self._ingest = ingest
         self._lane = lane
         self._backlog = backlog
+        self._window = window
+        self._tenant_lane_batches = tenant_lane_batches
         self._stream = stream_name(lane)
         self._created = ""
         self._consumer: _Consumer | None = None
@@ -107,6 +126,8 @@ class LaneReader:
                 continue
             try:
                 await self._read()
+            except NotFoundError:
+                await self._make_anew()
             except (NatsError, APIError, TimeoutError, OSError) as error:
                 log.warning("router.lane_read_failed", lane=self._lane, error=str(error) or type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
@@ -124,7 +145,7 @@ class LaneReader:
             mem_storage=True,
         )
         info = await self._js.add_consumer(self._stream, config)
-        consumer = self._consumer = _Consumer(info.name, inbox, heard_at=monotonic())
+        consumer = self._consumer = _Consumer(info.name, inbox, heard_at=monotonic(), next_seq=start)
         subscription = await self._client.subscribe(
             inbox, cb=self._handler(consumer), pending_msgs_limit=4 * _PULL_BATCH, pending_bytes_limit=4 * _PULL_BYTES
         )
@@ -177,6 +198,10 @@ class LaneReader:
                 return
             consumer.expected += 1
             consumer.outstanding -= 1
+            if seq != consumer.next_seq:
+                GAPS.inc()
+                log.error("router.ingest_gap", lane=self._lane, cursor=consumer.next_seq - 1, first=seq, removed=True)
+            consumer.next_seq = seq + 1
             batch_id = (message.headers or {}).get(_MSG_ID, "")
             self._ingest.on_message(self._lane, tenant_of(message.subject), self._created, seq, batch_id, message.data)
             self.last_seq, self.last_batch = seq, batch_id
@@ -208,7 +233,8 @@ class LaneReader:
         start = last + 1
         for partition in self.partitions():
             cursor = partition.cursor
-            fits = cursor.seq == 0 and cursor.stream in ("", self._created)
+            # A partition that has read nothing begins with the lane's first message, if that is there.
+            fits = cursor.seq == 0 and cursor.stream in ("", self._created) and first <= 1
             if not fits and cursor.stream == self._created and cursor.seq <= last:
                 if cursor.seq not in found:
                     found[cursor.seq] = await self._batch_at(cursor.seq)
@@ -217,8 +243,10 @@ class LaneReader:
                 GAPS.inc()
                 facts = {"lane": self._lane, "partition": partition.id, "first": first, "last": last}
                 log.error("router.ingest_gap", cursor=cursor.seq, **facts)
-                # Everything that is there is read again: what is known already is dropped by its message id.
+                # Everything that is there is read again: what is known already is dropped by its message id. The
+                # store is told too: a cursor that counts what is gone would let others purge what is not read yet.
                 partition.read_seq = min(partition.read_seq, first - 1)
+                self.committer.put(CursorItem(partition, Cursor(self._created, 0, "")))
             # What was read beyond the end is on its way to the mailbox; its sequences are given to other messages now.
             partition.read_seq = min(partition.read_seq, last)
             start = min(start, partition.read_seq + 1)
@@ -243,12 +271,35 @@ class LaneReader:
                 partition.read_seq = self.last_seq
                 self.committer.put(CursorItem(partition, Cursor(self._created, self.last_seq, self.last_batch)))
 
-    async def purge(self, created: str, floor: int) -> None:
-        """Removes lane messages below `floor` if the stream is the incarnation that the cursors count; the message at
-        `floor` stays as the anchor that cursors are checked against.
+    async def tend(self, created: str, floor: int, place: CommittedPlace) -> None:
+        """Purges what every partition has had for long enough. `floor` is the lowest cursor of the lane's partitions
+        and `place` how far the database was after it was read.
         """
-        if floor > 1 and str((await self._js.stream_info(self._stream)).created) == created:
+        state = (await self._js.stream_info(self._stream)).state
+        extent = LaneExtent(state.first_seq, state.last_seq, state.bytes)
+        below = self._window.purge_below(monotonic(), created, floor, place, extent)
+        WINDOW.labels(self._lane).set(self._window.reaches_back_s(monotonic(), extent))
+        if below > extent.first:
+            await self.purge(created, below)
+
+    async def purge(self, created: str, floor: int) -> None:
+        """Removes lane messages below `floor` if the stream is the incarnation that the cursors count, and goes as far;
+        the message at `floor` stays as the anchor that cursors are checked against.
+        """
+        if floor <= 1:
+            return
+        info = await self._js.stream_info(self._stream)
+        if str(info.created) == created and floor <= info.state.last_seq:
             await self._js.purge_stream(self._stream, seq=floor)
+
+    async def _make_anew(self) -> None:
+        """The stream is gone. What it held and nobody had read is lost, and the next attachment says so."""
+        log.error("router.lane_gone", lane=self._lane)
+        try:
+            await ensure_lanes(self._js, self._state.layout, self._tenant_lane_batches)
+        except (NatsError, APIError, TimeoutError, OSError) as error:
+            log.warning("router.lane_read_failed", lane=self._lane, error=str(error) or type(error).__name__)
+            await asyncio.sleep(_RETRY_S)
 
 
 def _places(reply: str) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from services.router.application.group import CommitItem
 from services.router.application.ingest_messages import Ingest
 from services.router.application.items import CursorItem, DeadItem, IngestItem
 from services.router.application.state import RouterState
+from services.router.domain.lane_window import LaneWindow
 from services.router.domain.partition import Cursor, Partition
 from soma_common import ids
 from soma_common.layout import BATCH_FORMAT, LaneLayout
@@ -130,7 +131,7 @@ async def running_lane(server: FaultyNats, backlog: int = 512) -> AsyncIterator[
     mailbox = Mailbox()
     state = RouterState(LAYOUT, cast(Any, None), 10, 10)
     ingest = Ingest(state, cast(Any, None), lambda *_: None)
-    reader = LaneReader(client, js, state, ingest, 0, backlog)
+    reader = LaneReader(client, js, state, ingest, 0, backlog, LaneWindow(0.0, 1000, 1024**3), 100_000)
     mailbox.ingest = ingest
     ingest.committer = reader.committer = cast(Any, mailbox)
     running = asyncio.create_task(reader.run())

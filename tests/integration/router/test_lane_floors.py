@@ -1,5 +1,6 @@
 """What of a lane may be purged: only what every partition of it has, of the stream that is there now."""
 
+from services.router.domain.lane_window import CommittedPlace
 from services.router.domain.partition import Cursor
 from tests.integration.router.store import Store
 from tests.unit.router.builders import STREAM, ingest
@@ -29,3 +30,11 @@ async def test_cursors_that_count_different_streams_say_nothing(store: Store) ->
         await move(store, number, 100)
     await move(store, 7, 5, "made anew")
     assert await store.history.lane_floors(1) == {}
+
+
+async def test_the_log_grows_with_what_is_committed_and_nobody_stands_by(store: Store) -> None:
+    before = await store.history.committed_place()
+    await move(store, 0, 1)
+    after = await store.history.committed_place()
+    assert after == CommittedPlace(after.written, None)
+    assert after.written > before.written

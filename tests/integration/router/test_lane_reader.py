@@ -5,6 +5,8 @@ from time import monotonic
 
 import pytest
 
+from services.router.adapters.inbound_nats import GAPS
+from services.router.application.items import CursorItem
 from services.router.domain.partition import Cursor
 from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.embedded import FaultyNats
@@ -34,6 +36,11 @@ async def settled(value: Callable[[], int], for_s: float = 0.7) -> int:
 
     await eventually(stands_still, timeout_s=10)
     return seen
+
+
+def gaps() -> float:
+    """Gaps counted so far in this process."""
+    return float(GAPS._value.get())
 
 
 def numbers(first: int, count: int) -> list[bytes]:
@@ -198,6 +205,56 @@ async def test_only_the_partition_whose_cursor_does_not_fit_is_read_again(lane: 
     assert lane.mailbox.got == {0: [b"a"] * 2, 1: [b"b"] * 10}
 
 
+async def test_a_cursor_that_does_not_fit_is_taken_back_in_the_store_too(lane: Lane) -> None:
+    """Else it lets others purge what is not read yet: it counts messages that are gone."""
+    places = await lane.send_many(A, 0, 3)
+    partition = lane.own(0, Cursor(places[0].stream, 100, "lost with the tail"))
+    lane.mailbox.stalled = True
+    lane.attach(partition)
+    await eventually(lambda: len(lane.mailbox.waiting) == 4)
+    first = lane.mailbox.waiting[0]
+    assert isinstance(first, CursorItem)
+    assert first.cursor == Cursor(places[0].stream, 0, "")
+
+
+async def test_what_is_removed_before_it_was_read_is_told(lane: Lane) -> None:
+    """While the reader waits for the mailbox somebody purges the lane: the reader's consumer goes on with the next."""
+    before = gaps()
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 5)
+    lane.ingest.backlog = 1_000_000
+    places = await lane.send_many(A, 5, 600)  # more than was asked for before
+    unread = 605 - await settled(lambda: len(lane.mailbox.got[0]))
+    await lane.js.purge_stream(stream_name(0), seq=places[-10].seq)
+    lane.ingest.backlog = 0
+    await eventually(lambda: lane.mailbox.got[0][-10:] == numbers(595, 10))
+    assert unread > 10
+    assert gaps() == before + 1
+
+
+async def test_a_new_database_under_a_lane_that_was_purged_is_told(lane: Lane) -> None:
+    """Its cursors are those of a beginning, and the lane has no beginning."""
+    place = (await lane.send_many(A, 0, 10))[-3]
+    await lane.js.purge_stream(stream_name(0), seq=place.seq)
+    before = gaps()
+    lane.attach(lane.own(0))
+    await eventually(lambda: lane.mailbox.got[0] == numbers(7, 3))
+    assert gaps() == before + 1
+
+
+async def test_a_stream_that_is_gone_is_made_anew_by_its_reader(lane: Lane) -> None:
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.got[0]) == 5)
+    before = gaps()
+    await lane.js.delete_stream(stream_name(0))
+    await eventually(lambda: gaps() == before + 1, timeout_s=10)
+    await eventually(lambda: lane.reader._consumer is not None, timeout_s=10)
+    await lane.send_many(A, 5, 5)
+    await eventually(lambda: lane.mailbox.got[0] == numbers(0, 10), timeout_s=10)
+
+
 # ---- idle cursors and purge
 
 
@@ -266,6 +323,13 @@ async def test_purge_keeps_the_message_at_the_cursor(lane: Lane) -> None:
     lane.attach(again)
     await eventually(lambda: len(lane.mailbox.got[0]) >= 30)
     assert lane.mailbox.got[0] == numbers(0, 20) + numbers(10, 10)
+
+
+async def test_purge_does_not_go_beyond_the_end_of_the_lane(lane: Lane) -> None:
+    """The cursor counts what a restored stream does not have any more: its numbers will be given to other messages."""
+    place = (await lane.send_many(A, 0, 10))[-1]
+    await lane.reader.purge(place.stream, place.seq + 5)
+    assert (await lane.stream()).messages == 10
 
 
 async def test_a_stream_made_anew_is_not_purged_by_the_cursors_of_the_old_one(lane: Lane) -> None:
