@@ -221,6 +221,7 @@ _CLASSES: Mapping[Reason, type[SomaError]] = MappingProxyType(
         r.ERROR_REASON_INVALID_TRANSITION: FailedPrecondition,
         r.ERROR_REASON_TURN_RUNNING: FailedPrecondition,
         r.ERROR_REASON_TURN_NOT_RESUMABLE: FailedPrecondition,
+        r.ERROR_REASON_WATCH_POSITION_UNKNOWN: FailedPrecondition,
         r.ERROR_REASON_LEASE_LOST: Conflict,
         r.ERROR_REASON_PAGE_TOKEN_INVALID: InvalidRequest,
         r.ERROR_REASON_DELIVERY_EXHAUSTED: FailedPrecondition,

@@ -126,6 +126,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The policy refused the message because a turn of the session was running or waiting. The metadata name it."""
     ERROR_REASON_TURN_NOT_RESUMABLE: _ErrorReason.ValueType  # 51
     """The turn cannot be resumed: it runs, or it has its answer."""
+    ERROR_REASON_WATCH_POSITION_UNKNOWN: _ErrorReason.ValueType  # 52
+    """The position to resume a watch from is older than what is kept, or of no turn of the session: watch without a position."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The machine-readable reason of an error: `google.rpc.ErrorInfo.reason` holds the name without the `ERROR_REASON_` prefix, with
@@ -236,4 +238,6 @@ ERROR_REASON_TURN_RUNNING: ErrorReason.ValueType  # 50
 """The policy refused the message because a turn of the session was running or waiting. The metadata name it."""
 ERROR_REASON_TURN_NOT_RESUMABLE: ErrorReason.ValueType  # 51
 """The turn cannot be resumed: it runs, or it has its answer."""
+ERROR_REASON_WATCH_POSITION_UNKNOWN: ErrorReason.ValueType  # 52
+"""The position to resume a watch from is older than what is kept, or of no turn of the session: watch without a position."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -27,41 +27,47 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from soma.common.v1 import message_pb2 as soma_dot_common_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19soma/common/v1/turn.proto\x12\x0esoma.common.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csoma/common/v1/message.proto\"\xa9\x03\n\x08\x44\x65livery\x12\x1f\n\x0b\x64\x65livery_id\x18\x01 \x01(\x0cR\ndeliveryId\x12\x14\n\x05\x61gent\x18\x02 \x01(\tR\x05\x61gent\x12\x18\n\x07session\x18\x03 \x01(\tR\x07session\x12\x1a\n\x08position\x18\x04 \x01(\x04R\x08position\x12\x17\n\x07turn_id\x18\x05 \x01(\x0cR\x06turnId\x12\x31\n\x07outcome\x18\x06 \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x07outcome\x12\x1f\n\x0bmessage_ids\x18\x07 \x03(\x0cR\nmessageIds\x12\x31\n\x07message\x18\x08 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05\x65rror\x18\t \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\x12$\n\x0e\x63reate_time_ms\x18\n \x01(\x03R\x0c\x63reateTimeMs\x12\x18\n\x07\x61ttempt\x18\x0b \x01(\rR\x07\x61ttempt\x12#\n\rabsorbed_into\x18\x0c \x01(\x0cR\x0c\x61\x62sorbedInto\"\xfb\x03\n\tLiveEvent\x12\x14\n\x05\x61gent\x18\x01 \x01(\tR\x05\x61gent\x12\x18\n\x07session\x18\x02 \x01(\tR\x07session\x12\x17\n\x07turn_id\x18\x03 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x04 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x05 \x01(\rR\x04step\x12\x31\n\x05state\x18\x06 \x01(\x0e\x32\x19.soma.common.v1.TurnStateH\x00R\x05state\x12/\n\x04text\x18\x07 \x01(\x0b\x32\x19.soma.common.v1.TextDeltaH\x00R\x04text\x12\x37\n\ttool_call\x18\x08 \x01(\x0b\x32\x18.soma.common.v1.ToolCallH\x00R\x08toolCall\x12=\n\x0btool_result\x18\t \x01(\x0b\x32\x1a.soma.common.v1.ToolResultH\x00R\ntoolResult\x12=\n\trestarted\x18\n \x01(\x0b\x32\x1d.soma.common.v1.TurnRestartedH\x00R\trestarted\x12\x30\n\x05\x65nded\x18\x0b \x01(\x0b\x32\x18.soma.common.v1.DeliveryH\x00R\x05\x65nded\x12\x1f\n\x0bmessage_ids\x18\x0c \x03(\x0cR\nmessageIdsB\x07\n\x05\x65vent\"7\n\tTextDelta\x12\x16\n\x06offset\x18\x01 \x01(\rR\x06offset\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\",\n\rTurnRestarted\x12\x1b\n\tfrom_step\x18\x01 \x01(\rR\x08\x66romStep\"\xa5\x01\n\x04Step\x12\x16\n\x06number\x18\x01 \x01(\rR\x06number\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12,\n\x04\x62ody\x18\x04 \x01(\x0b\x32\x18.soma.common.v1.StepBodyR\x04\x62ody\"\x94\x02\n\x08StepBody\x12\x16\n\x06\x66ormat\x18\x01 \x01(\rR\x06\x66ormat\x12=\n\x0bmodel_reply\x18\x02 \x01(\x0b\x32\x1a.soma.common.v1.ModelReplyH\x00R\nmodelReply\x12@\n\x0ctool_results\x18\x03 \x01(\x0b\x32\x1b.soma.common.v1.ToolResultsH\x00R\x0btoolResults\x12\x34\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x1c.soma.common.v1.FinalMessageH\x00R\x05\x66inal\x12\x31\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x15.soma.common.v1.ErrorH\x00R\x07\x66\x61ilureB\x06\n\x04\x62ody\"\xbd\x01\n\nModelReply\x12\x12\n\x04text\x18\x01 \x01(\tR\x04text\x12\x37\n\ntool_calls\x18\x02 \x03(\x0b\x32\x18.soma.common.v1.ToolCallR\ttoolCalls\x12+\n\x05usage\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.UsageR\x05usage\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x1f\n\x0binputs_seen\x18\x05 \x01(\rR\ninputsSeen\"C\n\x0bToolResults\x12\x34\n\x07results\x18\x01 \x03(\x0b\x32\x1a.soma.common.v1.ToolResultR\x07results\"\xa5\x01\n\x0c\x46inalMessage\x12\x31\n\x07message\x18\x01 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x15.soma.common.v1.UsageR\x05usage\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x1f\n\x0binputs_seen\x18\x04 \x01(\rR\ninputsSeen\"\x84\x01\n\x08ToolCall\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x17\n\x07\x63\x61ll_id\x18\x02 \x01(\tR\x06\x63\x61llId\x12\x12\n\x04tool\x18\x03 \x01(\tR\x04tool\x12\x35\n\targuments\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructR\targuments\"\xac\x01\n\nToolResult\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x17\n\x07\x63\x61ll_id\x18\x02 \x01(\tR\x06\x63\x61llId\x12\x12\n\x04tool\x18\x03 \x01(\tR\x04tool\x12.\n\x06result\x18\x04 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"O\n\x05Usage\x12!\n\x0cinput_tokens\x18\x01 \x01(\rR\x0binputTokens\x12#\n\routput_tokens\x18\x02 \x01(\rR\x0coutputTokens*\x8a\x01\n\tTurnState\x12\x1a\n\x16TURN_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTURN_STATE_IDLE\x10\x01\x12\x17\n\x13TURN_STATE_THINKING\x10\x02\x12\x18\n\x14TURN_STATE_TOOL_CALL\x10\x03\x12\x19\n\x15TURN_STATE_REFLECTING\x10\x04*\xb9\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_FINAL\x10\x01\x12\x11\n\rOUTCOME_ERROR\x10\x02\x12\x14\n\x10OUTCOME_REJECTED\x10\x03\x12\x15\n\x11OUTCOME_CANCELLED\x10\x04\x12\x17\n\x13OUTCOME_INTERRUPTED\x10\x05\x12\x14\n\x10OUTCOME_ABSORBED\x10\x06\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x07*\xda\x01\n\rArrivalPolicy\x12\x1e\n\x1a\x41RRIVAL_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41RRIVAL_POLICY_ENQUEUE\x10\x01\x12\x1d\n\x19\x41RRIVAL_POLICY_ACCUMULATE\x10\x02\x12\x18\n\x14\x41RRIVAL_POLICY_STEER\x10\x03\x12\x1c\n\x18\x41RRIVAL_POLICY_INTERRUPT\x10\x04\x12\x1b\n\x17\x41RRIVAL_POLICY_ROLLBACK\x10\x05\x12\x19\n\x15\x41RRIVAL_POLICY_REJECT\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19soma/common/v1/turn.proto\x12\x0esoma.common.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csoma/common/v1/message.proto\"\xa9\x03\n\x08\x44\x65livery\x12\x1f\n\x0b\x64\x65livery_id\x18\x01 \x01(\x0cR\ndeliveryId\x12\x14\n\x05\x61gent\x18\x02 \x01(\tR\x05\x61gent\x12\x18\n\x07session\x18\x03 \x01(\tR\x07session\x12\x1a\n\x08position\x18\x04 \x01(\x04R\x08position\x12\x17\n\x07turn_id\x18\x05 \x01(\x0cR\x06turnId\x12\x31\n\x07outcome\x18\x06 \x01(\x0e\x32\x17.soma.common.v1.OutcomeR\x07outcome\x12\x1f\n\x0bmessage_ids\x18\x07 \x03(\x0cR\nmessageIds\x12\x31\n\x07message\x18\x08 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05\x65rror\x18\t \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\x12$\n\x0e\x63reate_time_ms\x18\n \x01(\x03R\x0c\x63reateTimeMs\x12\x18\n\x07\x61ttempt\x18\x0b \x01(\rR\x07\x61ttempt\x12#\n\rabsorbed_into\x18\x0c \x01(\x0cR\x0c\x61\x62sorbedInto\"\xa3\x05\n\tLiveEvent\x12\x14\n\x05\x61gent\x18\x01 \x01(\tR\x05\x61gent\x12\x18\n\x07session\x18\x02 \x01(\tR\x07session\x12\x17\n\x07turn_id\x18\x03 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x04 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x05 \x01(\rR\x04step\x12\x31\n\x05state\x18\x06 \x01(\x0e\x32\x19.soma.common.v1.TurnStateH\x00R\x05state\x12/\n\x04text\x18\x07 \x01(\x0b\x32\x19.soma.common.v1.TextDeltaH\x00R\x04text\x12\x37\n\ttool_call\x18\x08 \x01(\x0b\x32\x18.soma.common.v1.ToolCallH\x00R\x08toolCall\x12=\n\x0btool_result\x18\t \x01(\x0b\x32\x1a.soma.common.v1.ToolResultH\x00R\ntoolResult\x12=\n\trestarted\x18\n \x01(\x0b\x32\x1d.soma.common.v1.TurnRestartedH\x00R\trestarted\x12\x30\n\x05\x65nded\x18\x0b \x01(\x0b\x32\x18.soma.common.v1.DeliveryH\x00R\x05\x65nded\x12\x34\n\x06queued\x18\x10 \x01(\x0b\x32\x1a.soma.common.v1.QueueStateH\x00R\x06queued\x12\x1f\n\x0bmessage_ids\x18\x0c \x03(\x0cR\nmessageIds\x12\x1f\n\x0bturn_number\x18\r \x01(\x04R\nturnNumber\x12 \n\tstep_size\x18\x0e \x01(\rH\x01R\x08stepSize\x88\x01\x01\x12\x1f\n\x0bnext_offset\x18\x0f \x01(\rR\nnextOffsetB\x07\n\x05\x65ventB\x0c\n\n_step_size\"\x86\x01\n\rWatchPosition\x12\x17\n\x07turn_id\x18\x01 \x01(\x0cR\x06turnId\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12\x12\n\x04step\x18\x03 \x01(\rR\x04step\x12\x16\n\x06offset\x18\x04 \x01(\rR\x06offset\x12\x14\n\x05\x65nded\x18\x05 \x01(\x08R\x05\x65nded\"^\n\nQueueState\x12:\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.soma.common.v1.WaitingMessageR\x08messages\x12\x14\n\x05\x63ount\x18\x02 \x01(\rR\x05\x63ount\"\\\n\x0eWaitingMessage\x12\x1d\n\nmessage_id\x18\x01 \x01(\x0cR\tmessageId\x12\x14\n\x05place\x18\x02 \x01(\rR\x05place\x12\x15\n\x06\x61ge_ms\x18\x03 \x01(\x04R\x05\x61geMs\"7\n\tTextDelta\x12\x16\n\x06offset\x18\x01 \x01(\rR\x06offset\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\",\n\rTurnRestarted\x12\x1b\n\tfrom_step\x18\x01 \x01(\rR\x08\x66romStep\"\xa5\x01\n\x04Step\x12\x16\n\x06number\x18\x01 \x01(\rR\x06number\x12\x1a\n\x08\x64ispatch\x18\x02 \x01(\rR\x08\x64ispatch\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12,\n\x04\x62ody\x18\x04 \x01(\x0b\x32\x18.soma.common.v1.StepBodyR\x04\x62ody\"\x94\x02\n\x08StepBody\x12\x16\n\x06\x66ormat\x18\x01 \x01(\rR\x06\x66ormat\x12=\n\x0bmodel_reply\x18\x02 \x01(\x0b\x32\x1a.soma.common.v1.ModelReplyH\x00R\nmodelReply\x12@\n\x0ctool_results\x18\x03 \x01(\x0b\x32\x1b.soma.common.v1.ToolResultsH\x00R\x0btoolResults\x12\x34\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x1c.soma.common.v1.FinalMessageH\x00R\x05\x66inal\x12\x31\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x15.soma.common.v1.ErrorH\x00R\x07\x66\x61ilureB\x06\n\x04\x62ody\"\xbd\x01\n\nModelReply\x12\x12\n\x04text\x18\x01 \x01(\tR\x04text\x12\x37\n\ntool_calls\x18\x02 \x03(\x0b\x32\x18.soma.common.v1.ToolCallR\ttoolCalls\x12+\n\x05usage\x18\x03 \x01(\x0b\x32\x15.soma.common.v1.UsageR\x05usage\x12\x14\n\x05model\x18\x04 \x01(\tR\x05model\x12\x1f\n\x0binputs_seen\x18\x05 \x01(\rR\ninputsSeen\"C\n\x0bToolResults\x12\x34\n\x07results\x18\x01 \x03(\x0b\x32\x1a.soma.common.v1.ToolResultR\x07results\"\xa5\x01\n\x0c\x46inalMessage\x12\x31\n\x07message\x18\x01 \x01(\x0b\x32\x17.soma.common.v1.MessageR\x07message\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x15.soma.common.v1.UsageR\x05usage\x12\x14\n\x05model\x18\x03 \x01(\tR\x05model\x12\x1f\n\x0binputs_seen\x18\x04 \x01(\rR\ninputsSeen\"\x84\x01\n\x08ToolCall\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x17\n\x07\x63\x61ll_id\x18\x02 \x01(\tR\x06\x63\x61llId\x12\x12\n\x04tool\x18\x03 \x01(\tR\x04tool\x12\x35\n\targuments\x18\x04 \x01(\x0b\x32\x17.google.protobuf.StructR\targuments\"\xac\x01\n\nToolResult\x12\x14\n\x05index\x18\x01 \x01(\rR\x05index\x12\x17\n\x07\x63\x61ll_id\x18\x02 \x01(\tR\x06\x63\x61llId\x12\x12\n\x04tool\x18\x03 \x01(\tR\x04tool\x12.\n\x06result\x18\x04 \x01(\x0b\x32\x16.google.protobuf.ValueR\x06result\x12+\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x15.soma.common.v1.ErrorR\x05\x65rror\"O\n\x05Usage\x12!\n\x0cinput_tokens\x18\x01 \x01(\rR\x0binputTokens\x12#\n\routput_tokens\x18\x02 \x01(\rR\x0coutputTokens*\x8a\x01\n\tTurnState\x12\x1a\n\x16TURN_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTURN_STATE_IDLE\x10\x01\x12\x17\n\x13TURN_STATE_THINKING\x10\x02\x12\x18\n\x14TURN_STATE_TOOL_CALL\x10\x03\x12\x19\n\x15TURN_STATE_REFLECTING\x10\x04*\xb9\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_FINAL\x10\x01\x12\x11\n\rOUTCOME_ERROR\x10\x02\x12\x14\n\x10OUTCOME_REJECTED\x10\x03\x12\x15\n\x11OUTCOME_CANCELLED\x10\x04\x12\x17\n\x13OUTCOME_INTERRUPTED\x10\x05\x12\x14\n\x10OUTCOME_ABSORBED\x10\x06\x12\x13\n\x0fOUTCOME_EXPIRED\x10\x07*\xda\x01\n\rArrivalPolicy\x12\x1e\n\x1a\x41RRIVAL_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41RRIVAL_POLICY_ENQUEUE\x10\x01\x12\x1d\n\x19\x41RRIVAL_POLICY_ACCUMULATE\x10\x02\x12\x18\n\x14\x41RRIVAL_POLICY_STEER\x10\x03\x12\x1c\n\x18\x41RRIVAL_POLICY_INTERRUPT\x10\x04\x12\x1b\n\x17\x41RRIVAL_POLICY_ROLLBACK\x10\x05\x12\x19\n\x15\x41RRIVAL_POLICY_REJECT\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'soma.common.v1.turn_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TURNSTATE']._serialized_start=2447
-  _globals['_TURNSTATE']._serialized_end=2585
-  _globals['_OUTCOME']._serialized_start=2588
-  _globals['_OUTCOME']._serialized_end=2773
-  _globals['_ARRIVALPOLICY']._serialized_start=2776
-  _globals['_ARRIVALPOLICY']._serialized_end=2994
+  _globals['_TURNSTATE']._serialized_start=2942
+  _globals['_TURNSTATE']._serialized_end=3080
+  _globals['_OUTCOME']._serialized_start=3083
+  _globals['_OUTCOME']._serialized_end=3268
+  _globals['_ARRIVALPOLICY']._serialized_start=3271
+  _globals['_ARRIVALPOLICY']._serialized_end=3489
   _globals['_DELIVERY']._serialized_start=139
   _globals['_DELIVERY']._serialized_end=564
   _globals['_LIVEEVENT']._serialized_start=567
-  _globals['_LIVEEVENT']._serialized_end=1074
-  _globals['_TEXTDELTA']._serialized_start=1076
-  _globals['_TEXTDELTA']._serialized_end=1131
-  _globals['_TURNRESTARTED']._serialized_start=1133
-  _globals['_TURNRESTARTED']._serialized_end=1177
-  _globals['_STEP']._serialized_start=1180
-  _globals['_STEP']._serialized_end=1345
-  _globals['_STEPBODY']._serialized_start=1348
-  _globals['_STEPBODY']._serialized_end=1624
-  _globals['_MODELREPLY']._serialized_start=1627
-  _globals['_MODELREPLY']._serialized_end=1816
-  _globals['_TOOLRESULTS']._serialized_start=1818
-  _globals['_TOOLRESULTS']._serialized_end=1885
-  _globals['_FINALMESSAGE']._serialized_start=1888
-  _globals['_FINALMESSAGE']._serialized_end=2053
-  _globals['_TOOLCALL']._serialized_start=2056
-  _globals['_TOOLCALL']._serialized_end=2188
-  _globals['_TOOLRESULT']._serialized_start=2191
-  _globals['_TOOLRESULT']._serialized_end=2363
-  _globals['_USAGE']._serialized_start=2365
-  _globals['_USAGE']._serialized_end=2444
+  _globals['_LIVEEVENT']._serialized_end=1242
+  _globals['_WATCHPOSITION']._serialized_start=1245
+  _globals['_WATCHPOSITION']._serialized_end=1379
+  _globals['_QUEUESTATE']._serialized_start=1381
+  _globals['_QUEUESTATE']._serialized_end=1475
+  _globals['_WAITINGMESSAGE']._serialized_start=1477
+  _globals['_WAITINGMESSAGE']._serialized_end=1569
+  _globals['_TEXTDELTA']._serialized_start=1571
+  _globals['_TEXTDELTA']._serialized_end=1626
+  _globals['_TURNRESTARTED']._serialized_start=1628
+  _globals['_TURNRESTARTED']._serialized_end=1672
+  _globals['_STEP']._serialized_start=1675
+  _globals['_STEP']._serialized_end=1840
+  _globals['_STEPBODY']._serialized_start=1843
+  _globals['_STEPBODY']._serialized_end=2119
+  _globals['_MODELREPLY']._serialized_start=2122
+  _globals['_MODELREPLY']._serialized_end=2311
+  _globals['_TOOLRESULTS']._serialized_start=2313
+  _globals['_TOOLRESULTS']._serialized_end=2380
+  _globals['_FINALMESSAGE']._serialized_start=2383
+  _globals['_FINALMESSAGE']._serialized_end=2548
+  _globals['_TOOLCALL']._serialized_start=2551
+  _globals['_TOOLCALL']._serialized_end=2683
+  _globals['_TOOLRESULT']._serialized_start=2686
+  _globals['_TOOLRESULT']._serialized_end=2858
+  _globals['_USAGE']._serialized_start=2860
+  _globals['_USAGE']._serialized_end=2939
 # @@protoc_insertion_point(module_scope)

@@ -214,6 +214,10 @@ Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 class LiveEvent(_message.Message):
     """Something a running turn does, shown as it happens. Never stored and never acknowledged: the journal and the delivery hold the
     content for good. Its place is (turn_id, dispatch, step, offset); of two events of a turn the one of the higher dispatch counts.
+
+    The content of a step is its text and, behind it, its tool calls or results. Offsets count it: one for each Unicode code point of the
+    text, one for each call or result. So a text covers the offsets from `text.offset` on, one for each of its code points, and a call or
+    result covers the one before its `next_offset`.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -229,7 +233,11 @@ class LiveEvent(_message.Message):
     TOOL_RESULT_FIELD_NUMBER: _builtins.int
     RESTARTED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     MESSAGE_IDS_FIELD_NUMBER: _builtins.int
+    TURN_NUMBER_FIELD_NUMBER: _builtins.int
+    STEP_SIZE_FIELD_NUMBER: _builtins.int
+    NEXT_OFFSET_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """The agent."""
     session: _builtins.str
@@ -242,6 +250,14 @@ class LiveEvent(_message.Message):
     """The step that runs, from 1."""
     state: Global___TurnState.ValueType
     """The turn changed its state."""
+    turn_number: _builtins.int
+    """Number of the turn in its session, set on states and `ended`. 0 for a rejected message, which ran no turn."""
+    step_size: _builtins.int
+    """Size of the step before `step` (of `step` itself on `ended`) in offsets, set where it is known to be whole: who has seen less of it
+    has missed something.
+    """
+    next_offset: _builtins.int
+    """Of a call or result: the offset behind it."""
     @_builtins.property
     def text(self) -> Global___TextDelta:
         """Text the model has produced."""
@@ -263,6 +279,10 @@ class LiveEvent(_message.Message):
         """The turn ended, as a delivery for watchers that are not the channel's adapter."""
 
     @_builtins.property
+    def queued(self) -> Global___QueueState:
+        """Which messages wait; sent to watchers of a session, first and when it has changed. It belongs to no turn."""
+
+    @_builtins.property
     def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """The accepted messages the turn answers; set on the first state of a dispatch and in snapshots."""
 
@@ -280,17 +300,126 @@ class LiveEvent(_message.Message):
         tool_result: Global___ToolResult | None = ...,
         restarted: Global___TurnRestarted | None = ...,
         ended: Global___Delivery | None = ...,
+        queued: Global___QueueState | None = ...,
         message_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        turn_number: _builtins.int = ...,
+        step_size: _builtins.int | None = ...,
+        next_offset: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "event", b"event", "restarted", b"restarted", "state", b"state", "text", b"text", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_size", b"_step_size", "ended", b"ended", "event", b"event", "queued", b"queued", "restarted", b"restarted", "state", b"state", "step_size", b"step_size", "text", b"text", "tool_call", b"tool_call", "tool_result", b"tool_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "dispatch", b"dispatch", "ended", b"ended", "event", b"event", "message_ids", b"message_ids", "restarted", b"restarted", "session", b"session", "state", b"state", "step", b"step", "text", b"text", "tool_call", b"tool_call", "tool_result", b"tool_result", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_size", b"_step_size", "agent", b"agent", "dispatch", b"dispatch", "ended", b"ended", "event", b"event", "message_ids", b"message_ids", "next_offset", b"next_offset", "queued", b"queued", "restarted", b"restarted", "session", b"session", "state", b"state", "step", b"step", "step_size", b"step_size", "text", b"text", "tool_call", b"tool_call", "tool_result", b"tool_result", "turn_id", b"turn_id", "turn_number", b"turn_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "text", "tool_call", "tool_result", "restarted", "ended"]  # noqa: Y015
+    _WhichOneofReturnType__step_size: _TypeAlias = _typing.Literal["step_size"]  # noqa: Y015
+    _WhichOneofArgType__step_size: _TypeAlias = _typing.Literal["_step_size", b"_step_size"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["state", "text", "tool_call", "tool_result", "restarted", "ended", "queued"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_size) -> _WhichOneofReturnType__step_size | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___LiveEvent: _TypeAlias = LiveEvent  # noqa: Y015
+
+@_typing.final
+class WatchPosition(_message.Message):
+    """A place in what a session's turns do: everything before it was seen. Watches name it with each event; sent back in `resume_from` it
+    makes a later watch, at any gateway or router, go on exactly there, for at least 24 hours.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURN_ID_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    turn_id: _builtins.bytes
+    """The turn, 16 bytes. Empty: before the session's first turn."""
+    dispatch: _builtins.int
+    """The dispatch that the content seen of `step` came from. Had the step to be done again by a later one, the watch begins with
+    TurnRestarted and shows the step anew.
+    """
+    step: _builtins.int
+    """The step, from 1: the steps before it were seen whole. 0 is read as 1."""
+    offset: _builtins.int
+    """How much of the step was seen, as LiveEvent counts it. Its next content begins here."""
+    ended: _builtins.bool
+    """Whether the end of the turn was seen too: a watch of the session goes on with the next turn."""
+    def __init__(
+        self,
+        *,
+        turn_id: _builtins.bytes = ...,
+        dispatch: _builtins.int = ...,
+        step: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch", b"dispatch", "ended", b"ended", "offset", b"offset", "step", b"step", "turn_id", b"turn_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchPosition: _TypeAlias = WatchPosition  # noqa: Y015
+
+@_typing.final
+class QueueState(_message.Message):
+    """The messages of a session that wait for a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many wait in all."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingMessage]:
+        """The first of them in order, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___WaitingMessage] | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
+
+@_typing.final
+class WaitingMessage(_message.Message):
+    """A message that waits for its turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    AGE_MS_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.bytes
+    """The message, 16 bytes."""
+    place: _builtins.int
+    """Its place in the queue, from 1."""
+    age_ms: _builtins.int
+    """How long it has waited, in milliseconds."""
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.bytes = ...,
+        place: _builtins.int = ...,
+        age_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "message_id", b"message_id", "place", b"place"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingMessage: _TypeAlias = WaitingMessage  # noqa: Y015
 
 @_typing.final
 class TextDelta(_message.Message):

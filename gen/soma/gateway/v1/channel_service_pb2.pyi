@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from soma.common.v1 import message_pb2 as _message_pb2
 from soma.common.v1 import turn_pb2 as _turn_pb2
 import builtins as _builtins
@@ -19,6 +20,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Decision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_UNSPECIFIED: _Decision.ValueType  # 0
+    """Not asked for."""
+    DECISION_QUEUED: _Decision.ValueType  # 1
+    """It waits for its turn."""
+    DECISION_TAKEN: _Decision.ValueType  # 2
+    """A turn has taken it."""
+    DECISION_ENDED: _Decision.ValueType  # 3
+    """The turn that took it has ended."""
+
+class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
+    """What became of an accepted message."""
+
+DECISION_UNSPECIFIED: Decision.ValueType  # 0
+"""Not asked for."""
+DECISION_QUEUED: Decision.ValueType  # 1
+"""It waits for its turn."""
+DECISION_TAKEN: Decision.ValueType  # 2
+"""A turn has taken it."""
+DECISION_ENDED: Decision.ValueType  # 3
+"""The turn that took it has ended."""
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -427,12 +456,17 @@ class SendMessageRequest(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     NO_DELIVERY_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_DECISION_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """The same key and content always mean the same message. Scope: the session."""
     policy: _turn_pb2.ArrivalPolicy.ValueType
     """What to do if a turn is running; unset: what the agent says."""
     no_delivery: _builtins.bool
     """True: the answer is not delivered to the channel's adapters; the caller watches or reads it."""
+    wait_for_decision: _builtins.bool
+    """True: answer only when it is known what becomes of the message. When the time is over before, the call ends with DEADLINE_EXCEEDED;
+    the message is stored all the same, and calling again with the same key asks again.
+    """
     @_builtins.property
     def session(self) -> _message_pb2.SessionKey:
         """The conversation."""
@@ -449,10 +483,11 @@ class SendMessageRequest(_message.Message):
         message: _message_pb2.Message | None = ...,
         policy: _turn_pb2.ArrivalPolicy.ValueType = ...,
         no_delivery: _builtins.bool = ...,
+        wait_for_decision: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "message", b"message", "no_delivery", b"no_delivery", "policy", b"policy", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotency_key", b"idempotency_key", "message", b"message", "no_delivery", b"no_delivery", "policy", b"policy", "session", b"session", "wait_for_decision", b"wait_for_decision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,6 +502,8 @@ class SendMessageResponse(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     SESSION_NAME_FIELD_NUMBER: _builtins.int
     TURN_NAME_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
     message_id: _builtins.str
     """The message's id, 32 hex digits."""
     session_name: _builtins.str
@@ -474,17 +511,24 @@ class SendMessageResponse(_message.Message):
     turn_name: _builtins.str
     """Resource name of the turn that answers it when the message gets a turn of its own, as under policy enqueue. Of a key that was used
     before for other content it is the turn of that content: StreamTurn and ListMessages show the one with the error.
+    With `wait_for_decision` it is the turn that takes the message, or empty while it waits.
     """
+    decision: Global___Decision.ValueType
+    """What became of the message, if the call waited for it."""
+    ahead: _builtins.int
+    """Of a message that waits: how many of its session are before it, the running turn included."""
     def __init__(
         self,
         *,
         message_id: _builtins.str = ...,
         session_name: _builtins.str = ...,
         turn_name: _builtins.str = ...,
+        decision: Global___Decision.ValueType = ...,
+        ahead: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_id", b"message_id", "session_name", b"session_name", "turn_name", b"turn_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "decision", b"decision", "message_id", b"message_id", "session_name", b"session_name", "turn_name", b"turn_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -569,3 +613,119 @@ class StreamTurnResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___StreamTurnResponse: _TypeAlias = StreamTurnResponse  # noqa: Y015
+
+@_typing.final
+class WatchTurnRequest(_message.Message):
+    """Starts a watch of a turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name of the turn."""
+    @_builtins.property
+    def resume_from(self) -> _turn_pb2.WatchPosition:
+        """The position of the last event that was processed: the watch goes on behind it. Unset: from the turn's beginning."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        resume_from: _turn_pb2.WatchPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "resume_from", b"resume_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTurnRequest: _TypeAlias = WatchTurnRequest  # noqa: Y015
+
+@_typing.final
+class WatchTurnResponse(_message.Message):
+    """One event of the watched turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _turn_pb2.LiveEvent:
+        """What happened."""
+
+    @_builtins.property
+    def position(self) -> _turn_pb2.WatchPosition:
+        """The place behind the event: send it back in `resume_from` to go on from here."""
+
+    def __init__(
+        self,
+        *,
+        event: _turn_pb2.LiveEvent | None = ...,
+        position: _turn_pb2.WatchPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTurnResponse: _TypeAlias = WatchTurnResponse  # noqa: Y015
+
+@_typing.final
+class WatchSessionRequest(_message.Message):
+    """Starts a watch of a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name of the session."""
+    @_builtins.property
+    def resume_from(self) -> _turn_pb2.WatchPosition:
+        """The position of the last event that was processed: the watch goes on behind it. Unset: from the beginning of the running turn."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        resume_from: _turn_pb2.WatchPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resume_from", b"resume_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "resume_from", b"resume_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSessionRequest: _TypeAlias = WatchSessionRequest  # noqa: Y015
+
+@_typing.final
+class WatchSessionResponse(_message.Message):
+    """One event of the watched session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _turn_pb2.LiveEvent:
+        """What happened."""
+
+    @_builtins.property
+    def position(self) -> _turn_pb2.WatchPosition:
+        """The place behind the event: send it back in `resume_from` to go on from here."""
+
+    def __init__(
+        self,
+        *,
+        event: _turn_pb2.LiveEvent | None = ...,
+        position: _turn_pb2.WatchPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "position", b"position"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "position", b"position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSessionResponse: _TypeAlias = WatchSessionResponse  # noqa: Y015

@@ -50,6 +50,16 @@ class ChannelServiceStub:
                 request_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnRequest.SerializeToString,
                 response_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnResponse.FromString,
                 _registered_method=True)
+        self.WatchTurn = channel.unary_stream(
+                '/soma.gateway.v1.ChannelService/WatchTurn',
+                request_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnRequest.SerializeToString,
+                response_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnResponse.FromString,
+                _registered_method=True)
+        self.WatchSession = channel.unary_stream(
+                '/soma.gateway.v1.ChannelService/WatchSession',
+                request_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionResponse.FromString,
+                _registered_method=True)
 
 
 class ChannelServiceServicer:
@@ -69,15 +79,31 @@ class ChannelServiceServicer:
 
     def SendMessage(self, request, context):
         """Accepts one message. The answer is the receipt: the message is stored and will be answered exactly once. A call with the same
-        idempotency key and content has the same message id, however often it is made.
+        idempotency key and content has the same message id, however often it is made. With `wait_for_decision` the answer comes when it is
+        known what became of the message; one that its policy refused ends the call with TURN_RUNNING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamTurn(self, request, context):
-        """Accepts one message and streams its turn: receipt, live events, and last the outcome. Leaving the stream stops nothing. Calling
-        again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended.
+        """Accepts one message and streams the turn that answers it: receipt, live events, and last the outcome. Leaving the stream stops
+        nothing. Calling again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended. A message
+        that goes over to another turn, as a rollback makes it, is followed there: the turn that gave it up ends with a live event `ended`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTurn(self, request, context):
+        """Streams what a turn does, as soma.router.v1.TurnService.WatchTurn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchSession(self, request, context):
+        """Streams what the turns of a session do, as soma.router.v1.SessionService.WatchSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +126,16 @@ def add_ChannelServiceServicer_to_server(servicer, server):
                     servicer.StreamTurn,
                     request_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnRequest.FromString,
                     response_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnResponse.SerializeToString,
+            ),
+            'WatchTurn': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTurn,
+                    request_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnRequest.FromString,
+                    response_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnResponse.SerializeToString,
+            ),
+            'WatchSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSession,
+                    request_deserializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionRequest.FromString,
+                    response_serializer=soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +220,60 @@ class ChannelService:
             '/soma.gateway.v1.ChannelService/StreamTurn',
             soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnRequest.SerializeToString,
             soma_dot_gateway_dot_v1_dot_channel__service__pb2.StreamTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTurn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/soma.gateway.v1.ChannelService/WatchTurn',
+            soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnRequest.SerializeToString,
+            soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchTurnResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/soma.gateway.v1.ChannelService/WatchSession',
+            soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionRequest.SerializeToString,
+            soma_dot_gateway_dot_v1_dot_channel__service__pb2.WatchSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

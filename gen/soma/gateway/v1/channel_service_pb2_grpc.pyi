@@ -42,12 +42,18 @@ class ChannelServiceStub:
     """
     SendMessage: _grpc.UnaryUnaryMultiCallable[_channel_service_pb2.SendMessageRequest, _channel_service_pb2.SendMessageResponse]
     """Accepts one message. The answer is the receipt: the message is stored and will be answered exactly once. A call with the same
-    idempotency key and content has the same message id, however often it is made.
+    idempotency key and content has the same message id, however often it is made. With `wait_for_decision` the answer comes when it is
+    known what became of the message; one that its policy refused ends the call with TURN_RUNNING.
     """
     StreamTurn: _grpc.UnaryStreamMultiCallable[_channel_service_pb2.StreamTurnRequest, _channel_service_pb2.StreamTurnResponse]
-    """Accepts one message and streams its turn: receipt, live events, and last the outcome. Leaving the stream stops nothing. Calling
-    again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended.
+    """Accepts one message and streams the turn that answers it: receipt, live events, and last the outcome. Leaving the stream stops
+    nothing. Calling again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended. A message
+    that goes over to another turn, as a rollback makes it, is followed there: the turn that gave it up ends with a live event `ended`.
     """
+    WatchTurn: _grpc.UnaryStreamMultiCallable[_channel_service_pb2.WatchTurnRequest, _channel_service_pb2.WatchTurnResponse]
+    """Streams what a turn does, as soma.router.v1.TurnService.WatchTurn."""
+    WatchSession: _grpc.UnaryStreamMultiCallable[_channel_service_pb2.WatchSessionRequest, _channel_service_pb2.WatchSessionResponse]
+    """Streams what the turns of a session do, as soma.router.v1.SessionService.WatchSession."""
 
 @_typing.type_check_only
 class ChannelServiceAsyncStub(ChannelServiceStub):
@@ -63,12 +69,18 @@ class ChannelServiceAsyncStub(ChannelServiceStub):
     """
     SendMessage: _aio.UnaryUnaryMultiCallable[_channel_service_pb2.SendMessageRequest, _channel_service_pb2.SendMessageResponse]  # type: ignore[assignment]
     """Accepts one message. The answer is the receipt: the message is stored and will be answered exactly once. A call with the same
-    idempotency key and content has the same message id, however often it is made.
+    idempotency key and content has the same message id, however often it is made. With `wait_for_decision` the answer comes when it is
+    known what became of the message; one that its policy refused ends the call with TURN_RUNNING.
     """
     StreamTurn: _aio.UnaryStreamMultiCallable[_channel_service_pb2.StreamTurnRequest, _channel_service_pb2.StreamTurnResponse]  # type: ignore[assignment]
-    """Accepts one message and streams its turn: receipt, live events, and last the outcome. Leaving the stream stops nothing. Calling
-    again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended.
+    """Accepts one message and streams the turn that answers it: receipt, live events, and last the outcome. Leaving the stream stops
+    nothing. Calling again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended. A message
+    that goes over to another turn, as a rollback makes it, is followed there: the turn that gave it up ends with a live event `ended`.
     """
+    WatchTurn: _aio.UnaryStreamMultiCallable[_channel_service_pb2.WatchTurnRequest, _channel_service_pb2.WatchTurnResponse]  # type: ignore[assignment]
+    """Streams what a turn does, as soma.router.v1.TurnService.WatchTurn."""
+    WatchSession: _aio.UnaryStreamMultiCallable[_channel_service_pb2.WatchSessionRequest, _channel_service_pb2.WatchSessionResponse]  # type: ignore[assignment]
+    """Streams what the turns of a session do, as soma.router.v1.SessionService.WatchSession."""
 
 class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Messages in, answers out."""
@@ -93,7 +105,8 @@ class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_channel_service_pb2.SendMessageResponse, _abc.Awaitable[_channel_service_pb2.SendMessageResponse]]:
         """Accepts one message. The answer is the receipt: the message is stored and will be answered exactly once. A call with the same
-        idempotency key and content has the same message id, however often it is made.
+        idempotency key and content has the same message id, however often it is made. With `wait_for_decision` the answer comes when it is
+        known what became of the message; one that its policy refused ends the call with TURN_RUNNING.
         """
 
     @_abc_1.abstractmethod
@@ -102,8 +115,25 @@ class ChannelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _channel_service_pb2.StreamTurnRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_channel_service_pb2.StreamTurnResponse], _abc.AsyncIterator[_channel_service_pb2.StreamTurnResponse]]:
-        """Accepts one message and streams its turn: receipt, live events, and last the outcome. Leaving the stream stops nothing. Calling
-        again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended.
+        """Accepts one message and streams the turn that answers it: receipt, live events, and last the outcome. Leaving the stream stops
+        nothing. Calling again with the same idempotency key goes on watching the same turn, or returns its outcome if it has ended. A message
+        that goes over to another turn, as a rollback makes it, is followed there: the turn that gave it up ends with a live event `ended`.
         """
+
+    @_abc_1.abstractmethod
+    def WatchTurn(
+        self,
+        request: _channel_service_pb2.WatchTurnRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_channel_service_pb2.WatchTurnResponse], _abc.AsyncIterator[_channel_service_pb2.WatchTurnResponse]]:
+        """Streams what a turn does, as soma.router.v1.TurnService.WatchTurn."""
+
+    @_abc_1.abstractmethod
+    def WatchSession(
+        self,
+        request: _channel_service_pb2.WatchSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_channel_service_pb2.WatchSessionResponse], _abc.AsyncIterator[_channel_service_pb2.WatchSessionResponse]]:
+        """Streams what the turns of a session do, as soma.router.v1.SessionService.WatchSession."""
 
 def add_ChannelServiceServicer_to_server(servicer: ChannelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -266,6 +266,9 @@ class WatchQuery(_message.Message):
     TURN_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     session_id: _builtins.bytes
     """The session, 16 bytes."""
     message_id: _builtins.bytes
@@ -278,6 +281,16 @@ class WatchQuery(_message.Message):
     """Hash of the message's content, 16 bytes: of two messages under one idempotency key, which have one message id, it names one. Empty:
     the message that had the key first.
     """
+    session: _builtins.bool
+    """Whether the session is watched: behind the end of a turn comes the next one, and the answer says which messages wait."""
+    resumed: _builtins.bool
+    """Whether `after` was given by the client: a turn that is not known makes the position unknown, not the turn one that is still to come."""
+    @_builtins.property
+    def after(self) -> _turn_pb2.WatchPosition:
+        """The place behind which content is wanted, page by page. Its turn, if it names one, counts before those above. Unset: one answer with
+        as much of the turn as fits, for gateways of the release before.
+        """
+
     def __init__(
         self,
         *,
@@ -286,10 +299,13 @@ class WatchQuery(_message.Message):
         turn_id: _builtins.bytes = ...,
         agent: _builtins.str = ...,
         content_hash: _builtins.bytes = ...,
+        after: _turn_pb2.WatchPosition | None = ...,
+        session: _builtins.bool = ...,
+        resumed: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "content_hash", b"content_hash", "message_id", b"message_id", "session_id", b"session_id", "turn_id", b"turn_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "agent", b"agent", "content_hash", b"content_hash", "message_id", b"message_id", "resumed", b"resumed", "session", b"session", "session_id", b"session_id", "turn_id", b"turn_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -305,15 +321,29 @@ class WatchSnapshot(_message.Message):
     KNOWN_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
     AHEAD_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    POSITION_UNKNOWN_FIELD_NUMBER: _builtins.int
+    IDLE_AT_FIELD_NUMBER: _builtins.int
+    IDLE_NUMBER_FIELD_NUMBER: _builtins.int
     known: _builtins.bool
     """False if the owner knows neither the message nor the turn (yet)."""
     queued: _builtins.bool
     """True while the message waits for its turn."""
     ahead: _builtins.int
     """How many messages of the session are before it."""
+    more: _builtins.bool
+    """True if more follows: ask again from behind the last event."""
+    position_unknown: _builtins.bool
+    """True if `after` names a turn that is not in the session."""
+    idle_number: _builtins.int
+    """Number of that turn."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_turn_pb2.LiveEvent]:
         """The state as events: the current dispatch, its journaled calls and results, the text of the running step so far; or the outcome."""
+
+    @_builtins.property
+    def idle_at(self) -> _turn_pb2.WatchPosition:
+        """Of a session in which no turn runs: the place behind its last turn."""
 
     def __init__(
         self,
@@ -322,10 +352,14 @@ class WatchSnapshot(_message.Message):
         known: _builtins.bool = ...,
         queued: _builtins.bool = ...,
         ahead: _builtins.int = ...,
+        more: _builtins.bool = ...,
+        position_unknown: _builtins.bool = ...,
+        idle_at: _turn_pb2.WatchPosition | None = ...,
+        idle_number: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_at", b"idle_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "events", b"events", "known", b"known", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "events", b"events", "idle_at", b"idle_at", "idle_number", b"idle_number", "known", b"known", "more", b"more", "position_unknown", b"position_unknown", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class SessionServiceStub:
                 request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.SerializeToString,
                 response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.FromString,
                 _registered_method=True)
+        self.WatchSession = channel.unary_stream(
+                '/soma.router.v1.SessionService/WatchSession',
+                request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionRequest.SerializeToString,
+                response_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionResponse.FromString,
+                _registered_method=True)
         self.PauseSession = channel.unary_unary(
                 '/soma.router.v1.SessionService/PauseSession',
                 request_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.PauseSessionRequest.SerializeToString,
@@ -92,6 +97,15 @@ class SessionServiceServicer:
 
     def ListMessages(self, request, context):
         """Lists the messages of a session in the order accepted, each with its outcome.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchSession(self, request, context):
+        """Streams what the turns of a session do, until the caller leaves: first which messages wait and all of the running turn so far, then
+        what happens in this turn and every later one. Guarantees are those of TurnService.WatchTurn. A watch that is resumed shows the turns
+        that ended meanwhile, in order. The session need not exist yet. Rejected messages run no turn and are not shown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +158,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.ListMessages,
                     request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.FromString,
                     response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.SerializeToString,
+            ),
+            'WatchSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSession,
+                    request_deserializer=soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionRequest.FromString,
+                    response_serializer=soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionResponse.SerializeToString,
             ),
             'PauseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseSession,
@@ -248,6 +267,33 @@ class SessionService:
             '/soma.router.v1.SessionService/ListMessages',
             soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesRequest.SerializeToString,
             soma_dot_router_dot_v1_dot_session__service__pb2.ListMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/soma.router.v1.SessionService/WatchSession',
+            soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionRequest.SerializeToString,
+            soma_dot_router_dot_v1_dot_session__service__pb2.WatchSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class SessionServiceStub:
     """Lists sessions of a tenant, by agent, channel and session."""
     ListMessages: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]
     """Lists the messages of a session in the order accepted, each with its outcome."""
+    WatchSession: _grpc.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]
+    """Streams what the turns of a session do, until the caller leaves: first which messages wait and all of the running turn so far, then
+    what happens in this turn and every later one. Guarantees are those of TurnService.WatchTurn. A watch that is resumed shows the turns
+    that ended meanwhile, in order. The session need not exist yet. Rejected messages run no turn and are not shown.
+    """
     PauseSession: _grpc.UnaryUnaryMultiCallable[_session_service_pb2.PauseSessionRequest, _session_service_pb2.PauseSessionResponse]
     """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
     nothing. Answered once it is stored, behind every message accepted before.
@@ -63,6 +68,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """Lists sessions of a tenant, by agent, channel and session."""
     ListMessages: _aio.UnaryUnaryMultiCallable[_session_service_pb2.ListMessagesRequest, _session_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Lists the messages of a session in the order accepted, each with its outcome."""
+    WatchSession: _aio.UnaryStreamMultiCallable[_session_service_pb2.WatchSessionRequest, _session_service_pb2.WatchSessionResponse]  # type: ignore[assignment]
+    """Streams what the turns of a session do, until the caller leaves: first which messages wait and all of the running turn so far, then
+    what happens in this turn and every later one. Guarantees are those of TurnService.WatchTurn. A watch that is resumed shows the turns
+    that ended meanwhile, in order. The session need not exist yet. Rejected messages run no turn and are not shown.
+    """
     PauseSession: _aio.UnaryUnaryMultiCallable[_session_service_pb2.PauseSessionRequest, _session_service_pb2.PauseSessionResponse]  # type: ignore[assignment]
     """Starts no turn of the session from here on. What runs ends; messages are accepted and wait. Pausing a paused session changes
     nothing. Answered once it is stored, behind every message accepted before.
@@ -102,6 +112,17 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_service_pb2.ListMessagesResponse, _abc.Awaitable[_session_service_pb2.ListMessagesResponse]]:
         """Lists the messages of a session in the order accepted, each with its outcome."""
+
+    @_abc_1.abstractmethod
+    def WatchSession(
+        self,
+        request: _session_service_pb2.WatchSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_service_pb2.WatchSessionResponse], _abc.AsyncIterator[_session_service_pb2.WatchSessionResponse]]:
+        """Streams what the turns of a session do, until the caller leaves: first which messages wait and all of the running turn so far, then
+        what happens in this turn and every later one. Guarantees are those of TurnService.WatchTurn. A watch that is resumed shows the turns
+        that ended meanwhile, in order. The session need not exist yet. Rejected messages run no turn and are not shown.
+        """
 
     @_abc_1.abstractmethod
     def PauseSession(

@@ -98,8 +98,9 @@ class TurnServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchTurn(self, request, context):
-        """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
-        watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+        """Streams what a turn does: first all of it so far, then what happens, last its outcome. All watchers see the same content, without
+        gap or repetition; text of a try that was given up is taken back by TurnRestarted. A watcher that reads too slowly is told to resume
+        with RESOURCE_EXHAUSTED, one whose token expires with UNAUTHENTICATED. Leaving stops nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

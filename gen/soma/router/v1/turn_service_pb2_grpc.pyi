@@ -40,8 +40,9 @@ class TurnServiceStub:
     ListSteps: _grpc.UnaryUnaryMultiCallable[_turn_service_pb2.ListStepsRequest, _turn_service_pb2.ListStepsResponse]
     """Lists the journaled steps of a turn in order."""
     WatchTurn: _grpc.UnaryStreamMultiCallable[_turn_service_pb2.WatchTurnRequest, _turn_service_pb2.WatchTurnResponse]
-    """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
-    watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+    """Streams what a turn does: first all of it so far, then what happens, last its outcome. All watchers see the same content, without
+    gap or repetition; text of a try that was given up is taken back by TurnRestarted. A watcher that reads too slowly is told to resume
+    with RESOURCE_EXHAUSTED, one whose token expires with UNAUTHENTICATED. Leaving stops nothing.
     """
     InterruptTurn: _grpc.UnaryUnaryMultiCallable[_turn_service_pb2.InterruptTurnRequest, _turn_service_pb2.InterruptTurnResponse]
     """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
@@ -68,8 +69,9 @@ class TurnServiceAsyncStub(TurnServiceStub):
     ListSteps: _aio.UnaryUnaryMultiCallable[_turn_service_pb2.ListStepsRequest, _turn_service_pb2.ListStepsResponse]  # type: ignore[assignment]
     """Lists the journaled steps of a turn in order."""
     WatchTurn: _aio.UnaryStreamMultiCallable[_turn_service_pb2.WatchTurnRequest, _turn_service_pb2.WatchTurnResponse]  # type: ignore[assignment]
-    """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
-    watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+    """Streams what a turn does: first all of it so far, then what happens, last its outcome. All watchers see the same content, without
+    gap or repetition; text of a try that was given up is taken back by TurnRestarted. A watcher that reads too slowly is told to resume
+    with RESOURCE_EXHAUSTED, one whose token expires with UNAUTHENTICATED. Leaving stops nothing.
     """
     InterruptTurn: _aio.UnaryUnaryMultiCallable[_turn_service_pb2.InterruptTurnRequest, _turn_service_pb2.InterruptTurnResponse]  # type: ignore[assignment]
     """Stops a turn and keeps its work: the text it has said and the tools it has called are the context of what comes next. Answered
@@ -117,8 +119,9 @@ class TurnServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _turn_service_pb2.WatchTurnRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_turn_service_pb2.WatchTurnResponse], _abc.AsyncIterator[_turn_service_pb2.WatchTurnResponse]]:
-        """Streams what a turn does: first where it stands, then what happens, last its outcome. All watchers see the same content. A
-        watcher that reads too slowly is told to resume with RESOURCE_EXHAUSTED.
+        """Streams what a turn does: first all of it so far, then what happens, last its outcome. All watchers see the same content, without
+        gap or repetition; text of a try that was given up is taken back by TurnRestarted. A watcher that reads too slowly is told to resume
+        with RESOURCE_EXHAUSTED, one whose token expires with UNAUTHENTICATED. Leaving stops nothing.
         """
 
     @_abc_1.abstractmethod
