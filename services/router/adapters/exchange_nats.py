@@ -18,6 +18,7 @@ from nats.errors import Error as NatsError
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 from soma.router.v1.outbound_pb2 import AckBatch, LiveBatch, OutBatch, Presence, WatchQuery, WatchSnapshot
 
+from soma_common.failpoints import failpoint
 from soma_common.nats import subjects
 from soma_common.telemetry.metrics import counter
 
@@ -87,6 +88,7 @@ class NatsOutbox:
             live, self._live = self._live, {}
             if not self._may_speak():
                 continue
+            failpoint("router.before_handover")
             failed = [
                 await self._publish(subjects.outbound(tenant, gateway), part)
                 for (tenant, gateway), batch in out.items()
@@ -96,6 +98,7 @@ class NatsOutbox:
                 for (tenant, session_id), events in live.items()
                 for part in _live_parts(events)
             ]
+            failpoint("router.after_handover")
             errors = [error for error in failed if error]
             if errors:
                 LOST.inc(len(errors))

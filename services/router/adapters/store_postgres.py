@@ -107,6 +107,7 @@ class PostgresGroupWriter:
 
         async def call(connection: Connection) -> GroupResult:
             statement = await self._statement(connection)
+            failpoint("router.before_commit")
             try:
                 if _cut_is_due():
                     return await self._cut(connection, statement, parameters)

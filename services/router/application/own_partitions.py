@@ -23,6 +23,7 @@ from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import QueuedMessage, SessionKey, Turn
 from services.router.domain.turn import TurnStatus
 from soma_common.clock import monotonic
+from soma_common.failpoints import failpoint
 from soma_common.telemetry.metrics import counter, gauge
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ class OwnPartitions:
         terms = [partition.term for partition in self._state.partitions.values()]
         asked = set(self._state.partitions)
         before = monotonic()
+        failpoint("router.before_beat")
         held = await self._store.beat(terms)
+        failpoint("router.after_beat")
         self._end_overdue()
         self._deadline = before + LEASE_S
         for number in asked - held:
