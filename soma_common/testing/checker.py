@@ -10,7 +10,11 @@
 Promises checked (docs/invariants.md): every accepted message has exactly one outcome (I1), outcomes of a session come
 in the order of acceptance with dense positions (I3), a turn's journal has no gap and every call of a model or tool
 belongs to a journaled step (I4), nothing arrives at another tenant (I5), and nothing of an older dispatch is streamed
-after something of a newer one (I2). No I/O; all times are the caller's.
+after something of a newer one (I2). Of the arrival policies: a turn takes a run of its session's messages without a
+gap, what is rejected aside; a turn ends as interrupted, cancelled or rejected only where somebody asked for it; and a
+final is said by a model that had read every input. No I/O; all times are the caller's.
+
+What watchers were shown is in `watched.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from google.protobuf.json_format import MessageToDict
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome, Step, ToolCall
+from soma.common.v1.turn_pb2 import ArrivalPolicy, Delivery, LiveEvent, Outcome, Step, ToolCall
 
 from soma_common import ids
 from soma_common.errors import reason_name
@@ -31,6 +35,11 @@ from soma_common.ids import SessionName, TurnName
 from soma_common.testing.tool_server import RecordedToolCall
 
 Journal: TypeAlias = Sequence[Step]
+MAX_INPUTS: Final = 64
+"""Most messages of one turn."""
+_STOPS: Final = frozenset({ArrivalPolicy.ARRIVAL_POLICY_INTERRUPT, ArrivalPolicy.ARRIVAL_POLICY_ROLLBACK})
+_JOINS: Final = _STOPS | {ArrivalPolicy.ARRIVAL_POLICY_ACCUMULATE, ArrivalPolicy.ARRIVAL_POLICY_STEER}
+"""Policies under which a message may share its turn with the one before it."""
 
 
 @dataclass(slots=True)
@@ -39,7 +48,8 @@ class SentMessage:
 
     text: str
     expected: str | None
-    """Text of the right answer; None: any."""
+    """Text of the right answer, where it is the last input of its turn; None: any."""
+    policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE
     position: int = 0
     """Its place among the accepted messages of its session, from 1; 0 while there is no receipt."""
     is_unknown: bool = False
@@ -53,6 +63,7 @@ class _Thread:
     sent: dict[bytes, SentMessage] = field(default_factory=dict)
     accepted: int = 0
     cancels: int = 0
+    interrupts: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
 
 
@@ -71,10 +82,17 @@ class Story:
 
     # ---- what clients see
 
-    def sent(self, name: SessionName, key: str, text: str, expected: str | None = None) -> bytes:
+    def sent(
+        self,
+        name: SessionName,
+        key: str,
+        text: str,
+        expected: str | None = None,
+        policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE,
+    ) -> bytes:
         """A message is about to be sent; returns the id that it must get."""
         message_id = ids.message_id(name.tenant, name.agent, name.channel, name.session, key)
-        self._threads[name].sent[message_id] = SentMessage(text, expected)
+        self._threads[name].sent[message_id] = SentMessage(text, expected, policy=policy)
         return message_id
 
     def accepted(self, name: SessionName, key: str, message_id: bytes) -> None:
@@ -94,6 +112,10 @@ class Story:
     def cancelled(self, name: SessionName) -> None:
         """A cancel is about to be sent: one turn of the session, at most, may end as cancelled for it."""
         self._threads[name].cancels += 1
+
+    def interrupted(self, name: SessionName) -> None:
+        """An interrupt by hand is about to be sent: one turn of the session may end as interrupted for it."""
+        self._threads[name].interrupts += 1
 
     def delivered(self, tenant: str, channel: str, delivery: Delivery) -> None:
         """An adapter of this tenant and channel was shown a delivery, after the client's own removal of repetitions."""
@@ -122,6 +144,15 @@ class Story:
             "answered": sum(len(thread.deliveries) for thread in threads),
             "cancelled": sum(delivery.outcome == Outcome.OUTCOME_CANCELLED for _, delivery in self.turns()),
         }
+
+    def outcomes(self) -> Counter[str]:
+        """How many turns ended how, by the outcome's name in lower case."""
+        return Counter(Outcome.Name(d.outcome).removeprefix("OUTCOME_").lower() for _, d in self.turns())
+
+    def texts(self, delivery: Delivery, name: SessionName) -> list[str]:
+        """What was said in the messages that a delivery answers."""
+        sent = self._threads[name].sent
+        return [sent[message_id].text for message_id in delivery.message_ids if message_id in sent]
 
     def unanswered(self) -> list[bytes]:
         """Accepted messages without an outcome."""
@@ -161,7 +192,8 @@ class Story:
                 yield f"message {message_id.hex()} without receipt has {times} outcomes"
         for message_id in counted:
             yield f"an outcome names message {message_id.hex()}, which was not sent in this session"
-        places = [thread.sent[m].position for m in answers if m in thread.sent and thread.sent[m].position]
+        in_turn = [m for d in thread.deliveries if d.outcome != Outcome.OUTCOME_REJECTED for m in d.message_ids]
+        places = [thread.sent[m].position for m in in_turn if m in thread.sent and thread.sent[m].position]
         if places != sorted(places):
             yield f"accepted in order 1..{thread.accepted}, answered in order {places}"
         repeated = [i for i, times in Counter(d.delivery_id for d in thread.deliveries).items() if times > 1]
@@ -173,19 +205,34 @@ class Story:
         stopped = sum(delivery.outcome == Outcome.OUTCOME_CANCELLED for delivery in thread.deliveries)
         if stopped > thread.cancels:
             yield f"{stopped} turns were cancelled by {thread.cancels} cancels"
+        interrupted = sum(delivery.outcome == Outcome.OUTCOME_INTERRUPTED for delivery in thread.deliveries)
+        reasons = thread.interrupts + sum(message.policy in _STOPS for message in thread.sent.values())
+        if interrupted > reasons:
+            yield f"{interrupted} turns were interrupted for {reasons} reasons"
         for delivery in thread.deliveries:
             yield from self._of_delivery(thread, delivery)
 
     def _of_delivery(self, thread: _Thread, delivery: Delivery) -> Iterator[str]:
-        if delivery.outcome == Outcome.OUTCOME_ERROR:
+        inputs = [thread.sent[m] for m in delivery.message_ids if m in thread.sent]
+        turn = delivery.turn_id.hex()
+        if not delivery.message_ids or len(delivery.message_ids) > MAX_INPUTS:
+            yield f"turn {turn} answers {len(delivery.message_ids)} messages"
+        if len(inputs) > 1 and not any(message.policy in _JOINS for message in inputs):
+            yield f"turn {turn} answers {len(inputs)} messages, and none of them asked for that"
+        if delivery.outcome == Outcome.OUTCOME_REJECTED:
+            if delivery.error.reason != ErrorReason.ERROR_REASON_TURN_RUNNING:
+                yield f"turn {turn} was rejected with {_told(delivery)}"
+            if [message.policy for message in inputs] != [ArrivalPolicy.ARRIVAL_POLICY_REJECT]:
+                yield f"turn {turn} was rejected, and that was not its message's policy"
+        elif delivery.outcome == Outcome.OUTCOME_ERROR:
             if delivery.error.reason not in self.tolerated:
                 yield f"turn {delivery.turn_id.hex()} ended with {_told(delivery)}"
-        elif delivery.outcome == Outcome.OUTCOME_CANCELLED:
+        elif delivery.outcome in (Outcome.OUTCOME_CANCELLED, Outcome.OUTCOME_INTERRUPTED):
             return
         elif delivery.outcome != Outcome.OUTCOME_FINAL:
             yield f"turn {delivery.turn_id.hex()} ended as {Outcome.Name(delivery.outcome)}"
         else:
-            message = thread.sent.get(delivery.message_ids[0] if delivery.message_ids else b"")
+            message = inputs[-1] if inputs else None
             said = "".join(part.text for part in delivery.message.parts)
             if message is not None and message.expected is not None and said != message.expected:
                 yield f"{message.text!r} was answered with {said!r} instead of {message.expected!r}"
@@ -228,6 +275,47 @@ def journal_violations(
         if calls_by_key[key] and key.partition("/")[0] in journals:
             found.append(f"{key}: called, but no journaled step asks for it")
     return found
+
+
+def unread_inputs(
+    turns: Iterable[tuple[str, Sequence[str]]],
+    journals: Mapping[str, Journal],
+    model_read: Mapping[tuple[str, int, int], Sequence[str]],
+) -> list[str]:
+    """Inputs that the model had not read when it said the final of their turn.
+
+    `turns` are (turn in hex, texts of its inputs) of turns that ended with a final; `model_read` is what the model was
+    given to read, as texts, by (turn, step, dispatch) as the model endpoint saw it.
+    """
+    found = []
+    for turn, texts in turns:
+        last = journals[turn][-1] if journals.get(turn) else None
+        if last is None:
+            found.append(f"turn {turn}: it has an answer and no journal")
+            continue
+        read = model_read.get((turn, last.number, last.dispatch))
+        if read is None:
+            found.append(f"turn {turn}: its final is of dispatch {last.dispatch}, which never called the model for it")
+            continue
+        found += (
+            f"turn {turn}: {text!r} was answered, and the model had not read it" for text in texts if text not in read
+        )
+    return found
+
+
+def mixed_up(model_read: Iterable[tuple[str, Sequence[str]]], owner: Mapping[str, str]) -> list[str]:
+    """Turns whose model was given something to read that was said in another session.
+
+    `model_read` are (turn, texts of the users' messages that the model read); in `owner` are, by turn, the words that
+    everything begins with that is said in its session.
+    """
+    return [
+        f"turn {turn} of {owner[turn]!r}: the model was given {text!r} to read"
+        for turn, texts in model_read
+        if turn in owner
+        for text in texts
+        if not text.startswith(owner[turn])
+    ]
 
 
 def _of_call(
