@@ -152,14 +152,24 @@ class Outbox(Protocol):
 
 
 class Journal(Protocol):
-    """What one running turn says to its router."""
+    """What one running turn says to its router, and what it hears of it."""
+
+    @property
+    def inputs(self) -> Sequence[bytes]:
+        """The messages the turn answers, as far as they have come; it grows while the turn runs."""
+        ...
 
     async def record(self, step: int, body: turn_pb2.StepBody) -> None:
         """Proposes a step and returns when it is journaled; only then may it be acted on."""
         ...
 
-    def end(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> None:
-        """Proposes the last step. The turn is over: whether it was journaled is the router's care."""
+    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
+        """Proposes the final; True when it is journaled. False if the turn has inputs beyond `inputs_seen`, now or
+        before it was journaled: then it never will be, and the turn goes on."""
+        ...
+
+    def fail(self, step: int, body: turn_pb2.StepBody) -> None:
+        """Proposes a failure. The turn is over: whether it was journaled is the router's care."""
         ...
 
     def show(self, step: int, offset: int, text: str) -> bool:

@@ -2,12 +2,14 @@
 
     StartTurn --replay--> Turn --CALL_MODEL--> Model --calls--> journal.record --> ToolCaller --> journal.record --+
                            ^                     |                                                                 |
-                           |                     +--answer--> journal.end                                          |
-                           +---------------------------------------------------------------------------------------+
+                           |                     +--answer--> journal.conclude --> over                            |
+                           |                                       |                                               |
+                           |                       further inputs came: journal.record (interim reply)             |
+                           +---------------------------------------+-----------------------------------------------+
 
 Nothing is done that is not journaled first, and nothing is kept that is not in the journal: whatever dies, another
-brain gets the journal and goes on here. Every way out but a stop ends with a final or with a failure that has a typed
-error.
+brain gets the journal and goes on here. Inputs that come while the turn runs are read by its next model call. Every way
+out but a stop ends with a final or with a failure that has a typed error.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from services.cognition.application.stream_text import TextStream
 from services.cognition.domain.agent import Agent, read_agent
 from services.cognition.domain.conversation import Conversation
 from services.cognition.domain.turn import STEP_FORMAT, Next, Turn, check_depth, read_step, replay
-from soma_common.errors import DeadlineExceeded, FailedPrecondition, SomaError, reason_name, to_proto
+from soma_common.errors import DeadlineExceeded, FailedPrecondition, Internal, SomaError, reason_name, to_proto
 from soma_common.failpoints import failpoint_async
 
 _log = structlog.get_logger(__name__)
@@ -86,6 +88,7 @@ class TurnRunner:
         try:
             steps.extend(map(read_step, start.journal))
             turn = replay(steps)
+            _check_inputs(turn, len(start.inputs))
             agent = read_agent(start.agent_spec)
             conversation = Conversation(start.context, start.inputs, steps)
             await self._live(start, journal, turn, agent, conversation)
@@ -100,7 +103,7 @@ class TurnRunner:
                 reason=reason_name(error.reason),
                 message=error.message,
             )
-            journal.end(number, turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error)), 0)
+            journal.fail(number, turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error)))
 
     async def _live(
         self, start: cognition.StartTurn, journal: Journal, turn: Turn, agent: Agent, conversation: Conversation
@@ -119,8 +122,10 @@ class TurnRunner:
                 step = self._step_of(answer, turn, agent, conversation)
             await failpoint_async("cognition.before_proposal")
             if step.WhichOneof("body") == "final":
-                journal.end(turn.steps + 1, step, conversation.input_count)
-                return
+                if await journal.conclude(turn.steps + 1, step, step.final.inputs_seen):
+                    return
+                step = _interim_of(step.final)
+                await failpoint_async("cognition.before_proposal")
             await journal.record(turn.steps + 1, step)
             turn.record(step)
             conversation.steps.append(step)
@@ -142,6 +147,7 @@ class TurnRunner:
         text = TextStream(journal, step, self._policy.text_linger_s, self._loop)
 
         async def ask(attempt: int) -> ModelAnswer:
+            conversation.read_up_to(journal.inputs)
             origin = CallOrigin(start.turn_id, step, start.dispatch, attempt, start.traceparent)
             return await model.answer(
                 ModelRequest(
@@ -186,7 +192,10 @@ class TurnRunner:
         return [known[name] for name in agent.tools if name in known]
 
     def _step_of(self, answer: ModelAnswer, turn: Turn, agent: Agent, conversation: Conversation) -> turn_pb2.StepBody:
-        """The step an answer makes: a final, or a reply whose tools fit into what is left of the turn."""
+        """The step an answer makes: a final, or a reply whose tools fit into what is left of the turn.
+
+        A final says what the turn's interim replies have said too, so that whoever gets only the answer misses nothing.
+        """
         policy = self._policy
         if not answer.text and not answer.calls:
             raise _rejected(
@@ -199,14 +208,15 @@ class TurnRunner:
         if not answer.calls:
             body = step.final
             body.message.role = message_pb2.ROLE_ASSISTANT
-            body.message.parts.add(text=answer.text)
-            body.inputs_seen = conversation.input_count
+            for text in (*conversation.interim_texts(), answer.text):
+                body.message.parts.add(text=text)
         elif not turn.has_room_for_tools(agent.max_steps):
             raise _step_limit(agent)
         else:
             body = step.model_reply
             body.text = answer.text
             body.tool_calls.extend(_journaled_call(index, call) for index, call in enumerate(answer.calls))
+        body.inputs_seen = conversation.input_count
         body.model = answer.model or f"{agent.provider}/{agent.model}"
         if answer.input_tokens or answer.output_tokens:
             body.usage.input_tokens, body.usage.output_tokens = answer.input_tokens, answer.output_tokens
@@ -226,6 +236,23 @@ class TurnRunner:
                 f"the tools of this turn answered more than the {self._policy.max_turn_bytes} bytes a turn may hold",
                 {"max_turn_bytes": str(self._policy.max_turn_bytes)},
             )
+
+
+def _check_inputs(turn: Turn, inputs: int) -> None:
+    """Raises ITEM_CORRUPT if the journal has read inputs that the turn does not have."""
+    if turn.inputs_seen > inputs:
+        raise Internal(
+            reasons.ERROR_REASON_ITEM_CORRUPT,
+            f"the turn's journal has read {turn.inputs_seen} inputs, but it was started with {inputs}",
+        )
+
+
+def _interim_of(final: turn_pb2.FinalMessage) -> turn_pb2.StepBody:
+    """The step for an answer that was not taken as the final, because the turn had got further inputs."""
+    reply = turn_pb2.ModelReply(text=final.message.parts[-1].text, model=final.model, inputs_seen=final.inputs_seen)
+    if final.HasField("usage"):
+        reply.usage.CopyFrom(final.usage)
+    return turn_pb2.StepBody(format=STEP_FORMAT, model_reply=reply)
 
 
 def _journaled_call(index: int, call: RequestedCall) -> turn_pb2.ToolCall:

@@ -1,8 +1,16 @@
-"""One turn that runs in this brain: its task, what it says to its router, and the confirmation it waits for."""
+"""One turn that runs in this brain: its task, what it says to its router, and the confirmation it waits for.
+
+record ----- proposes a step ----> confirm                    the step is journaled, the turn goes on
+conclude --- proposes a final ---> confirm                    the turn is over, its credit free at once
+                                   add_inputs                 the final is not taken, the turn goes on
+fail ------- proposes a failure, over
+cancel       over without a word
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
@@ -43,29 +51,67 @@ class TurnOwner(Protocol):
 class RunningTurn:
     """One running turn and its voice towards the router (the port `Journal`)."""
 
-    __slots__ = ("_confirmed", "_over", "_proposed", "_start", "_task", "_unwinding", "dispatch", "session", "turn_id")
+    __slots__ = (
+        "_concludes",
+        "_journaled",
+        "_loop",
+        "_over",
+        "_proposed",
+        "_start",
+        "_taken",
+        "_task",
+        "_unwinding",
+        "dispatch",
+        "inputs",
+        "session",
+        "turn_id",
+    )
 
-    def __init__(self, session: TurnOwner, start: cognition.StartTurn) -> None:
+    def __init__(self, session: TurnOwner, start: cognition.StartTurn, loop: asyncio.AbstractEventLoop) -> None:
         self.session = session
         self.turn_id = start.turn_id
         self.dispatch = start.dispatch
+        self.inputs = list(start.inputs)
+        """The messages the turn answers, as far as they have come."""
         self._start = start
-        self._confirmed: asyncio.Future[None] | None = None
+        self._loop = loop
+        self._journaled = len(start.journal)
         self._proposed = 0
+        self._concludes = False  # whether what is proposed is the final
+        self._taken: asyncio.Future[bool] | None = None  # whether the router has taken what is proposed
         self._over = False
         self._task: asyncio.Task[None] | None = None
         self._unwinding: set[asyncio.Task[None]] = set()
 
-    def launch(self, runner: TurnRunner, loop: asyncio.AbstractEventLoop, unwinding: set[asyncio.Task[None]]) -> None:
+    def launch(self, runner: TurnRunner, unwinding: set[asyncio.Task[None]]) -> None:
         """Starts to run. `unwinding` keeps the task while it ends after a cancel."""
         self._unwinding = unwinding
-        self._task = loop.create_task(self._run(runner))
+        self._task = self._loop.create_task(self._run(runner))
 
     def confirm(self, dispatch: int, step: int) -> None:
         """The router has journaled a step. One that was not proposed is of another dispatch, or late: ignored."""
-        confirmed = self._confirmed
-        if dispatch == self.dispatch and step == self._proposed and confirmed is not None and not confirmed.done():
-            confirmed.set_result(None)
+        taken = self._taken
+        if dispatch != self.dispatch or step != self._proposed or taken is None or taken.done():
+            return
+        self._journaled = step
+        if self._concludes:
+            self._finish()  # now, not when the task wakes: the router may use the credit in this very frame
+        taken.set_result(True)
+
+    def add_inputs(self, first: int, inputs: Sequence[bytes]) -> bool:
+        """Takes further inputs, the first of them being number `first` from 0; those that are there already are not
+        taken twice. False if some are missing in between.
+
+        A final that waits for its confirmation has not read them, so it will never be journaled.
+        """
+        if first > len(self.inputs):
+            return False
+        further = inputs[len(self.inputs) - first :]
+        self.inputs.extend(further)
+        taken = self._taken
+        if further and self._concludes and taken is not None and not taken.done():
+            taken.set_result(False)
+        return True
 
     def cancel(self) -> None:
         """Stops at once and says nothing more; its credit is free."""
@@ -81,38 +127,26 @@ class RunningTurn:
 
     async def record(self, step: int, body: turn_pb2.StepBody) -> None:
         """Proposes a step and returns when it is journaled. However long that takes: the database may be away."""
-        calls = len(body.model_reply.tool_calls)
-        self._confirmed = asyncio.get_running_loop().create_future()
-        self._proposed = step
-        self._propose(
-            cognition.Proposal(
-                turn_id=self.turn_id,
-                dispatch=self.dispatch,
-                step=step,
-                kind=kind_of(body),
-                body=body.SerializeToString(),
-                call_count=calls,
-            )
-        )
-        await self._confirmed
+        await self._propose(step, body, call_count=len(body.model_reply.tool_calls))
 
-    def end(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> None:
-        """Proposes the last step and forgets the turn: if it is not journaled, the router starts the turn again."""
-        is_final = body.WhichOneof("body") == "final"
-        answer = body.final.message if is_final else body.failure
-        self._propose(
-            cognition.Proposal(
-                turn_id=self.turn_id,
-                dispatch=self.dispatch,
-                step=step,
-                kind=cognition.STEP_KIND_FINAL if is_final else cognition.STEP_KIND_FAILURE,
-                body=body.SerializeToString(),
-                answer=answer.SerializeToString(),
-                inputs_seen=inputs_seen,
-            )
-        )
-        if not self._over:
-            self._finish()
+    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
+        """Proposes the final; True when it is journaled and the turn over. False if the turn has inputs beyond
+        `inputs_seen`, now or before it was journaled. However long that takes, as for any step."""
+        if inputs_seen < len(self.inputs):
+            return False
+        self._concludes = True
+        answer = body.final.message.SerializeToString()
+        taken = await self._propose(step, body, answer=answer, inputs_seen=inputs_seen)
+        self._concludes = False
+        return taken
+
+    def fail(self, step: int, body: turn_pb2.StepBody) -> None:
+        """Proposes a failure and forgets the turn: the router takes it whatever was read, and if it cannot journal it,
+        starts the turn again."""
+        if self._over:
+            return
+        self._send(step, body, answer=body.failure.SerializeToString())
+        self._finish()
 
     def show(self, step: int, offset: int, text: str) -> bool:
         """Sends text of the running step; False if the router is behind and wants it later."""
@@ -136,15 +170,38 @@ class RunningTurn:
                 _log.error("turn.had_ended", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
         except Exception:  # noqa: BLE001 - boundary: a defect ends its turn with a typed error, not the stream
             _log.exception("turn.defect", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
-            if not self._over:
-                self.end(max(self._proposed, len(self._start.journal)) + 1, _defect(), 0)
+            self.fail(self._journaled + 1, _defect())
         finally:
             if not self._over:
                 self._finish()
 
-    def _propose(self, proposal: cognition.Proposal) -> None:
-        if not self._over:
-            self.session.send(proposal)
+    async def _propose(
+        self, step: int, body: turn_pb2.StepBody, *, call_count: int = 0, answer: bytes = b"", inputs_seen: int = 0
+    ) -> bool:
+        """Sends a step and waits until it is journaled (True) or has no chance to be (False)."""
+        taken: asyncio.Future[bool] = self._loop.create_future()
+        self._taken = taken
+        self._proposed = step
+        self._send(step, body, call_count=call_count, answer=answer, inputs_seen=inputs_seen)
+        return await taken
+
+    def _send(
+        self, step: int, body: turn_pb2.StepBody, *, call_count: int = 0, answer: bytes = b"", inputs_seen: int = 0
+    ) -> None:
+        if self._over:
+            return
+        self.session.send(
+            cognition.Proposal(
+                turn_id=self.turn_id,
+                dispatch=self.dispatch,
+                step=step,
+                kind=kind_of(body),
+                body=body.SerializeToString(),
+                answer=answer,
+                inputs_seen=inputs_seen,
+                call_count=call_count,
+            )
+        )
 
     def _finish(self) -> None:
         self._over = True

@@ -4,8 +4,9 @@
       RouterSession      one stream: its outbox, its credits, its turns
         RunningTurn      one turn (running_turn.py)
 
-A turn runs at most once in a brain, whichever stream it came by: the highest dispatch wins. A turn ends here with its
-last proposal; a stop, a newer dispatch, the end of its stream or of the process cancel it without a word.
+A turn runs at most once in a brain, whichever stream it came by: the highest dispatch wins. A turn ends here when its
+final is confirmed or its failure proposed; a stop, a newer dispatch, the end of its stream or of the process cancel it
+without a word.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ class RouterSession:
     def take(self, frame: cognition.RunTurnsRequest) -> None:
         """Takes a frame of the router. Never waits. Raises PROTOCOL_ORDER for a second hello.
 
-        Stops come first, as they make room for starts; a turn that is started and stopped in one frame does not run.
+        Stops and confirmed finals come first, as they make room for starts; a turn that is started and stopped in one
+        frame does not run. Further inputs come last: they may be for a turn that is started in the same frame.
         """
         self._silent_ticks = 0
         if frame.HasField("hello"):
@@ -162,13 +164,16 @@ class RouterSession:
             turn = self._brain.turns.get(stop.turn_id)
             if turn is not None and turn.session is self and turn.dispatch <= stop.dispatch:
                 turn.cancel()
-        for start in frame.starts:
-            if stopped.get(start.turn_id, 0) < start.dispatch:
-                self._start(start)
         for confirm in frame.confirms:
             turn = self._brain.turns.get(confirm.turn_id)
             if turn is not None and turn.session is self:
                 turn.confirm(confirm.dispatch, confirm.step)
+        for start in frame.starts:
+            if stopped.get(start.turn_id, 0) < start.dispatch:
+                self._start(start)
+        for more in frame.add_inputs:
+            if stopped.get(more.turn_id, 0) < more.dispatch:
+                self._add_inputs(more)
 
     def tick(self) -> None:
         """Called once per heartbeat interval: sends a heartbeat, and ends the stream of a router that is silent too
@@ -246,9 +251,25 @@ class RouterSession:
             self.decline(start.turn_id, start.dispatch, _full(self.granted))
         else:
             self.running += 1
-            turn = RunningTurn(self, start)
+            turn = RunningTurn(self, start, self._brain.loop)
             self._brain.begin(turn)
-            turn.launch(self._brain.runner, self._brain.loop, self._brain.unwinding)
+            turn.launch(self._brain.runner, self._brain.unwinding)
+
+    def _add_inputs(self, more: cognition.AddInputs) -> None:
+        """Gives a turn further inputs. If that is not possible the turn is declined: started again it gets them all."""
+        turn = self._brain.turns.get(more.turn_id)
+        if turn is None or turn.session is not self or turn.dispatch < more.dispatch:
+            self.decline(more.turn_id, more.dispatch, _not_here())
+        elif turn.dispatch == more.dispatch and not turn.add_inputs(more.first, more.inputs):
+            _log.error(
+                "turn.inputs_missing",
+                router=self.router,
+                turn=more.turn_id.hex(),
+                first=more.first,
+                known=len(turn.inputs),
+            )
+            self.decline(more.turn_id, more.dispatch, _missing(more, len(turn.inputs)))
+            turn.cancel()
 
 
 def _draining() -> SomaError:
@@ -261,6 +282,21 @@ def _full(granted: int) -> SomaError:
         f"this brain runs as many turns as it can; start one only while there is credit (of {granted})",
         {"credit": str(granted)},
         retry_delay_s=0.1,
+    )
+
+
+def _not_here() -> SomaError:
+    return FailedPrecondition(
+        reasons.ERROR_REASON_PROTOCOL_ORDER,
+        "the turn that got further inputs does not run in this brain; start it again",
+    )
+
+
+def _missing(more: cognition.AddInputs, known: int) -> SomaError:
+    return FailedPrecondition(
+        reasons.ERROR_REASON_PROTOCOL_ORDER,
+        f"further inputs of the turn came from number {more.first} on, this brain knows {known}: start the turn again",
+        {"first": str(more.first), "known": str(known)},
     )
 
 

@@ -1,13 +1,15 @@
 """The turn machine: where a turn is, which step may come next, and what to do now.
 
-    Idle --start--> Thinking --model reply--> ToolCall --tool results--> Reflecting --+
-                        |                        ^                           |        |
-                        |                        +------ model reply --------+        |
-                        +---------------- final, failure -----------------------------+--> Idle
+    Idle --start--> Thinking --model reply--> ToolCall --tool results--> Reflecting <--+
+                     |    |                      ^                        |  |   |     | interim reply
+                     |    |                      +------ model reply -----+  |   +-----+
+                     |    +------------------ interim reply -------------------> Reflecting
+                     +------------------- final, failure --------------------+--> Idle
 
-A failure may end a turn wherever it runs, also while tools run. Only journaled steps move the machine: a brain that
-replays a journal and a brain that lived through it stand at the same place, which is what lets any brain go on with
-any turn (tests/unit/cognition/test_turn.py). Any other step is INVALID_TRANSITION.
+An interim reply is one without tool calls that does not end the turn, because further inputs came before it was taken
+as the final. A failure may end a turn wherever it runs, also while tools run. Only journaled steps move the machine: a
+brain that replays a journal and a brain that lived through it stand at the same place, which is what lets any brain go
+on with any turn (tests/unit/cognition/test_turn.py). Any other step is INVALID_TRANSITION.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ _REPLY: Final = cognition.STEP_KIND_MODEL_REPLY
 _RESULTS: Final = cognition.STEP_KIND_TOOL_RESULTS
 _FINAL: Final = cognition.STEP_KIND_FINAL
 _FAILURE: Final = cognition.STEP_KIND_FAILURE
+_INTERIM: Final = cognition.STEP_KIND_INTERIM_REPLY
 
 _KINDS: Final = MappingProxyType(
     {"model_reply": _REPLY, "tool_results": _RESULTS, "final": _FINAL, "failure": _FAILURE}
@@ -42,11 +45,13 @@ _KINDS: Final = MappingProxyType(
 _AFTER: Final = MappingProxyType(
     {
         (turn_pb2.TURN_STATE_THINKING, _REPLY): turn_pb2.TURN_STATE_TOOL_CALL,
+        (turn_pb2.TURN_STATE_THINKING, _INTERIM): turn_pb2.TURN_STATE_REFLECTING,
         (turn_pb2.TURN_STATE_THINKING, _FINAL): turn_pb2.TURN_STATE_IDLE,
         (turn_pb2.TURN_STATE_THINKING, _FAILURE): turn_pb2.TURN_STATE_IDLE,
         (turn_pb2.TURN_STATE_TOOL_CALL, _RESULTS): turn_pb2.TURN_STATE_REFLECTING,
         (turn_pb2.TURN_STATE_TOOL_CALL, _FAILURE): turn_pb2.TURN_STATE_IDLE,
         (turn_pb2.TURN_STATE_REFLECTING, _REPLY): turn_pb2.TURN_STATE_TOOL_CALL,
+        (turn_pb2.TURN_STATE_REFLECTING, _INTERIM): turn_pb2.TURN_STATE_REFLECTING,
         (turn_pb2.TURN_STATE_REFLECTING, _FINAL): turn_pb2.TURN_STATE_IDLE,
         (turn_pb2.TURN_STATE_REFLECTING, _FAILURE): turn_pb2.TURN_STATE_IDLE,
     }
@@ -65,12 +70,16 @@ class Turn:
     """One turn at the place its journal says. Holds states and positions; of the content only the calls that wait for
     results."""
 
-    __slots__ = ("_ended", "calls", "state", "steps")
+    __slots__ = ("_ended", "calls", "inputs_seen", "interims", "state", "steps")
 
     def __init__(self) -> None:
         self.state: turn_pb2.TurnState.ValueType = turn_pb2.TURN_STATE_THINKING
         self.steps = 0
         """Journaled steps; the next one is `steps + 1`."""
+        self.interims = 0
+        """Interim replies among them."""
+        self.inputs_seen = 0
+        """How many inputs the last reply that says so had read."""
         self.calls: Sequence[turn_pb2.ToolCall] = ()
         """The calls of the last reply while their results are missing."""
         self._ended = False
@@ -95,22 +104,35 @@ class Turn:
             )
         self.state = after
         self.steps += 1
+        self.interims += kind == _INTERIM
+        self.inputs_seen = step.model_reply.inputs_seen or self.inputs_seen
         self.calls = step.model_reply.tool_calls if kind == _REPLY else ()
         self._ended = after == turn_pb2.TURN_STATE_IDLE
 
     def has_room_for_tools(self, max_steps: int) -> bool:
         """Whether a reply, its results and an answer still fit: tools whose results nobody could read must not run."""
-        return self.steps + 3 <= max_steps
+        return self._counted + 3 <= max_steps
 
     def has_room(self, max_steps: int) -> bool:
         """Whether one more step fits."""
-        return self.steps < max_steps
+        return self._counted < max_steps
+
+    @property
+    def _counted(self) -> int:
+        """The steps that count against the limit, which is there to stop a model that goes round in circles. An interim
+        reply does not: the user caused it, with a message each."""
+        return self.steps - self.interims
 
     def _fits(self, kind: cognition.StepKind.ValueType, step: turn_pb2.StepBody) -> bool:
-        """Whether the parts of a step fit each other: calls are numbered from 0, and each has one result."""
+        """Whether the parts of a step fit each other and what was before: calls are numbered from 0, each has one
+        result, an interim reply says something, and what was read stays read."""
+        reply = step.model_reply
+        if reply.inputs_seen and reply.inputs_seen < self.inputs_seen:
+            return False
         if kind == _REPLY:
-            calls = step.model_reply.tool_calls
-            return bool(calls) and all(call.index == i for i, call in enumerate(calls))
+            return all(call.index == i for i, call in enumerate(reply.tool_calls))
+        if kind == _INTERIM:
+            return bool(reply.text)
         if kind == _RESULTS:
             return [result.index for result in step.tool_results.results] == [call.index for call in self.calls]
         return True
@@ -121,7 +143,12 @@ def kind_of(step: turn_pb2.StepBody) -> cognition.StepKind.ValueType:
     body = step.WhichOneof("body")
     if body is None:
         raise Internal(reasons.ERROR_REASON_ITEM_CORRUPT, "a journaled step has no content")
-    return _KINDS[body]
+    return _INTERIM if is_interim(step) else _KINDS[body]
+
+
+def is_interim(step: turn_pb2.StepBody) -> bool:
+    """Whether a step is a reply of the model that asks for no tools."""
+    return step.WhichOneof("body") == "model_reply" and not step.model_reply.tool_calls
 
 
 def read_step(stored: bytes) -> turn_pb2.StepBody:

@@ -16,6 +16,7 @@ STEPS = {
     cognition.STEP_KIND_TOOL_RESULTS: stories.results(1),
     cognition.STEP_KIND_FINAL: stories.final(),
     cognition.STEP_KIND_FAILURE: stories.failure(),
+    cognition.STEP_KIND_INTERIM_REPLY: stories.interim(),
 }
 
 
@@ -38,7 +39,9 @@ def test_both_accept_the_same_journals_and_end_in_the_same_state() -> None:
             at_router = None
         assert at_brain == at_router, [cognition.StepKind.Name(kind) for kind in kinds]
         accepted += at_brain is not None
-    assert accepted == 14, "none, and the prefixes and ends of two rounds of tools"
+    assert accepted == 63, (
+        "open: 1 1+1 1+2 2+3 3+5 5+8, by tools asked for and read; ended: as many as were open before"
+    )
 
 
 def test_their_numbers_are_the_contracts() -> None:

@@ -212,6 +212,9 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
     async def CancelInvocation(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a brain never cancels")
 
+    async def RevertTurn(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a brain never takes back")
+
 
 def answer_with(value: float | str) -> Behaviour:
     async def behave(_: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:

@@ -14,6 +14,7 @@ from soma.common.v1 import message_pb2, turn_pb2
 
 from soma_common.errors import from_rpc_error
 from soma_common.ids import call_key
+from soma_common.testing.eventually import eventually
 from soma_common.testing.model_server import CallTools, Hang, ModelServer, Say, ToolRequest
 from tests.integration.cognition.conftest import RunningBrain, StartBrain
 from tests.integration.cognition.counterparts import ScriptedRouter, ToolGateway, routers
@@ -150,7 +151,7 @@ async def test_a_start_over_the_credit_is_declined_and_an_ended_turn_gives_its_c
         await router.stop(one, 1)
         await router.start(stories.start("now", turn_id=three, dispatch=2))
         assert answer_of(await router.ending(three)) == "now"
-        assert set(brain.brain.turns) == {two}
+        await eventually(lambda: set(brain.brain.turns) == {two})
 
 
 async def test_routers_share_the_credits_and_the_bound_holds_for_all(start_brain: StartBrain) -> None:
@@ -301,7 +302,7 @@ async def test_a_journal_that_has_ended_is_not_run_again(brain: RunningBrain) ->
         assert answer_of(await router.ending()) == "next"
         assert len(router.proposals) == 1
         assert router.declined == []
-        assert brain.brain.turns == {}
+        await eventually(lambda: not brain.brain.turns)
 
 
 @pytest.mark.parametrize(

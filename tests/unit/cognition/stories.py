@@ -20,14 +20,19 @@ def assistant(text: str) -> message_pb2.Message:
     return message_pb2.Message(role=message_pb2.ROLE_ASSISTANT, parts=[message_pb2.Part(text=text)])
 
 
-def reply(*tools: str, text: str = "") -> turn_pb2.StepBody:
+def reply(*tools: str, text: str = "", seen: int = 0) -> turn_pb2.StepBody:
     calls = [
         turn_pb2.ToolCall(index=i, call_id=f"c{i}", tool=tool, arguments=struct_pb2.Struct())
         for i, tool in enumerate(tools)
     ]
     for call in calls:
         call.arguments.SetInParent()
-    return turn_pb2.StepBody(format=1, model_reply=turn_pb2.ModelReply(text=text, tool_calls=calls))
+    made = turn_pb2.ModelReply(text=text, tool_calls=calls, inputs_seen=seen)
+    return turn_pb2.StepBody(format=1, model_reply=made)
+
+
+def interim(text: str = "so far", seen: int = 0) -> turn_pb2.StepBody:
+    return turn_pb2.StepBody(format=1, model_reply=turn_pb2.ModelReply(text=text, inputs_seen=seen))
 
 
 def results(count: int, value: str = "done") -> turn_pb2.StepBody:

@@ -53,7 +53,7 @@ def test_results_are_told_as_json_and_errors_as_a_line() -> None:
 @pytest.mark.parametrize("inputs", [[], [b"\xff\xff"]])
 def test_a_turn_without_a_readable_input_is_corrupt(inputs: list[bytes]) -> None:
     with pytest.raises(SomaError) as refused:
-        Conversation([], inputs, []).last_input()
+        Conversation([], inputs, []).unanswered()
     assert refused.value.reason == reasons.ERROR_REASON_ITEM_CORRUPT
 
 

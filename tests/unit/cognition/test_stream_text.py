@@ -24,10 +24,17 @@ class Shown:
         self.times.append(asyncio.get_running_loop().time())
         return True
 
+    @property
+    def inputs(self) -> list[bytes]:
+        raise AssertionError("text reads nothing")
+
     async def record(self, step: int, body: turn_pb2.StepBody) -> None:
         raise AssertionError("text journals nothing")
 
-    def end(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> None:
+    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
+        raise AssertionError("text ends nothing")
+
+    def fail(self, step: int, body: turn_pb2.StepBody) -> None:
         raise AssertionError("text ends nothing")
 
     @property

@@ -1,4 +1,5 @@
-"""Says back the last message: a model that costs nothing, for benchmarks and tests. The name says how:
+"""Says back what it was told: a model that costs nothing, for benchmarks and tests. Of several inputs that are not
+answered yet it says back each, a line for one, so that an answer shows what was read. The name says how:
 
     echo/echo            the text, at once, not streamed
     echo/delay-A-B       after A to B milliseconds, evenly spread
@@ -34,9 +35,9 @@ class EchoModel:
     """Port `Model` without a model."""
 
     async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
-        """The last message's text, in the way the model's name says. Raises MODEL_REJECTED for a name not listed
+        """The unanswered inputs' text, in the way the model's name says. Raises MODEL_REJECTED for a name not listed
         above."""
-        text = text_of(request.conversation.last_input())
+        text = "\n".join(map(text_of, request.conversation.unanswered()))
         if request.model == "echo":
             return ModelAnswer(text)
         if delay := _DELAY.fullmatch(request.model):

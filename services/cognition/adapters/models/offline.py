@@ -11,12 +11,14 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.application.ports import Emit, ModelAnswer, ModelRequest, RequestedCall, ToolDescription
 from services.cognition.domain.conversation import Json, text_of, to_dict, to_json
+from services.cognition.domain.turn import is_interim
 
 MODEL_NAME: Final = "offline/assistant"
 
@@ -24,6 +26,9 @@ INTRODUCTION: Final = (
     "I am SomaStack's built-in offline model: no model endpoint is configured, so I answer by simple rules. "
     "Set SOMA_OPENAI_BASE_URL or SOMA_OPENAI_API_KEY and an openai/... model for real answers. "
 )
+
+_MOST_CALLS: Final = 16
+"""Tools it calls at once; more wait for the next reply."""
 
 _EXPRESSION: Final = re.compile(r"[-+]?[\d.(][\d\s.,()+\-*/^%x\xd7\xf7]*[\d)]")
 _OPERATOR: Final = re.compile(r"\d\s*\)?\s*(?:[+\-*/^%x\xd7\xf7]|\*\*)\s*\(?\s*[-+]?[\d.(]")
@@ -60,28 +65,30 @@ class OfflineModel:
         self._word_delay_s = word_delay_s
 
     async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
-        """Calls a tool, tells what tools answered, or talks. Never fails."""
-        results = _results(request.conversation.steps)
-        if results:
-            return await self._say(_introduced(request, " ".join(map(_phrase, results))), request, emit)
-        text = text_of(request.conversation.last_input())
-        wish = wish_of(text)
-        if wish is not None:
-            tool = next((tool for tool in request.tools if tool.name == wish.tool), None)
-            if tool is not None:
-                call = RequestedCall(call_id="", tool=tool.name, arguments=_arguments(wish, tool))
-                return ModelAnswer("", [call], input_tokens=_count_words(text), model=MODEL_NAME)
-            return await self._say(_introduced(request, _without_tool(wish)), request, emit)
-        earlier = [m for m in request.conversation.context() if m.role != message_pb2.ROLE_ASSISTANT]
-        said = [text_of(message) for message in [*earlier, *request.conversation.inputs()[:-1]]]
-        return await self._say(_introduced(request, talk(text, said, request.tools)), request, emit)
+        """Calls the tools that its unanswered inputs ask for; then replies to each of them in order. Never fails."""
+        conversation, tools = request.conversation, request.tools
+        waiting = [text_of(message) for message in conversation.unanswered()]
+        calls = [call for text in waiting if (call := _call_for(text, tools)) is not None]
+        results = _results(conversation.steps)
+        if further := calls[len(results) :][:_MOST_CALLS]:
+            return ModelAnswer("", further, input_tokens=sum(map(_count_words, waiting)), model=MODEL_NAME)
+        earlier = [m for m in conversation.context() if m.role != message_pb2.ROLE_ASSISTANT]
+        said = [text_of(message) for message in [*earlier, *conversation.inputs()]]
+        replies: list[str] = []
+        for place, text in enumerate(waiting, start=len(said) - len(waiting)):
+            if _call_for(text, tools) is None:
+                replies.append(_reply(text, said[:place], tools))
+            elif results:
+                replies.append(_phrase(results.pop(0)))
+        replies += map(_phrase, results)  # of a turn that another model began
+        return await self._say(_introduced(request, " ".join(replies) or _abilities(tools)), waiting, emit)
 
-    async def _say(self, text: str, request: ModelRequest, emit: Emit) -> ModelAnswer:
+    async def _say(self, text: str, waiting: Sequence[str], emit: Emit) -> ModelAnswer:
         for piece in re.findall(r"\S+\s*|\s+", text):
             if self._word_delay_s:
                 await asyncio.sleep(self._word_delay_s)
             emit(piece)
-        read = _count_words(text_of(request.conversation.last_input()))
+        read = sum(map(_count_words, waiting))
         return ModelAnswer(text, input_tokens=read, output_tokens=_count_words(text), model=MODEL_NAME)
 
 
@@ -105,6 +112,21 @@ def expression_of(text: str) -> str:
         if _OPERATOR.search(found) and not re.fullmatch(r"\d{4}-\d{1,2}-\d{1,2}", found):
             return found.translate(_SIGNS).replace("^", "**")
     return ""
+
+
+def _call_for(text: str, tools: Sequence[ToolDescription]) -> RequestedCall | None:
+    """The call a text asks for, if it asks for one and the tool is there."""
+    wish = wish_of(text)
+    tool = next((tool for tool in tools if wish is not None and tool.name == wish.tool), None)
+    if wish is None or tool is None:
+        return None
+    return RequestedCall(call_id="", tool=tool.name, arguments=_arguments(wish, tool))
+
+
+def _reply(text: str, said: Sequence[str], tools: Sequence[ToolDescription]) -> str:
+    """An answer to a text that no tool is called for."""
+    wish = wish_of(text)
+    return talk(text, said, tools) if wish is None else _without_tool(wish)
 
 
 def talk(text: str, said: Sequence[str], tools: Sequence[ToolDescription]) -> str:
@@ -165,7 +187,8 @@ def _abilities(tools: Sequence[ToolDescription]) -> str:
 
 def _introduced(request: ModelRequest, text: str) -> str:
     """The first answer of a session says what is answering."""
-    return INTRODUCTION + text if request.conversation.is_first_turn else text
+    is_first = request.conversation.is_first_turn and not request.conversation.interim_texts()
+    return INTRODUCTION + text if is_first else text
 
 
 def _without_tool(wish: _Wish) -> str:
@@ -187,10 +210,14 @@ def _arguments(wish: _Wish, tool: ToolDescription) -> Mapping[str, Json]:
 
 
 def _results(steps: Sequence[turn_pb2.StepBody]) -> list[tuple[turn_pb2.ToolCall, turn_pb2.ToolResult]]:
-    """The last calls of this turn with what they brought."""
-    if len(steps) < 2 or steps[-1].WhichOneof("body") != "tool_results":
-        return []
-    return list(zip(steps[-2].model_reply.tool_calls, steps[-1].tool_results.results, strict=True))
+    """The calls of this turn with what they brought, as far as no interim reply has told of them."""
+    pairs: list[tuple[turn_pb2.ToolCall, turn_pb2.ToolResult]] = []
+    for reply, results in pairwise(steps):
+        if is_interim(reply):
+            pairs.clear()
+        elif reply.WhichOneof("body") == "model_reply":
+            pairs += zip(reply.model_reply.tool_calls, results.tool_results.results, strict=True)
+    return [] if steps and is_interim(steps[-1]) else pairs
 
 
 def _phrase(pair: tuple[turn_pb2.ToolCall, turn_pb2.ToolResult]) -> str:

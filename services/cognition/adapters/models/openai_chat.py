@@ -30,7 +30,8 @@ from services.cognition.application.ports import (
     ToolDescription,
     reply_too_long,
 )
-from services.cognition.domain.conversation import Json, printable, result_text, text_of, to_dict
+from services.cognition.domain.conversation import Json, printable, result_text, spoken, to_dict
+from services.cognition.domain.turn import is_interim
 from soma_common.errors import Reason, SomaError, class_of
 
 _ROLES: Final = {
@@ -182,20 +183,27 @@ class _Assembly:
 
 
 def render_messages(request: ModelRequest) -> list[ChatCompletionMessageParam]:
-    """The conversation as the protocol has it: instructions, what was said, this turn's calls with their results."""
+    """The conversation as the protocol has it: instructions, what was said, this turn's inputs and the model's replies
+    to them, each reply's calls with their results right behind it."""
     rendered: list[dict[str, Any]] = []
     if request.instructions:
         rendered.append({"role": "system", "content": request.instructions})
-    rendered += [
-        {"role": _ROLES.get(message.role, "user"), "content": text_of(message)}
-        for message in [*request.conversation.context(), *request.conversation.inputs()]
-    ]
-    for number, step in enumerate(request.conversation.steps, start=1):
-        rendered.extend(_render_step(number, step))
+    rendered += map(_render_message, request.conversation.context())
+    for entry in request.conversation.transcript():
+        if isinstance(entry, message_pb2.Message):
+            rendered.append(_render_message(entry))
+        else:
+            rendered.extend(_render_step(entry.number, entry.body))
     return cast(list[ChatCompletionMessageParam], rendered)
 
 
+def _render_message(message: message_pb2.Message) -> dict[str, Any]:
+    return {"role": _ROLES.get(message.role, "user"), "content": spoken(message)}
+
+
 def _render_step(number: int, step: turn_pb2.StepBody) -> list[dict[str, Any]]:
+    if is_interim(step):
+        return [{"role": "assistant", "content": step.model_reply.text}]
     if step.WhichOneof("body") == "model_reply":
         reply = step.model_reply
         calls = [
