@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -161,9 +160,8 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         for lane in range(layout.lanes)
     ]
     ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
-    committer = GroupCommitter(
-        writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("connection to the database lost")
-    )
+    leases.on_freed = ownership.lease_freed
+    committer = GroupCommitter(writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"))
     runner.use(committer)
     ingest.committer = desk.committer = committer
     for reader in readers:
@@ -194,14 +192,13 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     )
 
     async def stop() -> None:
-        await server.stop(settings.drain_timeout_s)
-        await inbox.close()
+        # Before all else: others own the partitions and run their turns while this router closes the rest.
         await ownership.release_all()
+        await inbox.close()
+        await server.stop(settings.drain_timeout_s)
         await background.cancel()
 
     async def close_stores() -> None:
-        with suppress(StoreLost):  # the database may be gone: then this router's row there just grows old
-            await leases.leave()
         for closing in (leases.close(), writer.close(), history.close(), control_channel.close(), tool_channel.close()):
             await closing
 

@@ -38,13 +38,30 @@ _WRITER_SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "1000",
     "lock_timeout": "2000",
 }
+_FREED: Final = "router_lease_freed"
+_FREE: Final = (
+    "freed AS (UPDATE router.leases SET owner = NULL, expires_at = '-infinity'"
+    " WHERE owner = $1 AND term = ANY ($2::uuid[]) RETURNING 1)"
+)
+_RELEASE: Final = f"WITH {_FREE} SELECT pg_notify('{_FREED}', '') FROM freed LIMIT 1"
+_LEAVE: Final = (
+    f"WITH {_FREE}, gone AS (DELETE FROM router.routers WHERE router = $1 RETURNING 1)"
+    f" SELECT pg_notify('{_FREED}', '') FROM gone LIMIT 1"
+)
 _LEASE_SETTINGS: Final = {"jit": "off", "idle_in_transaction_session_timeout": "1000", "lock_timeout": "2000"}
 
 
 class _Line:
     """One connection that is made when it is needed, and made again after it was lost."""
 
-    def __init__(self, dsn: str, name: str, settings: dict[str, str]) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        name: str,
+        settings: dict[str, str],
+        on_connect: Callable[[Connection], Awaitable[None]] | None = None,
+    ) -> None:
+        self._on_connect = on_connect
         self._dsn = dsn
         self._name = name
         self._settings = settings
@@ -64,6 +81,8 @@ class _Line:
             try:
                 if self._connection is None:
                     self._connection = await connect(self._dsn, application_name=self._name, **self._settings)  # type: ignore[arg-type]
+                    if self._on_connect is not None:
+                        await self._on_connect(self._connection)
                 return await work(self._connection)
             except (*CONNECTION_LOST, Unavailable) as error:
                 self.drop()
@@ -177,10 +196,11 @@ def _result(row: Any) -> GroupResult:
 
 
 class PostgresLeases:
-    """Leases and take-overs, on a connection of their own."""
+    """Leases and take-overs, on a connection of their own. `on_freed` is called when a router lets a lease go."""
 
     def __init__(self, dsn: str, router: str) -> None:
-        self._line = _Line(dsn, f"{router} leases", _LEASE_SETTINGS)
+        self._line = _Line(dsn, f"{router} leases", _LEASE_SETTINGS, self._listen)
+        self.on_freed: Callable[[], None] = lambda: None
         self._router = router
         self._ttl = timedelta(seconds=LEASE_S)
 
@@ -224,17 +244,20 @@ class PostgresLeases:
 
         return await self._line.use(call)
 
-    async def leases(self) -> tuple[list[LeaseRow], int]:
-        """All leases in order, and how many routers were heard lately."""
+    async def _listen(self, connection: Connection) -> None:
+        await connection.add_listener(_FREED, lambda *_: self.on_freed())
 
-        async def call(connection: Connection) -> tuple[list[LeaseRow], int]:
+    async def leases(self) -> tuple[list[LeaseRow], frozenset[str]]:
+        """All leases in order, and the routers that were heard lately."""
+
+        async def call(connection: Connection) -> tuple[list[LeaseRow], frozenset[str]]:
             rows = await connection.fetch(
                 "SELECT partition, owner, term, expires_at < clock_timestamp() AS expired, expires_at,"
-                " (SELECT count(*) FROM router.routers WHERE beat_at > clock_timestamp() - $1::interval) AS routers"
+                " ARRAY(SELECT router FROM router.routers WHERE beat_at > clock_timestamp() - $1::interval) AS routers"
                 " FROM router.leases ORDER BY partition",
                 self._ttl,
             )
-            return [LeaseRow(*row[:5]) for row in map(tuple, rows)], rows[0]["routers"] if rows else 0
+            return [LeaseRow(*row[:5]) for row in map(tuple, rows)], frozenset(rows[0]["routers"] if rows else ())
 
         return await self._line.use(call)
 
@@ -291,23 +314,18 @@ class PostgresLeases:
         return await self._line.use(call)
 
     async def release(self, terms: Sequence[UUID]) -> None:
-        """Frees the leases of `terms`."""
+        """Frees the leases of `terms` and tells the other routers."""
+        await self._free(_RELEASE, terms)
 
+    async def leave(self, terms: Sequence[UUID]) -> None:
+        """The same, and this router is not counted any more: in one statement, or the others would keep what it freed
+        for it.
+        """
+        await self._free(_LEAVE, terms)
+
+    async def _free(self, statement: str, terms: Sequence[UUID]) -> None:
         async def call(connection: Connection) -> None:
-            await connection.execute(
-                "UPDATE router.leases SET owner = NULL, expires_at = '-infinity'"
-                " WHERE owner = $1 AND term = ANY ($2::uuid[])",
-                self._router,
-                list(terms),
-            )
-
-        await self._line.use(call)
-
-    async def leave(self) -> None:
-        """This router is not counted any more."""
-
-        async def call(connection: Connection) -> None:
-            await connection.execute("DELETE FROM router.routers WHERE router = $1", self._router)
+            await connection.execute(statement, self._router, list(terms))
 
         await self._line.use(call)
 

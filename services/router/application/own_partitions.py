@@ -1,5 +1,9 @@
 """Owns partitions: takes what is free or left behind, up to a fair share, and lets go when its time is over.
 
+A router that stops frees its partitions and leaves in one statement, and the others are notified: they own them a few
+milliseconds later. A router that joins gets its share slowly, and only once it has been there for a while: each move
+costs the turns that run in the partition a step, and a router that keeps restarting is to cost nothing.
+
 Leases say when to take over; what may be written is decided by the term in the partition's row alone, so nothing here
 needs clocks to agree. A lease is taken over only when the database clock says it ran out *and* this router has itself
 seen it unrenewed for a whole lease time: after a stall of the database nobody is robbed by whoever wakes first.
@@ -10,8 +14,8 @@ before it says another word.
 from __future__ import annotations
 
 import asyncio
-import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 from uuid import UUID, uuid4
 
@@ -21,13 +25,14 @@ from soma.router.v1.inbound_pb2 import InboundKind
 from services.router.application.group import FenceLost, StoreLost
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import QueuedMessage, SessionKey, Turn
+from services.router.domain.spread import shares, turn_of
 from services.router.domain.turn import TurnStatus
 from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
 from soma_common.telemetry.metrics import counter, gauge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from services.router.application.deliver_outcomes import DeliveryDesk
     from services.router.application.ports import AcquiredRow, LeaseRow, LeaseStore, PendingRow
@@ -37,14 +42,21 @@ if TYPE_CHECKING:
 LEASE_S: Final = 3.0
 BEAT_S: Final = 1.0
 _POLL_S: Final = 0.25
+"""How often the leases are looked at when nobody has said that one is free."""
 _BLIND_S: Final = 1.5
 """Not having looked at the leases for so long, this router has not seen that nobody renewed them."""
-_RELEASE_PER_BEAT: Final = 2
+SETTLED_S: Final = LEASE_S
+"""A router that has been seen for so long without a break is given partitions that others hold."""
+GIVE_UP_EVERY_S: Final = 0.5
+"""All routers that hold too many together give up so often one of them."""
+_LAST_TAKE_S: Final = 1.0
+"""How long the shutdown waits for a partition that is just being taken, to free that too."""
 
 log = structlog.get_logger(__name__)
 
 OWNED = gauge("soma_router_partitions_owned", "Partitions this router owns.")
 TAKEN = counter("soma_router_partitions_taken_total", "Partitions taken, by why.", ["cause"])
+ENDED = counter("soma_router_partitions_ended_total", "Partitions let go or lost, by why.", ["cause"])
 
 
 class LaneControl(Protocol):
@@ -84,7 +96,12 @@ class OwnPartitions:
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._seen: dict[int, tuple[object, float]] = {}
         """The last renewal of each lease that was seen, and since when it has been the last."""
+        self._routers: dict[str, float] = {}
+        """The routers that live, and since when each has been seen without a break."""
+        self._gave_up_at = 0.0
         self._releasing = False
+        self._looking = asyncio.Lock()
+        self._news = asyncio.Event()
         self.ready = asyncio.Event()
         """Set once this router has looked at the leases for the first time."""
 
@@ -96,14 +113,25 @@ class OwnPartitions:
     async def run(self) -> None:
         """Beats and takes partitions until cancelled."""
         while True:
+            self._news.clear()
+            if not self._releasing:
+                await self._look()
+            self.ready.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    await self._news.wait()
+
+    def lease_freed(self) -> None:
+        """Another router has let a lease go: looks at once."""
+        self._news.set()
+
+    async def _look(self) -> None:
+        async with self._looking:
             try:
                 await self._beat_if_due()
-                if not self._releasing:
-                    await self._balance()
+                await self._balance()
             except StoreLost as error:
                 log.warning("router.lease_store_lost", error=str(error))
-            self.ready.set()
-            await asyncio.sleep(_POLL_S)
 
     async def _beat_if_due(self) -> None:
         self._end_overdue()
@@ -130,28 +158,55 @@ class OwnPartitions:
         for number in asked - held:
             partition = self._state.partitions.get(number)
             if partition is not None and partition.term in terms:
-                self.end(partition, "lease gone")
+                self.end(partition, "lease_gone")
 
     async def _balance(self) -> None:
         leases, routers = await self._store.leases()
         now = monotonic()
+        self._see(leases, routers | {self._router}, now)
+        await self._take_share(leases, now)
+        await self._give_up(leases, now)
+
+    def _see(self, leases: Sequence[LeaseRow], routers: frozenset[str], now: float) -> None:
+        """Remembers since when each lease is unrenewed, and each router there."""
         if now - self._looked_at > _BLIND_S:
             self._seen.clear()
+            self._routers.clear()
         self._looked_at = now
-        share = math.ceil(len(leases) / max(routers, 1))
+        self._routers = {router: self._routers.get(router, now) for router in routers}
         for lease in leases:
             seen = self._seen.get(lease.partition)
             if seen is None or seen[0] != (lease.term, lease.mark):
                 self._seen[lease.partition] = ((lease.term, lease.mark), now)
-        for lease in leases:
+
+    async def _take_share(self, leases: Sequence[LeaseRow], now: float) -> None:
+        held = _held(leases, self._routers)
+        share = shares(held, len(leases))[self._router]
+        first = turn_of(self._router, held, len(leases))
+        for lease in [*leases[first:], *leases[:first]]:
             if len(self._state.partitions) >= share or self._releasing:
-                break
+                return
             if lease.partition not in self._state.partitions and self._free(lease, now):
                 # A take-over may wait for a commit in flight: several must not cost this router its own leases.
                 await self._beat_if_due()
                 await self._take(lease)
-        surplus = len(self._state.partitions) - share
-        for partition in list(self._state.partitions.values())[: min(max(surplus, 0), _RELEASE_PER_BEAT)]:
+
+    async def _give_up(self, leases: Sequence[LeaseRow], now: float) -> None:
+        """Lets one partition go if routers that are here to stay have fewer, and nothing is on its way already."""
+        held = _held(leases, self._routers)
+        if sum(held.values()) < len(leases):
+            return
+        settled = {r for r, since in self._routers.items() if now - since >= SETTLED_S} | {self._router}
+        newcomers = sum(held.pop(router) for router in set(held) - settled)
+        share = shares(held, len(leases) - newcomers)
+        surplus = [router for router, count in held.items() if count > share[router]]
+        if self._router not in surplus or now - self._gave_up_at < GIVE_UP_EVERY_S * len(surplus):
+            return
+        self._gave_up_at = now
+        # The one whose move costs the fewest turns a step.
+        partition = min(self._state.partitions.values(), key=lambda each: each.running_turns, default=None)
+        if partition is not None:
+            log.info("router.rebalance", partition=partition.id, share=share[self._router], held=held)
             self.end(partition, "rebalance")
             await self._store.release([partition.term])
 
@@ -174,6 +229,9 @@ class OwnPartitions:
             channels = await self._store.undelivered_channels(lease.partition)
         except FenceLost:
             return  # somebody else was faster in the meantime
+        if self._releasing:
+            await self._store.release([term])
+            return
         partition = self._restore(lease.partition, term, row, pending)
         self._held_before.add(lease.partition)
         self._state.partitions[partition.id] = partition
@@ -248,6 +306,7 @@ class OwnPartitions:
         if partition.lost:
             return
         log.info("router.partition_ended", partition=partition.id, epoch=partition.epoch, cause=cause)
+        ENDED.labels(cause).inc()
         self._lanes.detach(partition)
         self._runner.end_terms(self._state.forget_partition(partition))
         self._desk.drop(partition)
@@ -268,11 +327,21 @@ class OwnPartitions:
             self.end(partition, cause)
 
     async def release_all(self) -> None:
-        """Shutdown: others need not wait for the leases to run out."""
+        """Shutdown: the others are told, and need not wait for the leases to run out."""
         self._releasing = True
         terms = [partition.term for partition in self._state.partitions.values()]
         self.end_all("shutdown")
         try:
-            await self._store.release(terms)
-        except StoreLost as error:
-            log.warning("router.release_failed", error=str(error))
+            await self._store.leave(terms)
+            async with asyncio.timeout(_LAST_TAKE_S), self._looking:
+                pass
+        except (StoreLost, TimeoutError) as error:
+            log.warning("router.release_failed", error=str(error) or type(error).__name__)
+        else:
+            log.info("router.partitions_released", partitions=len(terms))
+
+
+def _held(leases: Sequence[LeaseRow], routers: Collection[str]) -> dict[str, int]:
+    """How many leases each of the routers has."""
+    counted = Counter(lease.owner for lease in leases)
+    return {router: counted[router] for router in routers}

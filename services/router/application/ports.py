@@ -95,8 +95,8 @@ class LeaseStore(Protocol):
         held.
         """
 
-    async def leases(self) -> tuple[list[LeaseRow], int]:
-        """All leases, and how many routers live."""
+    async def leases(self) -> tuple[list[LeaseRow], frozenset[str]]:
+        """All leases in order, and the routers that were heard lately."""
 
     async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
         """Takes a partition under a new term; None if somebody else has it."""
@@ -110,7 +110,10 @@ class LeaseStore(Protocol):
         """(tenant, channel) pairs that have outcomes waiting in a partition."""
 
     async def release(self, terms: Sequence[UUID]) -> None:
-        """Gives leases up, so that others need not wait."""
+        """Gives leases up and tells the other routers, so that they need not wait."""
+
+    async def leave(self, terms: Sequence[UUID]) -> None:
+        """The same, and this router is not counted any more."""
 
 
 class HistoryStore(Protocol):

@@ -46,6 +46,11 @@ class Partition:
     """True once the term has ended: nothing of this object may be written any more."""
 
     @property
+    def running_turns(self) -> int:
+        """Turns that run in it."""
+        return sum(session.turn is not None for session in self.sessions.values())
+
+    @property
     def floor(self) -> int:
         """Every message below this position has its outcome."""
         return next(iter(self.pending), self.mail_head + 1)

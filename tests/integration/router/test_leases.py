@@ -113,12 +113,38 @@ async def test_routers_that_live_are_counted(store: Store) -> None:
     await store.leases.beat([])
     other = PostgresLeases(store.database.dsn("router"), "router-1")
     await other.beat([])
-    assert (await store.leases.leases())[1] == 2
-    await other.leave()
+    assert (await store.leases.leases())[1] == {"router-0", "router-1"}
+    await other.leave([])
     await other.close()
-    assert (await store.leases.leases())[1] == 1
+    assert (await store.leases.leases())[1] == {"router-0"}
     await store.eye.execute("UPDATE router.routers SET beat_at = beat_at - $1::interval", timedelta(seconds=4))
-    assert (await store.leases.leases())[1] == 0
+    assert (await store.leases.leases())[1] == frozenset()
+
+
+async def test_who_lets_leases_go_tells_the_others(store: Store) -> None:
+    """Once for all of them, after they are free; and again on the next connection, when the first was lost."""
+    one, two = await store.take(1, "router-1"), await store.take(2, "router-1")
+    leaving = PostgresLeases(store.database.dsn("router"), "router-1")
+    await leaving.beat([one.term, two.term])
+    told: list[str | None] = []
+    store.leases.on_freed = lambda: told.append("freed")
+    await store.leases.leases()
+    await leaving.release([uuid4()])
+    await leaving.release([one.term])
+    await eventually(lambda: told == ["freed"])
+    assert [(await lease_of(store, n)).owner for n in (1, 2)] == [None, "router-1"]
+    await store.eye.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'router-0 leases'"
+    )
+    with suppress(StoreLost):
+        await store.leases.leases()
+    assert "router-1" in (await store.leases.leases())[1]
+    await leaving.leave([two.term])
+    await leaving.close()
+    await eventually(lambda: told == ["freed"] * 2)
+    leases, routers = await store.leases.leases()
+    assert "router-1" not in routers
+    assert leases[2].owner is None
 
 
 async def test_a_heartbeat_does_not_wait_for_a_commit(store: Store) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any, cast
 from uuid import UUID, uuid4
 
@@ -10,7 +11,7 @@ import pytest
 
 from services.router.application import own_partitions
 from services.router.application.group import FenceLost, StoreLost
-from services.router.application.own_partitions import LEASE_S, OwnPartitions
+from services.router.application.own_partitions import GIVE_UP_EVERY_S, LEASE_S, SETTLED_S, OwnPartitions
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from services.router.application.state import RouterState
 from services.router.domain.partition import Partition
@@ -18,6 +19,7 @@ from services.router.domain.session import Turn
 from services.router.domain.turn import TurnStatus
 from soma_common import ids
 from soma_common.layout import LaneLayout
+from soma_common.testing.eventually import eventually
 from tests.unit.router.builders import AGENT, CHANNEL, TENANT
 
 ME = "router-0"
@@ -66,13 +68,13 @@ class World:
             self.rows[number].expires_at = self.now + LEASE_S
         return frozenset(held)
 
-    async def leases(self) -> tuple[list[LeaseRow], int]:
+    async def leases(self) -> tuple[list[LeaseRow], frozenset[str]]:
         self.check()
         rows = [
             LeaseRow(n, row.owner, row.term, row.expires_at < self.now, row.expires_at)
             for n, row in enumerate(self.rows)
         ]
-        return rows, self.routers
+        return rows, frozenset(f"router-{number}" for number in range(self.routers))
 
     async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
         self.check()
@@ -97,6 +99,9 @@ class World:
         for row in self.rows:
             if row.term in terms:
                 row.owner, row.expires_at = None, float("-inf")
+
+    async def leave(self, terms: Sequence[UUID]) -> None:
+        await self.release(terms)
 
     # ---- lanes, runner, desk
 
@@ -173,14 +178,85 @@ async def test_it_takes_its_share_and_leaves_the_rest(world: World) -> None:
     assert len(world.owned) == 4
 
 
-async def test_it_gives_up_what_is_beyond_its_share_a_few_at_a_time(world: World) -> None:
+async def settled(world: World, routers: int) -> None:
+    """Other routers come and stay for long enough to be given something."""
+    world.routers = routers
+    await world.rounds(int(SETTLED_S / 0.25))
+
+
+async def test_a_router_that_stays_is_given_its_share_one_partition_after_the_other(world: World) -> None:
     await world.rounds()
-    world.routers = 2
-    await world.rounds()
-    assert len(world.owned) == 6
-    await world.rounds()
+    await settled(world, 2)
+    assert len(world.owned) == 8, "not before it has been there for a while"
+    gave_up_at = []
+    while len(world.owned) > 4:
+        await world.rounds()
+        for number, row in enumerate(world.rows):
+            if row.owner is None:
+                gave_up_at.append(world.now)
+                world.held_by("router-1", number, for_s=60)
+    assert len(gave_up_at) == 4
+    assert all(b - a >= GIVE_UP_EVERY_S for a, b in pairwise(gave_up_at))
+    await world.rounds(20)
     assert len(world.owned) == 4
-    assert sum(row.owner is None for row in world.rows) == 4
+
+
+async def test_a_router_that_leaves_and_comes_back_quickly_is_given_nothing(world: World) -> None:
+    await world.rounds()
+    for _ in range(10):
+        world.routers = 2
+        await world.rounds(int(SETTLED_S / 0.25) - 1)
+        world.routers = 1
+        await world.rounds()
+    assert len(world.owned) == 8
+
+
+async def test_nothing_is_given_up_while_something_waits_to_be_taken(world: World) -> None:
+    await world.rounds()
+    await settled(world, 2)
+    await world.rounds(40)
+    assert len(world.owned) == 7, "what it gave up was not taken"
+
+
+async def test_the_partition_that_costs_least_is_given_up(world: World) -> None:
+    for number in range(8):
+        if number != 5:
+            world.pending[number] = [pending(1, f"s{number}", (bytes([number]) * 16, 1, 1))]
+    await world.rounds()
+    await settled(world, 2)
+    await world.rounds()
+    assert world.owned == {0, 1, 2, 3, 4, 6, 7}
+
+
+async def test_what_is_left_over_stays_where_it_is(world: World) -> None:
+    world.routers = 3
+    world.held_by("router-1", 0, 1, 2, for_s=1e6)
+    world.held_by("router-2", 3, 4, for_s=1e6)
+    await world.rounds(30)
+    assert world.owned == {5, 6, 7}, "8 over 3: no 3-3-2 is better than another"
+
+
+async def test_nobody_keeps_two_more_than_another(world: World) -> None:
+    """9 over 4 is 3-2-2-2: a router with 3 is not over the larger share, but the fourth is under the smaller one."""
+    world.rows.append(Lease())
+    for number, router in enumerate(["router-1"] * 4 + ["router-2"] * 2):
+        world.held_by(router, number, for_s=1e6)
+    world.routers = 3
+    await world.rounds(20)
+    assert world.owned == {6, 7, 8}
+    await settled(world, 4)
+    await world.rounds(5)
+    assert len(world.owned) == 2
+
+
+async def test_a_freed_lease_is_taken_at_once(world: World) -> None:
+    world.routers = 2
+    world.held_by("router-1", *range(8), for_s=1e6)
+    async with running(world):
+        assert not world.owned
+        world.rows[3].owner = None
+        world.keeper.lease_freed()
+        await eventually(lambda: world.owned == {3}, 0.2, interval_s=0.005)
 
 
 async def test_what_another_holds_is_left_alone_while_it_is_renewed(world: World) -> None:
@@ -188,7 +264,7 @@ async def test_what_another_holds_is_left_alone_while_it_is_renewed(world: World
     for _ in range(40):
         world.held_by("router-1", 0, 1, 2, 3, 4)
         await world.rounds()
-    assert world.owned == {5, 6, 7}
+    assert world.owned == {5, 6, 7}, "router-1 has one more than its share: it is for router-1 to give it up"
 
 
 async def test_a_lease_that_ran_out_is_taken_after_it_was_seen_so_for_a_while(world: World) -> None:
@@ -341,6 +417,26 @@ async def test_shutdown_frees_all_leases_and_takes_none_again(world: World) -> N
     async with running(world):
         await asyncio.sleep(0)
     assert world.owned == set()
+
+
+async def test_a_partition_that_is_being_taken_at_the_shutdown_is_freed_too(world: World) -> None:
+    loading, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def load(partition: int, term: UUID, strike: bool) -> list[PendingRow]:
+        loading.set()
+        await may_go_on.wait()
+        return []
+
+    world.load = load  # type: ignore[method-assign]
+    async with asyncio.TaskGroup() as group:
+        group.create_task(world.keeper._look())
+        await loading.wait()
+        release = group.create_task(world.keeper.release_all())
+        await asyncio.sleep(0)
+        assert not release.done()
+        may_go_on.set()
+    assert world.owned == set()
+    assert [row.owner for row in world.rows] == [None] * 8
 
 
 @asynccontextmanager
