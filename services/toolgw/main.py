@@ -14,13 +14,15 @@ from services.toolgw.adapters.access_config_feed import ConfigFeedAccess
 from services.toolgw.adapters.api_grpc import SERVICE, ToolApi
 from services.toolgw.adapters.json_schema import JsonSchemaRules
 from services.toolgw.adapters.store_postgres import PostgresToolStore
-from services.toolgw.adapters.tools_builtin import Calculate, CurrentTime, RecallNotes, RememberNote
+from services.toolgw.adapters.tools_builtin import Calculate, CurrentTime, ForgetNote, RecallNotes, RememberNote
 from services.toolgw.adapters.tools_http import http_client, load_http_tools
 from services.toolgw.application.cancel_invocation import CancelInvocation
 from services.toolgw.application.catalog import ToolCatalog
 from services.toolgw.application.hold_lease import RunnerLease
 from services.toolgw.application.invoke_tool import InvokeTool
 from services.toolgw.application.list_tools import ListTools
+from services.toolgw.application.revert_turn import RevertTurn
+from services.toolgw.application.run_once import RunOnce
 from services.toolgw.application.run_tool import Bounds, ToolRuns
 from services.toolgw.settings import ToolgwSettings
 from soma_common.authz.authorizer import Authorizer
@@ -80,7 +82,10 @@ async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, in
     # First callers get a share of the time to wait for their answers, then runs that nobody waits for get the rest.
     calls_s, runs_s = settings.drain_timeout_s * 0.6, settings.drain_timeout_s * 0.4
     lifecycle.on_stop("running tools", partial(runs.drain, runs_s), runs_s + 1)
-    api = ToolApi(ListTools(catalog), InvokeTool(store, catalog, access, runs, lease), CancelInvocation(store))
+    run_once = RunOnce(store, runs, lease)
+    cancel = CancelInvocation(store, settings.toolgw_cancel_timeout_s)
+    revert = RevertTurn(store, store, catalog, run_once, cancel)
+    api = ToolApi(ListTools(catalog), InvokeTool(store, catalog, access, run_once), cancel, revert)
 
     server = GrpcServer(
         settings, Authorizer.from_settings(settings), services=[(add_ToolServiceServicer_to_server, api, SERVICE)]
@@ -101,7 +106,7 @@ def _catalog(lifecycle: Lifecycle, settings: ToolgwSettings, store: PostgresTool
     lifecycle.on_stop("http client", client.aclose, 1.0)
     file = settings.toolgw_http_tools_file
     http_tools = load_http_tools(file, client) if file is not None else []
-    return ToolCatalog([CurrentTime(), Calculate(), RememberNote(store), RecallNotes(store), *http_tools])
+    return ToolCatalog([CurrentTime(), Calculate(), RememberNote(store), ForgetNote(), RecallNotes(store), *http_tools])
 
 
 async def _forget_now_and_then(store: PostgresToolStore) -> None:

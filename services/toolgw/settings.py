@@ -25,5 +25,8 @@ class ToolgwSettings(ServiceSettings):
     """Tool calls that may run at once in this process."""
     toolgw_max_runs_per_tenant: int = Field(default=64, ge=1, le=10_000)
     """Tool calls of one tenant that may run at once in this process."""
+    toolgw_cancel_timeout_s: float = Field(default=30.0, gt=0, le=86_400)
+    """How long a cancel waits for a call that runs before its outcome is called unknown, where the cancel does not
+    say."""
     postgres_pool_size: int = Field(default=8, ge=2, le=100)
     """Connections to the database at most."""

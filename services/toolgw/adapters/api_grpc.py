@@ -16,18 +16,23 @@ from soma.toolgw.v1.tool_service_pb2 import (
     InvokeToolResponse,
     ListToolsRequest,
     ListToolsResponse,
+    RevertTurnRequest,
+    RevertTurnResponse,
     SideEffect,
     Tool,
 )
+from soma.toolgw.v1.tool_service_pb2 import Reversal as ReversalResult
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceServicer
 
 from services.toolgw.adapters.json_values import arguments_from, struct_of, value_of
 from services.toolgw.application.cancel_invocation import CancelInvocation
 from services.toolgw.application.invoke_tool import InvokeTool
 from services.toolgw.application.list_tools import ListTools
+from services.toolgw.application.revert_turn import RevertTurn
 from services.toolgw.domain import refusals
-from services.toolgw.domain.invocation import Call, State
+from services.toolgw.domain.invocation import Call, State, is_compensation
 from services.toolgw.domain.outcome import Outcome
+from services.toolgw.domain.reversal import Reversal, StoppedTurn
 from services.toolgw.domain.tool import Effect, ToolDefinition
 from soma_common.ids import is_slug, session_id
 
@@ -50,15 +55,26 @@ _STATES: Final = {
     State.CANCELLED: InvocationState.INVOCATION_STATE_CANCELLED,
     State.UNKNOWN: InvocationState.INVOCATION_STATE_OUTCOME_UNKNOWN,
 }
+_REVERSALS: Final = {
+    Reversal.REVERTED: ReversalResult.REVERSAL_REVERTED,
+    Reversal.KEPT: ReversalResult.REVERSAL_KEPT,
+}
 
 
 class ToolApi(ToolServiceServicer):
     """The servicer. Who may call is decided before it is reached."""
 
-    def __init__(self, list_tools: ListTools, invoke_tool: InvokeTool, cancel_invocation: CancelInvocation) -> None:
+    def __init__(
+        self,
+        list_tools: ListTools,
+        invoke_tool: InvokeTool,
+        cancel_invocation: CancelInvocation,
+        revert_turn: RevertTurn,
+    ) -> None:
         self._list = list_tools
         self._invoke = invoke_tool
         self._cancel = cancel_invocation
+        self._revert = revert_turn
 
     async def ListTools(
         self, request: ListToolsRequest, context: aio.ServicerContext[ListToolsRequest, ListToolsResponse]
@@ -82,12 +98,22 @@ class ToolApi(ToolServiceServicer):
         request: CancelInvocationRequest,
         context: aio.ServicerContext[CancelInvocationRequest, CancelInvocationResponse],
     ) -> CancelInvocationResponse:
-        """Makes sure that a key will never run, or has ended."""
+        """Makes sure that a key will never run, has ended, or is given up."""
         session = request.session
         session_digest = session_id(session.tenant, session.agent, session.channel, session.session)
-        settled = await self._cancel(session.tenant, session_digest, _key(request.idempotency_key))
+        key, timeout_s = _key(request.idempotency_key), request.timeout_ms / 1000
+        settled = await self._cancel(session.tenant, session_digest, key, timeout_s)
         result, error = _end(settled.outcome) if settled.outcome is not None else (None, None)
         return CancelInvocationResponse(state=_STATES[settled.state], result=result, error=error)
+
+    async def RevertTurn(
+        self, request: RevertTurnRequest, context: aio.ServicerContext[RevertTurnRequest, RevertTurnResponse]
+    ) -> RevertTurnResponse:
+        """Undoes what the calls of a turn did, if everything can be undone."""
+        session = request.session
+        turn = StoppedTurn(session.tenant, session.agent, session.channel, session.session, request.turn_id)
+        undone = await self._revert(turn)
+        return RevertTurnResponse(reversal=_REVERSALS[undone.state], kept=undone.kept)
 
 
 def _call(request: InvokeToolRequest) -> Call:
@@ -116,6 +142,8 @@ def _key(key: str) -> str:
         raise refusals.key_missing()
     if _KEY.fullmatch(key) is None:
         raise refusals.invalid_field("idempotency_key", "1 to 128 printable ASCII characters without blanks")
+    if is_compensation(key):
+        raise refusals.key_reserved(key)
     return key
 
 
@@ -135,6 +163,7 @@ def _tool(tenant: str, definition: ToolDefinition) -> Tool:
         parameters=struct_of(definition.parameters),
         side_effect=_SIDE_EFFECTS[definition.effect],
         timeout_ms=round(definition.timeout_s * 1000),
+        compensation=definition.compensation,
     )
 
 

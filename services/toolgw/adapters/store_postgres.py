@@ -16,10 +16,11 @@ import orjson
 from soma.common.v1.message_pb2 import Error
 
 from services.toolgw.application.hold_lease import LEASE_S
-from services.toolgw.application.ports import Note
-from services.toolgw.domain.invocation import Call, Invocation, Runner, State
+from services.toolgw.application.ports import Finish, Note
+from services.toolgw.domain.invocation import Call, Invocation, Runner, State, is_compensation
 from services.toolgw.domain.outcome import Failure, Outcome
-from services.toolgw.domain.tool import Effect
+from services.toolgw.domain.reversal import PastCall, Reversal, StoppedTurn, Undoing
+from services.toolgw.domain.tool import Effect, ToolDefinition
 from soma_common.postgres.connect import Pool
 from soma_common.postgres.errors import store_errors
 
@@ -31,7 +32,7 @@ PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 # After a restart of the database no lease could be renewed for a while: nobody is held silent before each had the time
 # to. A row of `runners` goes only when its process said so, or its successor, or long after its end.
 _ROW: Final = f"""
-    SELECT i.*, CASE
+    SELECT i.*, extract(epoch FROM clock_timestamp() - i.cancel_time)::float8 AS asked_to_end_s, CASE
         WHEN r.runner IS NULL THEN 'gone'
         WHEN r.expire_time > clock_timestamp() THEN 'alive'
         WHEN pg_postmaster_start_time() > clock_timestamp() - make_interval(secs => {LEASE_S}) THEN 'alive'
@@ -48,24 +49,28 @@ class PostgresToolStore:
         self._instance = instance
         self._runner = uuid.uuid4()
 
-    async def claim(self, call: Call, effect: Effect, claim: str, dead: Invocation | None) -> Invocation:
+    async def claim(self, call: Call, tool: ToolDefinition, claim: str, dead: Invocation | None) -> Invocation:
         """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards."""
+        compensation = tool.compensation if tool.compensation and not call.compensates else None
         async with self._transaction(call.tenant) as connection:
             if dead is None:
                 await connection.execute(
                     "INSERT INTO toolgw.invocations"
-                    " (tenant, key, session_id, tool, digest, effect, state, claim, runner, attempt, turn_id, step)"
-                    " VALUES ($1, $2, $3, $4, $5, $6, 'running', $7, $8, 1, $9, $10) ON CONFLICT DO NOTHING",
+                    " (tenant, key, session_id, tool, digest, effect, state, claim, runner, attempt, turn_id, step,"
+                    " compensation, arguments)"
+                    " VALUES ($1, $2, $3, $4, $5, $6, 'running', $7, $8, 1, $9, $10, $11, $12) ON CONFLICT DO NOTHING",
                     call.tenant,
                     call.key,
                     call.session_id,
                     call.tool,
                     call.digest,
-                    effect.value,
+                    tool.effect.value,
                     uuid.UUID(claim),
                     self._runner,
                     call.turn_id,
                     call.step,
+                    compensation,
+                    orjson.dumps(call.arguments) if compensation is not None else None,
                 )
             else:
                 await connection.execute(
@@ -84,7 +89,7 @@ class PostgresToolStore:
                 session_id=call.session_id,
                 tool=call.tool,
                 digest=call.digest,
-                effect=effect,
+                effect=tool.effect,
                 state=State.UNKNOWN,
                 claim="",
                 attempt=0,
@@ -99,36 +104,39 @@ class PostgresToolStore:
             row = await connection.fetchrow(_ROW, tenant, key)
         return None if row is None else _invocation(row)
 
-    async def finish(self, call: Call, claim: str, outcome: Outcome) -> bool:
-        """Store the outcome of a claim, and the note that belongs to it, in one transaction."""
+    async def finish(self, call: Call, claim: str, outcome: Outcome) -> Finish:
+        """Store the outcome of a claim, and what belongs to it, in one transaction."""
         failure = outcome.failure
+        result = orjson.dumps(outcome.value) if failure is None else None
+        error = None if failure is None else _failure_bytes(failure)
+        which = (call.tenant, call.key, uuid.UUID(claim))
         async with self._transaction(call.tenant) as connection:
             done = await connection.fetchval(
-                "UPDATE toolgw.invocations SET state = 'done', result = $4, failure = $5, end_time = clock_timestamp()"
+                "UPDATE toolgw.invocations SET state = 'done', result = $4, failure = $5, never_ran = $6,"
+                " end_time = clock_timestamp()"
                 " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running' RETURNING true",
-                call.tenant,
-                call.key,
-                uuid.UUID(claim),
-                orjson.dumps(outcome.value) if failure is None else None,
-                None if failure is None else _failure_bytes(failure),
+                *which,
+                result,
+                error,
+                outcome.never_ran,
             )
-            if done and outcome.note is not None:
-                await connection.execute(
-                    "INSERT INTO toolgw.notes (tenant, key, session_id, note) VALUES ($1, $2, $3, $4)",
-                    call.tenant,
-                    call.key,
-                    call.session_id,
-                    outcome.note,
-                )
-            if not done:  # Perhaps this very claim ended it before and its commit was not heard of.
-                done = await connection.fetchval(
-                    "SELECT true FROM toolgw.invocations"
-                    " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'done'",
-                    call.tenant,
-                    call.key,
-                    uuid.UUID(claim),
-                )
-        return bool(done)
+            if done:
+                await _apply_to_notes(connection, call, outcome)
+                return Finish.STORED
+            late = await connection.fetchval(
+                "UPDATE toolgw.invocations SET late_result = $4, late_failure = $5, late_time = clock_timestamp()"
+                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'unknown' RETURNING true",
+                *which,
+                result,
+                error,
+            )
+            if late:
+                return Finish.LATE
+            own = await connection.fetchval(  # Perhaps this very claim ended it and its commit was not heard of.
+                "SELECT true FROM toolgw.invocations WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'done'",
+                *which,
+            )
+        return Finish.STORED if own else Finish.REFUSED
 
     async def end_without_result(self, tenant: str, key: str, claim: str, state: State) -> bool:
         """Move the RUNNING call of a claim to CANCELLED or UNKNOWN; False: it was decided otherwise in between."""
@@ -155,7 +163,8 @@ class PostgresToolStore:
             )
 
     async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:
-        """Store a tombstone under a new key and return None; or return what is stored under it."""
+        """Store a tombstone under a new key and return None; or return what is stored under it. A call that runs is
+        marked as asked to end, the first time."""
         async with self._transaction(tenant) as connection:
             inserted = await connection.fetchval(
                 "INSERT INTO toolgw.invocations"
@@ -166,8 +175,65 @@ class PostgresToolStore:
                 key,
                 session_id,
             )
-            row = None if inserted else await connection.fetchrow(_ROW, tenant, key)
+            if inserted:
+                return None
+            await connection.execute(
+                "UPDATE toolgw.invocations SET cancel_time = clock_timestamp()"
+                " WHERE tenant = $1 AND key = $2 AND session_id = $3 AND state = 'running' AND cancel_time IS NULL",
+                tenant,
+                key,
+                session_id,
+            )
+            row = await connection.fetchrow(_ROW, tenant, key)
         return None if row is None else _invocation(row)
+
+    async def find_reversal(self, turn: StoppedTurn) -> Undoing | None:
+        """What was decided about the calls of a turn."""
+        async with self._transaction(turn.tenant) as connection:
+            return await _reversal(connection, turn)
+
+    async def calls_of(self, turn: StoppedTurn) -> Sequence[PastCall]:
+        """The calls of a turn that may have changed something, the last first; no compensations."""
+        async with self._transaction(turn.tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT * FROM toolgw.invocations"
+                " WHERE tenant = $1 AND turn_id = $2 AND turn_id <> '' AND session_id = $3 AND effect <> 'none'"
+                " ORDER BY step DESC, create_time DESC, key DESC",
+                turn.tenant,
+                turn.turn_id,
+                turn.session_id,
+            )
+        return [_past_call(row) for row in rows if not is_compensation(row["key"])]
+
+    async def begin_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
+        """Decide, unless somebody has; return what is decided."""
+        async with self._transaction(turn.tenant) as connection:
+            await connection.execute(
+                "INSERT INTO toolgw.reversals (tenant, session_id, turn_id, state, effects, kept, end_time)"
+                " VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $4 <> 'undoing' THEN clock_timestamp() END)"
+                " ON CONFLICT DO NOTHING",
+                turn.tenant,
+                turn.session_id,
+                turn.turn_id,
+                undoing.state.value,
+                undoing.effects,
+                undoing.kept,
+            )
+            return await _reversal(connection, turn) or undoing
+
+    async def end_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
+        """Store how the compensations ended, unless somebody has; return what is stored."""
+        async with self._transaction(turn.tenant) as connection:
+            await connection.execute(
+                "UPDATE toolgw.reversals SET state = $4, kept = $5, end_time = clock_timestamp()"
+                " WHERE tenant = $1 AND session_id = $2 AND turn_id = $3 AND state = 'undoing'",
+                turn.tenant,
+                turn.session_id,
+                turn.turn_id,
+                undoing.state.value,
+                undoing.kept,
+            )
+            return await _reversal(connection, turn) or undoing
 
     async def notes(self, tenant: str, session_id: bytes) -> Sequence[Note]:
         """All notes of a session, oldest first."""
@@ -205,10 +271,15 @@ class PostgresToolStore:
             await self._pool.execute("DELETE FROM toolgw.runners WHERE runner = $1", self._runner)
 
     async def forget(self) -> None:
-        """Remove ended calls whose time is over, and runners that have long been silent; run now and then."""
+        """Remove ended calls and reversals whose time is over, and runners that have long been silent; run now and
+        then."""
         async with self._transaction("*") as connection:
             await connection.execute(
                 "DELETE FROM toolgw.invocations WHERE end_time < clock_timestamp() - make_interval(hours => $1)",
+                RETENTION_H,
+            )
+            await connection.execute(
+                "DELETE FROM toolgw.reversals WHERE create_time < clock_timestamp() - make_interval(hours => $1)",
                 RETENTION_H,
             )
             await connection.execute(
@@ -236,7 +307,50 @@ def _invocation(row: asyncpg.Record) -> Invocation:
         attempt=row["attempt"],
         runner=Runner(row["runner_state"]),
         outcome=_outcome(row) if state is State.DONE else None,
+        asked_to_end_s=row["asked_to_end_s"] or 0.0,
     )
+
+
+def _past_call(row: asyncpg.Record) -> PastCall:
+    state = State(row["state"])
+    return PastCall(
+        key=row["key"],
+        step=row["step"],
+        effect=Effect(row["effect"]),
+        state=state,
+        outcome=_outcome(row) if state is State.DONE else None,
+        compensation=row["compensation"] or "",
+        arguments=None if row["arguments"] is None else orjson.loads(row["arguments"]),
+    )
+
+
+async def _reversal(connection: PooledConnection, turn: StoppedTurn) -> Undoing | None:
+    row = await connection.fetchrow(
+        "SELECT * FROM toolgw.reversals WHERE tenant = $1 AND session_id = $2 AND turn_id = $3",
+        turn.tenant,
+        turn.session_id,
+        turn.turn_id,
+    )
+    return None if row is None else Undoing(Reversal(row["state"]), tuple(row["effects"]), tuple(row["kept"]))
+
+
+async def _apply_to_notes(connection: PooledConnection, call: Call, outcome: Outcome) -> None:
+    """What the outcome of a call changes in its session's notes."""
+    if outcome.note is not None:
+        await connection.execute(
+            "INSERT INTO toolgw.notes (tenant, key, session_id, note) VALUES ($1, $2, $3, $4)",
+            call.tenant,
+            call.key,
+            call.session_id,
+            outcome.note,
+        )
+    if outcome.forgotten_note is not None:
+        await connection.execute(
+            "DELETE FROM toolgw.notes WHERE tenant = $1 AND key = $2 AND session_id = $3",
+            call.tenant,
+            outcome.forgotten_note,
+            call.session_id,
+        )
 
 
 def _outcome(row: asyncpg.Record) -> Outcome:
@@ -244,7 +358,8 @@ def _outcome(row: asyncpg.Record) -> Outcome:
         value: Any = orjson.loads(row["result"])
         return Outcome(value=value)
     error = Error.FromString(row["failure"])
-    return Outcome(failure=Failure(error.reason, error.message, dict(error.metadata)))
+    failure = Failure(error.reason, error.message, dict(error.metadata))
+    return Outcome(failure=failure, never_ran=row["never_ran"])
 
 
 def _failure_bytes(failure: Failure) -> bytes:

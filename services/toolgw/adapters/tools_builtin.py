@@ -105,6 +105,7 @@ class RememberNote:
         ),
         effect=Effect.WITH_RESULT,
         timeout_s=TIMEOUT_S,
+        compensation="forget_note",
     )
 
     def __init__(self, notes: NoteReader) -> None:
@@ -118,6 +119,24 @@ class RememberNote:
         if len(await self._notes.notes(call.tenant, call.session_id)) >= MAX_NOTES:
             return failed(f"this conversation has {MAX_NOTES} notes already, no more are kept", bound=str(MAX_NOTES))
         return Outcome(value={"remembered": note}, note=note)
+
+
+class ForgetNote:
+    """`forget_note`: undoes `remember_note`. The note goes with the storing of this call's result. Nobody is offered
+    it: what a turn wrote down goes when the turn is dropped."""
+
+    definition = ToolDefinition(
+        name="forget_note",
+        description="Removes the note that a call of remember_note wrote.",
+        parameters=_object(["arguments", "result"], arguments={"type": "object"}, result={"type": "object"}),
+        effect=Effect.WITH_RESULT,
+        timeout_s=TIMEOUT_S,
+        is_offered=False,
+    )
+
+    async def run(self, call: Call) -> Outcome:
+        """Result: null. A note that is gone is as good as removed."""
+        return Outcome(value=None, forgotten_note=call.compensates)
 
 
 class RecallNotes:

@@ -11,6 +11,7 @@ that it never got.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, TypeAdapter, Validat
 
 from services.toolgw.adapters.json_schema import check_schema
 from services.toolgw.domain.invocation import Call
-from services.toolgw.domain.outcome import MAX_RESULT_BYTES, TRUNCATED, Outcome, OutcomeUnknown, failed
+from services.toolgw.domain.outcome import MAX_RESULT_BYTES, TRUNCATED, Outcome, OutcomeUnknown, failed, never_begun
 from services.toolgw.domain.tool import Effect, Json, ToolDefinition, ToolKind
 from soma_common.ids import is_slug
 from soma_common.settings import StartRefused
@@ -61,6 +62,8 @@ class HttpToolEntry(BaseModel):
     """Where it is."""
     tenants: frozenset[str] | None = None
     """The only tenants that have it; left out: all."""
+    compensation: str | None = None
+    """The tool of this file that undoes a call of this one; left out: nothing does."""
 
     @field_validator("parameters")
     @classmethod
@@ -91,6 +94,7 @@ class HttpTool:
             timeout_s=entry.timeout_ms / 1000,
             tenants=entry.tenants,
             kind=ToolKind.HTTP,
+            compensation=entry.compensation or "",
         )
 
     async def run(self, call: Call) -> Outcome:
@@ -115,7 +119,7 @@ class HttpTool:
             async with self._client.stream("POST", self._url, content=orjson.dumps(body), headers=headers) as response:
                 return await _outcome_of(response)
         except _NEVER_SENT as error:
-            return failed(f"{call.tool} cannot be reached", cause=type(error).__name__)
+            return never_begun(f"{call.tool} cannot be reached", cause=type(error).__name__)
         except httpx2.TransportError as error:
             if not self.definition.effect.may_run_again:
                 raise OutcomeUnknown(f"the connection was cut after the call was sent: {error!r}") from error
@@ -146,7 +150,43 @@ def load_http_tools(file: Path, client: httpx2.AsyncClient) -> list[HttpTool]:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
         lines = [f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in problems]
         raise HttpToolsFileError(f"{file}: " + "; ".join(lines)) from error
+    problems_of_compensations = list(check_compensations(entries))
+    if problems_of_compensations:
+        raise HttpToolsFileError(f"{file}: " + "; ".join(problems_of_compensations))
     return [HttpTool(entry, client) for entry in entries]
+
+
+def check_compensations(entries: Sequence[HttpToolEntry]) -> Iterator[str]:
+    """What is wrong with the compensations that `entries` name, each with its place."""
+    by_name = {entry.tool: entry for entry in entries}
+    for place, entry in enumerate(entries):
+        if entry.compensation is not None and (problem := _compensation_problem(entry, by_name)):
+            yield f"{place}.compensation: {entry.compensation!r} {problem}"
+
+
+def _compensation_problem(entry: HttpToolEntry, by_name: Mapping[str, HttpToolEntry]) -> str:
+    """Why what `entry` names cannot undo its calls; empty: it can."""
+    compensation = by_name.get(entry.compensation or "")
+    if compensation is None:
+        return "is no tool of this file"
+    if "read_only" in (entry.side_effect, compensation.side_effect):
+        return "undoes nothing: neither of the two may be read_only"
+    if not {"arguments", "result"} <= compensation.parameters.get("properties", {}).keys():
+        return "must have the parameters `arguments` and `result`"
+    if not {"arguments", "result"}.issuperset(compensation.parameters.get("required", ())):
+        return "must not require other parameters than `arguments` and `result`"
+    if compensation.tenants is not None and not (entry.tenants or {"*"}) <= compensation.tenants:
+        return f"is not there for each tenant that has {entry.tool!r}"
+    return "undoes itself in the end: compensations must not go in a circle" if _is_in_circle(entry, by_name) else ""
+
+
+def _is_in_circle(entry: HttpToolEntry, by_name: Mapping[str, HttpToolEntry]) -> bool:
+    passed: set[str] = set()
+    at: HttpToolEntry | None = entry
+    while at is not None and at.tool not in passed:
+        passed.add(at.tool)
+        at = by_name.get(at.compensation or "")
+    return at is not None
 
 
 async def _outcome_of(response: httpx2.Response) -> Outcome:

@@ -34,7 +34,7 @@ class Patience:
             self._silent_claim, self._silent_since = found.claim, self._now()
         return self._now() - self._silent_since >= SECOND_LOOK_S
 
-    async def pause(self) -> None:
+    async def pause(self, at_most_s: float = LONGEST_PAUSE_S) -> None:
         """Wait until it is time to look again: soon at first, then less and less often."""
-        await asyncio.sleep(self._pause_s)
+        await asyncio.sleep(min(self._pause_s, max(at_most_s, 0.0)))
         self._pause_s = min(self._pause_s * 1.6, LONGEST_PAUSE_S)

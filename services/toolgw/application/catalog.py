@@ -24,12 +24,16 @@ class ToolCatalog:
             self._tools[name] = tool
 
     def find(self, tenant: str, name: str) -> Tool | None:
-        """The tool `name` of `tenant`."""
+        """The tool `name` of `tenant`, to be called."""
+        tool = self.compensation(tenant, name)
+        return tool if tool is not None and tool.definition.is_offered else None
+
+    def compensation(self, tenant: str, name: str) -> Tool | None:
+        """The tool `name` of `tenant`, to undo a call of another: also one that nobody is offered."""
         tool = self._tools.get(name)
         return tool if tool is not None and tool.definition.serves(tenant) else None
 
     def definitions(self, tenant: str) -> Sequence[ToolDefinition]:
-        """All tools of `tenant`, sorted by name."""
-        return [
-            self._tools[name].definition for name in sorted(self._tools) if self._tools[name].definition.serves(tenant)
-        ]
+        """All tools of `tenant` that are offered, sorted by name."""
+        tools = (self.find(tenant, name) for name in sorted(self._tools))
+        return [tool.definition for tool in tools if tool is not None]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum, auto
 from typing import Protocol
 
 from services.toolgw.domain.invocation import Call, Invocation, State
 from services.toolgw.domain.outcome import Outcome
-from services.toolgw.domain.tool import Effect, Json, ToolDefinition
+from services.toolgw.domain.reversal import PastCall, StoppedTurn, Undoing
+from services.toolgw.domain.tool import Json, ToolDefinition
 
 
 class Tool(Protocol):
@@ -53,11 +55,22 @@ class NoteReader(Protocol):
         ...
 
 
+class Finish(Enum):
+    """What became of an outcome that was to be stored."""
+
+    STORED = auto()
+    """It is the end of the call."""
+    LATE = auto()
+    """The outcome of the call was unknown already: kept for the record, changes nothing."""
+    REFUSED = auto()
+    """The call was decided otherwise in between."""
+
+
 class InvocationStore(Protocol):
     """Calls under their keys, durable. Every method raises Unavailable (STORE_UNAVAILABLE) when the database does not
     answer."""
 
-    async def claim(self, call: Call, effect: Effect, claim: str, dead: Invocation | None) -> Invocation:
+    async def claim(self, call: Call, tool: ToolDefinition, claim: str, dead: Invocation | None) -> Invocation:
         """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards.
 
         `dead` None: the key is new. Otherwise it is the RUNNING call whose dead runner is to be replaced. The caller
@@ -69,11 +82,9 @@ class InvocationStore(Protocol):
         """What is stored under a key."""
         ...
 
-    async def finish(self, call: Call, claim: str, outcome: Outcome) -> bool:
-        """Store the outcome of a claim, and the note that belongs to it, in one transaction.
-
-        False: the call was decided otherwise in between. May be repeated when its own outcome was not learned.
-        """
+    async def finish(self, call: Call, claim: str, outcome: Outcome) -> Finish:
+        """Store the outcome of a claim, and what belongs to it, in one transaction. May be repeated when its own
+        outcome was not learned."""
         ...
 
     async def end_without_result(self, tenant: str, key: str, claim: str, state: State) -> bool:
@@ -85,7 +96,28 @@ class InvocationStore(Protocol):
         ...
 
     async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:
-        """Store a tombstone under a new key and return None; or return what is stored under it."""
+        """Store a tombstone under a new key and return None; or return what is stored under it. A call that runs is
+        marked as asked to end, the first time."""
+        ...
+
+
+class ReversalStore(Protocol):
+    """What was decided about the calls of stopped turns, durable. Every method raises Unavailable as above."""
+
+    async def find_reversal(self, turn: StoppedTurn) -> Undoing | None:
+        """What was decided; None: nothing yet."""
+        ...
+
+    async def calls_of(self, turn: StoppedTurn) -> Sequence[PastCall]:
+        """The calls of a turn that may have changed something, the last first; no compensations."""
+        ...
+
+    async def begin_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
+        """Decide, unless somebody has; return what is decided."""
+        ...
+
+    async def end_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
+        """Store how the compensations ended, unless somebody has; return what is stored."""
         ...
 
 

@@ -11,13 +11,13 @@ import asyncio
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
-from services.toolgw.application.ports import ArgumentRules, InvocationStore, Tool
+from services.toolgw.application.ports import ArgumentRules, Finish, InvocationStore, Tool
 from services.toolgw.domain import refusals
 from services.toolgw.domain.invocation import MAX_ATTEMPTS, Call, Invocation, State
 from services.toolgw.domain.outcome import Outcome, OutcomeUnknown, bad_arguments, bounded, failed
@@ -31,6 +31,7 @@ STORE_AGAIN_S: Final = 0.5
 """Pause before the database is asked again that did not answer."""
 
 _RUNS = counter("soma_toolgw_runs_total", "Runs of tools, by how they ended.", ["kind", "result"])
+_LATE = counter("soma_toolgw_late_results_total", "Results that came when the outcome was called unknown already.")
 _ENDS = {kind: EndCounter(_RUNS, kind.value) for kind in ToolKind}
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ class ToolRuns:
 
         async def claim() -> Invocation:
             try:
-                return await self._store.claim(run.call, tool.definition.effect, run.claim, dead)
+                return await self._store.claim(run.call, tool.definition, run.claim, dead)
             except Unavailable as error:
                 run.refuse(error)
                 raise
@@ -162,22 +163,33 @@ class ToolRuns:
         await failpoint_async("toolgw.before_run")
         try:
             outcome = await self._outcome(tool, call, attempt)
+            if attempt > 1:  # What an attempt before this one did is not known.
+                outcome = replace(outcome, never_ran=False)
         except OutcomeUnknown as cut:
             log.warning("toolgw.run.outcome_unknown", tenant=call.tenant, tool=call.tool, key=call.key, why=str(cut))
-            stored = await self._until_stored(
+            ended = await self._until_stored(
                 call, lambda: self._store.end_without_result(call.tenant, call.key, run.claim, State.UNKNOWN)
             )
+            finish = Finish.STORED if ended else Finish.REFUSED
             ends.failed(ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN)
         else:
             await failpoint_async("toolgw.after_run_before_store")
-            stored = await self._until_stored(call, lambda: self._store.finish(call, run.claim, outcome))
-            run.outcome = outcome if stored else None
+            finish = await self._until_stored(call, lambda: self._store.finish(call, run.claim, outcome))
+            run.outcome = outcome if finish is Finish.STORED else None
             if outcome.failure is None:
                 ends.ok()
             else:
                 ends.failed(outcome.failure.reason)
-        if not stored:
-            log.warning("toolgw.run.decided_without_it", tenant=call.tenant, tool=call.tool, key=call.key)
+        if finish is Finish.LATE:
+            _LATE.inc()
+        if finish is not Finish.STORED:
+            log.warning(
+                "toolgw.run.decided_without_it",
+                tenant=call.tenant,
+                tool=call.tool,
+                key=call.key,
+                kept_for_the_record=finish is Finish.LATE,
+            )
 
     async def _outcome(self, tool: Tool, call: Call, attempt: int) -> Outcome:
         """How the tool ends. Raises OutcomeUnknown."""

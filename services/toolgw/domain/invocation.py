@@ -4,12 +4,14 @@
         |                  |
         |                  +--runner died, may run again--------> RUNNING (next attempt)
         |                  +--runner died, or cut off in the middle--> UNKNOWN
+        |                  +--given up: a cancel waited long enough--> UNKNOWN
         |                  +--runner died, cancelled, left nothing--> CANCELLED
         +----cancel------------------------------------------> CANCELLED
 
 DONE, CANCELLED and UNKNOWN are final. Each attempt has a claim of its own, a random id, and every way out of RUNNING
 names the claim it ends: of two that try only one succeeds, a runner that was thought dead and wakes cannot overwrite
-what was decided without it, and a claim whose commit was cut off is recognised as one's own.
+what was decided without it, and a claim whose commit was cut off is recognised as one's own. A result that comes when
+its claim has ended as UNKNOWN is kept beside the call, for the record; it changes no answer.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from services.toolgw.domain.refusals import call_cancelled, key_reused, outcome_
 from services.toolgw.domain.tool import Effect, Json
 from soma_common.ids import session_id
 
+COMPENSATION_SUFFIX: Final = "/compensation"
+"""Behind the key of a call: the key of its compensation. Nobody else may use such a key."""
 MAX_ATTEMPTS: Final = 5
 """Runs of one call that may die with their runner before the tool is held to be what kills them."""
 
@@ -72,6 +76,11 @@ class Call:
         return session_id(self.tenant, self.agent, self.channel, self.session)
 
     @property
+    def compensates(self) -> str:
+        """The key of the call that this one undoes; empty: it is none that undoes another."""
+        return self.key.removesuffix(COMPENSATION_SUFFIX) if is_compensation(self.key) else ""
+
+    @property
     def digest(self) -> bytes:
         """Tells a retry from a key that is used again for something else: session, tool and arguments, 16 bytes."""
         content = orjson.dumps([self.tool, self.arguments], option=orjson.OPT_SORT_KEYS)
@@ -98,6 +107,8 @@ class Invocation:
     """Means something only while RUNNING."""
     outcome: Outcome | None
     """Set when DONE."""
+    asked_to_end_s: float = 0.0
+    """Seconds since it was first asked to end while it ran; 0: it was not."""
 
     def answer_to(self, call: Call) -> Outcome | None:
         """What `call` gets from this stored call; None while it runs.
@@ -122,3 +133,8 @@ class Invocation:
     def cancelled_after_runner_death(self) -> State:
         """The state of this call when it is cancelled and its runner is dead."""
         return State.CANCELLED if self.effect.vanishes_with_runner else State.UNKNOWN
+
+
+def is_compensation(key: str) -> bool:
+    """Whether `key` is one of those under which compensations run."""
+    return key.endswith(COMPENSATION_SUFFIX)

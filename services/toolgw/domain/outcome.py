@@ -32,11 +32,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run: `failure`, or else `value`; with a `note` to be stored in the same transaction."""
+    """The end of a run: `failure`, or else `value`."""
 
     value: Json = None
     failure: Failure | None = None
     note: str | None = None
+    """A note to be stored in the transaction that stores this."""
+    forgotten_note: str | None = None
+    """The key of the call whose note is to be removed in the transaction that stores this."""
+    never_ran: bool = False
+    """True: it failed before the tool did anything, so nothing is to be undone."""
 
 
 class OutcomeUnknown(Exception):
@@ -48,9 +53,14 @@ def failed(message: str, **metadata: str) -> Outcome:
     return Outcome(failure=Failure(ErrorReason.ERROR_REASON_TOOL_FAILED, message, metadata))
 
 
+def never_begun(message: str, **metadata: str) -> Outcome:
+    """The tool failed before it could do anything; `message` is for the model."""
+    return Outcome(failure=Failure(ErrorReason.ERROR_REASON_TOOL_FAILED, message, metadata), never_ran=True)
+
+
 def bad_arguments(message: str) -> Outcome:
-    """The arguments do not fit the tool; `message` tells the model what to change."""
-    return Outcome(failure=Failure(ErrorReason.ERROR_REASON_TOOL_ARGUMENTS_INVALID, message))
+    """The arguments do not fit the tool, which did nothing; `message` tells the model what to change."""
+    return Outcome(failure=Failure(ErrorReason.ERROR_REASON_TOOL_ARGUMENTS_INVALID, message), never_ran=True)
 
 
 def bounded(outcome: Outcome) -> Outcome:

@@ -42,6 +42,11 @@ def key_reused(key: str) -> AlreadyExists:
     )
 
 
+def key_reserved(key: str) -> InvalidRequest:
+    """The key of a compensation: nobody else may run or cancel it."""
+    return invalid_field("idempotency_key", f"{key!r} ends like the key of a compensation: choose another key")
+
+
 def tool_not_found(tenant: str, agent: str, tool: str) -> NotFound:
     """No such tool, or not for this tenant or agent: the two are not told apart, so that nobody can look for others'
     tools."""

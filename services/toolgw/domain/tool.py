@@ -66,6 +66,10 @@ class ToolDefinition:
     tenants: frozenset[str] | None = None
     """The only tenants that have it; None: all."""
     kind: ToolKind = ToolKind.BUILT_IN
+    compensation: str = ""
+    """The tool that undoes a call of this one, given the call's `arguments` and `result`; empty: nothing does."""
+    is_offered: bool = True
+    """Whether it can be listed, and called by name; False: it only compensates."""
 
     def serves(self, tenant: str) -> bool:
         """Whether `tenant` has this tool."""
