@@ -1,7 +1,8 @@
 """Conversations that go on whatever happens to the stack, and what their adapters see of it.
 
 Each session sends its next message when the one before is answered (`ahead=1`) or up to so many earlier (`ahead`).
-Session names are chosen so that the sessions of each kind lie on all partitions in turn.
+Session names are chosen so that the sessions of each kind lie on all partitions in turn. Everything that is said begins
+with the names of its tenant and session, so that whoever reads it elsewhere is noticed.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice, pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from soma.common.v1.turn_pb2 import Delivery
+from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
+from soma.common.v1.turn_pb2 import Delivery, Outcome
 from soma.gateway.v1.channel_service_pb2 import Receipt
 from soma.router.v1.turn_service_pb2 import ListStepsRequest
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
@@ -28,13 +30,17 @@ from soma_common.client.channel_client import ChannelClient, ClientClosed
 from soma_common.errors import ResourceExhausted, Unavailable
 from soma_common.grpc.channel import open_channel
 from soma_common.ids import SessionName
-from soma_common.testing.checker import Journal, Story, journal_violations
+from soma_common.testing.checker import Journal, Story, journal_violations, mixed_up, unread_inputs
 from soma_common.testing.eventually import eventually
+from soma_common.testing.model_server import RecordedCall
+from soma_common.testing.watched import watched_violations
 from tests.chaos.stack import CHARGE, CLERK, ECHO, SLOW, TENANTS, FaultyStack
+from tests.chaos.watchers import Watchers
 
 if TYPE_CHECKING:
     from soma.router.v1.turn_service_pb2_grpc import TurnServiceAsyncStub
 
+ENQUEUE: Final = Policy.ARRIVAL_POLICY_ENQUEUE
 PARTITIONS: Final = 8
 PATIENCE_S: Final = 60.0
 ANSWERED_WITHIN_S: Final = 30.0
@@ -57,6 +63,10 @@ class Mix:
     """Part of the messages that are sent twice, under the same key."""
     cancel: float = 0.0
     """Part of the messages that are followed by a cancel."""
+    policies: tuple[Policy.ValueType, ...] = (Policy.ARRIVAL_POLICY_UNSPECIFIED,)
+    """Arrival policies, one of which each message has by chance; unspecified is the agent's own, which is enqueue."""
+    watch: float = 0.0
+    """Part of the messages whose turn somebody watches."""
 
 
 @dataclass
@@ -81,9 +91,15 @@ class Load:
         """How long the last open message took to be answered after the last was sent."""
         self.repeated = 0
         """Deliveries that came to a second adapter instance after the first one had them."""
+        self.resent = 0
+        """Messages that were sent again under their key."""
+        self.watchers = Watchers(self.stack, self.channel)
+        self.patience_s = PATIENCE_S
+        """How long a sender tries to get a message stored."""
         self._shown: dict[bytes, str] = {}
         self._random = random.Random(self.seed)
         self._clients: dict[str, ChannelClient] = {}
+        self._helpers: dict[str, list[ChannelClient]] = defaultdict(list)
         self._waiting: dict[bytes, asyncio.Event] = {}
         self._stopping = asyncio.Event()
         self._sessions: list[asyncio.Task[None]] = []
@@ -104,6 +120,7 @@ class Load:
         for session in self._sessions:
             session.cancel()
         await asyncio.gather(*self._sessions, return_exceptions=True)
+        await self.watchers.stop()
         await self._exit.aclose()
 
     async def connect(self, tenant: str) -> None:
@@ -118,10 +135,24 @@ class Load:
         """The stream over which the tenant's messages go."""
         return self._clients[tenant]
 
+    async def join(self, tenant: str) -> None:
+        """A further adapter instance of the tenant takes answers."""
+        self._helpers[tenant].append(await self._new_client(tenant, credit=64))
+
+    async def leave(self, tenant: str) -> None:
+        """The adapter instance that joined first leaves; its sessions go to the others."""
+        if self._helpers[tenant]:
+            await self._helpers[tenant].pop(0).close()
+
     async def _use(self, tenant: str, credit: int) -> None:
         former = self._clients.get(tenant)
+        self._clients[tenant] = await self._new_client(tenant, credit)
+        if former is not None:
+            await former.close()
+
+    async def _new_client(self, tenant: str, credit: int) -> ChannelClient:
         instance = f"{tenant}-{uuid.uuid4().hex[:8]}"
-        self._clients[tenant] = await self._exit.enter_async_context(
+        return await self._exit.enter_async_context(
             ChannelClient(
                 self.stack.gateways,
                 token=self.stack.token(tenant),
@@ -133,8 +164,6 @@ class Load:
                 on_live=self.story.live,
             )
         )
-        if former is not None:
-            await former.close()
 
     # ---- watching
 
@@ -174,22 +203,24 @@ class Load:
 
     async def finish(self) -> dict[str, int]:
         """Send nothing more, wait for what is open, and assert every promise; returns what was counted."""
+        problems = await self.settle()
+        assert not problems, f"{len(problems)} promises broken:\n" + "\n".join(problems[:20])
+        return self.story.counts()
+
+    async def settle(self, answered_within_s: float = ANSWERED_WITHIN_S) -> list[str]:
+        """Send nothing more, wait for what is open, and return every promise that was broken."""
         self._stopping.set()
         stopped_at = time.monotonic()
-        await asyncio.wait(self._sessions, timeout=PATIENCE_S)
+        await asyncio.wait(self._sessions, timeout=self.patience_s)
         for session in self._sessions:
             if session.done():
                 session.result()
-        await eventually(
-            lambda: not self.story.unanswered(),
-            ANSWERED_WITHIN_S,
-            f"an outcome of each accepted message ({self.story.counts()})",
-        )
+        with suppress(AssertionError):  # The checker names what is not answered.
+            await eventually(lambda: not self.story.unanswered(), answered_within_s)
         self.drain_s = time.monotonic() - stopped_at
+        await self.watchers.finish()
         await asyncio.sleep(0.3)  # What comes twice or too late comes now.
-        problems = self.story.violations() + await self._journal_problems()
-        assert not problems, f"{len(problems)} promises broken:\n" + "\n".join(problems[:20])
-        return self.story.counts()
+        return self.story.violations() + await self._journal_problems()
 
     async def journals(self, agent: str) -> dict[str, Journal]:
         """The journals of all answered turns of an agent, by turn in hex, as the router's API gives them."""
@@ -212,9 +243,25 @@ class Load:
 
     async def _journal_problems(self) -> list[str]:
         journals = await self.journals(CLERK)
-        model_calls = [(call.turn, call.step) for call in self.stack.model.calls if call.turn in journals]
+        calls = [call for call in self.stack.model.calls if call.turn in journals]
         tool_calls = [call for call in self.stack.tools.calls if call.turn in journals]
-        return journal_violations(journals, model_calls, tool_calls, frozenset({CHARGE.name}))
+        problems = journal_violations(
+            journals, [(call.turn, call.step) for call in calls], tool_calls, frozenset({CHARGE.name})
+        )
+        finals = [
+            (name.turn_id.hex(), self.story.texts(delivery, name.session))
+            for name, delivery in self.story.turns()
+            if name.session.agent == CLERK and delivery.outcome == Outcome.OUTCOME_FINAL
+        ]
+        read = {(call.turn, call.step, call.dispatch): _read_by(call) for call in calls}
+        owners = {name.turn_id.hex(): _opening(name.session) for name, _ in self.story.turns()}
+        problems += unread_inputs(finals, journals, read)
+        problems += mixed_up(((call.turn, _read_by(call)) for call in calls), owners)
+        if self.watchers.watched:
+            journals |= await self.journals(SLOW)
+            answers = {name.turn_id.hex(): delivery for name, delivery in self.story.turns()}
+            problems += watched_violations(self.watchers.watched, journals, answers)
+        return problems
 
     # ---- conversations
 
@@ -232,14 +279,15 @@ class Load:
                 await open_answers.pop(0).wait()
             if self._stopping.is_set():
                 return
-            open_answers.append(await self._say(name, f"k{number}", f"{name.session} says {number}"))
+            open_answers.append(await self._say(name, f"k{number}", f"{_opening(name)} says {number}"))
 
     async def _say(self, name: SessionName, key: str, text: str) -> asyncio.Event:
         """Send one message; returns what is set when it is answered."""
-        message_id = self.story.sent(name, key, text, _right_answer(name.agent, text))
+        policy = self._random.choice(self.mix.policies)
+        message_id = self.story.sent(name, key, text, _right_answer(name.agent, text), policy or ENQUEUE)
         answered = self._waiting[message_id] = asyncio.Event()
         try:
-            receipt = await self._send(name, key, text)
+            receipt = await self._send(name, key, text, policy)
         except ResourceExhausted:
             answered.set()  # It is not stored.
         except Unavailable:
@@ -248,8 +296,11 @@ class Load:
         else:
             self.receipts.append(time.monotonic())
             self.story.accepted(name, key, receipt.message_id)
+            if self._random.random() < self.mix.watch:
+                self.watchers.watch(name, key, text, policy, self._random.uniform(0.1, 3.0))
             if self._random.random() < self.mix.repeat:
-                again = await self._send(name, key, text)
+                self.resent += 1
+                again = await self._send(name, key, text, policy)
                 assert again.message_id == receipt.message_id, "the same key and content is the same message"
             if self._random.random() < self.mix.cancel:
                 await asyncio.sleep(self._random.uniform(0, CANCEL_WITHIN_S))
@@ -257,11 +308,11 @@ class Load:
                 await self._cancel(name, f"cancel-{key}")
         return answered
 
-    async def _send(self, name: SessionName, key: str, text: str) -> Receipt:
+    async def _send(self, name: SessionName, key: str, text: str, policy: Policy.ValueType) -> Receipt:
         while True:
             try:
                 return await self._clients[name.tenant].send(
-                    name.agent, name.session, text, idempotency_key=key, patience_s=PATIENCE_S
+                    name.agent, name.session, text, idempotency_key=key, policy=policy, patience_s=self.patience_s
                 )
             except ClientClosed:  # Another stream has taken its place.
                 await asyncio.sleep(0.05)
@@ -270,7 +321,7 @@ class Load:
         while True:
             try:
                 await self._clients[name.tenant].cancel(
-                    name.agent, name.session, idempotency_key=key, patience_s=PATIENCE_S
+                    name.agent, name.session, idempotency_key=key, patience_s=self.patience_s
                 )
                 return
             except ClientClosed:
@@ -303,6 +354,16 @@ def _name_in(partition: int, tenant: str, agent: str, channel: str) -> SessionNa
         name = SessionName(tenant, agent, channel, f"s{partition}-{uuid.uuid4().hex[:6]}")
         if ids.partition_of(name.id, PARTITIONS) == partition:
             return name
+
+
+def _opening(name: SessionName) -> str:
+    """How everything begins that is said in a session."""
+    return f"{name.tenant}/{name.session}"
+
+
+def _read_by(call: RecordedCall) -> list[str]:
+    """What the model was given of the users' messages."""
+    return [str(message["content"]) for message in call.messages if message.get("role") == "user"]
 
 
 def _right_answer(agent: str, text: str) -> str:
