@@ -6,8 +6,8 @@ here and goes out as one longer piece: a slow router costs delay and bounded mem
 
 from __future__ import annotations
 
-import asyncio
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
 from services.cognition.application.ports import Journal
 from soma_common.failpoints import failpoint
@@ -15,12 +15,36 @@ from soma_common.failpoints import failpoint
 _BEHIND_LINGERS: Final = 5
 
 
+class Timer(Protocol):
+    """Something that will happen."""
+
+    def cancel(self) -> object:
+        """It will not."""
+        ...
+
+
+class Timers(Protocol):
+    """The part of an event loop that knows the time."""
+
+    def time(self) -> float:
+        """Now, in seconds of its own clock."""
+        ...
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
+        """Calls at that time."""
+        ...
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
+        """Calls in so many seconds."""
+        ...
+
+
 class TextStream:
     """The text of one step, for one event loop. `add` takes pieces; `finish` sends the rest; `close` forgets it."""
 
     __slots__ = ("_journal", "_linger_s", "_loop", "_next_send", "_pending", "_sent", "_step", "_timer")
 
-    def __init__(self, journal: Journal, step: int, linger_s: float, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, journal: Journal, step: int, linger_s: float, loop: Timers) -> None:
         self._journal = journal
         self._step = step
         self._linger_s = linger_s
@@ -28,7 +52,7 @@ class TextStream:
         self._pending: list[str] = []
         self._sent = 0  # code points
         self._next_send = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
 
     @property
     def started(self) -> bool:

@@ -179,8 +179,9 @@ def to_json(value: struct_pb2.Value) -> Json:
 
 
 def to_dict(struct: struct_pb2.Struct) -> dict[str, Json]:
-    """A protobuf Struct as a plain dictionary, see `to_json`."""
-    return {key: to_json(value) for key, value in struct.fields.items()}
+    """A protobuf Struct as a plain dictionary, see `to_json`. In the order of its keys: a Struct keeps none, and the
+    same journal must read the same in every brain."""
+    return {key: to_json(struct.fields[key]) for key in sorted(struct.fields)}
 
 
 def to_number(number: float) -> int | float:

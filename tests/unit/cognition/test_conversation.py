@@ -6,7 +6,16 @@ from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.domain.agent import read_agent
-from services.cognition.domain.conversation import Conversation, Json, printable, result_text, text_of, to_dict
+from services.cognition.domain.conversation import (
+    Conversation,
+    Json,
+    NumberedStep,
+    printable,
+    result_text,
+    spoken,
+    text_of,
+    to_dict,
+)
 from soma_common.errors import SomaError
 from tests.unit.cognition import stories
 
@@ -80,3 +89,80 @@ def test_what_was_said_before_and_cannot_be_read_is_left_out() -> None:
     context = [stories.user("before").SerializeToString(), b"\xff\xff", stories.assistant("after").SerializeToString()]
     conversation = Conversation(context, [stories.user("now").SerializeToString()], [])
     assert [text_of(message) for message in conversation.context()] == ["before", "after"]
+
+
+def a_turn(inputs: str, *steps: turn_pb2.StepBody) -> Conversation:
+    """A turn that answers `inputs`, one message for each letter."""
+    return Conversation([], [stories.user(letter).SerializeToString() for letter in inputs], list(steps))
+
+
+def order_of(conversation: Conversation) -> str:
+    """The transcript in short: inputs as their letters, steps as their numbers."""
+    return " ".join(
+        str(entry.number) if isinstance(entry, NumberedStep) else text_of(entry) for entry in conversation.transcript()
+    )
+
+
+@pytest.mark.parametrize(
+    ("conversation", "order"),
+    [
+        (a_turn("ab"), "a b"),
+        (a_turn("ab", stories.reply("t", seen=1), stories.results(1)), "a 1 2 b"),
+        (a_turn("abc", stories.reply("t", seen=2), stories.results(1), stories.reply("t", seen=2)), "a b 1 2 3 c"),
+        (a_turn("abc", stories.interim(seen=1), stories.interim(seen=2)), "a 1 b 2 c"),
+        (
+            a_turn("abcd", stories.reply("t", seen=1), stories.results(1), stories.interim(seen=3)),
+            "a 1 2 b c 3 d",
+        ),
+        # An older release's steps do not say: its turns had all their inputs from the start.
+        (a_turn("ab", stories.reply("t"), stories.results(1)), "a b 1 2"),
+        (a_turn("abc", stories.reply("t"), stories.results(1), stories.interim(seen=2)), "a b 1 2 3 c"),
+        (a_turn("abc", stories.interim(seen=1), stories.reply("t"), stories.results(1)), "a 1 b c 2 3"),
+    ],
+)
+def test_inputs_stand_where_they_were_read(conversation: Conversation, order: str) -> None:
+    assert order_of(conversation) == order
+
+
+def test_what_came_since_is_read_by_the_next_call_and_not_before() -> None:
+    conversation = a_turn("a")
+    now = [stories.user(letter).SerializeToString() for letter in "abc"]
+    assert (order_of(conversation), conversation.input_count) == ("a", 1)
+    conversation.read_up_to(now)
+    conversation.read_up_to(now)
+    assert (order_of(conversation), conversation.input_count) == ("a b c", 3)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "waiting"),
+    [
+        (a_turn("a"), ["a"]),
+        (a_turn("ab", stories.reply("t", seen=1), stories.results(1)), ["a", "b"]),
+        (a_turn("ab", stories.interim(seen=1)), ["b"]),
+        (a_turn("abcd", stories.interim(seen=1), stories.reply("t", seen=2), stories.results(1)), ["b", "c", "d"]),
+        (a_turn("a", stories.interim(seen=1)), ["a"]),
+    ],
+)
+def test_an_interim_reply_answers_what_it_had_read(conversation: Conversation, waiting: list[str]) -> None:
+    assert [text_of(message) for message in conversation.unanswered()] == waiting
+
+
+def test_interim_texts_are_what_was_said_beside_the_final() -> None:
+    steps = [stories.interim("one", 1), stories.reply("t", text="let me see", seen=2), stories.results(1)]
+    assert a_turn("ab", *steps).interim_texts() == ["one"]
+
+
+def test_a_model_is_told_that_its_words_were_cut_off_and_what_it_had_done() -> None:
+    done = struct_pb2.Struct()
+    done.update({"tool_calls": [{"tool": "calculate", "arguments": {"expression": "1+1"}, "result": 2}]})
+    cut = message_pb2.Message(
+        role=message_pb2.ROLE_ASSISTANT,
+        parts=[message_pb2.Part(text="It is"), message_pb2.Part(data=done)],
+        metadata={"interrupted": "true"},
+    )
+    assert spoken(cut) == (
+        'It is\n{"tool_calls": [{"arguments": {"expression": "1+1"}, "result": 2, "tool": "calculate"}]}\n'
+        "[interrupted here by the next message]"
+    )
+    assert spoken(message_pb2.Message(metadata={"interrupted": "true"})) == "[interrupted here by the next message]"
+    assert spoken(stories.assistant("whole")) == "whole"

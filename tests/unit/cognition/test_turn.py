@@ -16,16 +16,17 @@ TOOL_CALL, REFLECTING = turn_pb2.TURN_STATE_TOOL_CALL, turn_pb2.TURN_STATE_REFLE
 
 @st.composite
 def valid_journals(draw: st.DrawFn) -> list[turn_pb2.StepBody]:
-    """Rounds of tools, then perhaps an end, cut anywhere."""
+    """Rounds of tools and interim replies, then perhaps an end, cut anywhere."""
     journal: list[turn_pb2.StepBody] = []
-    for count in draw(st.lists(st.integers(1, 3), max_size=5)):
-        journal += [stories.reply(*["t"] * count), stories.results(count)]
+    for count in draw(st.lists(st.integers(0, 3), max_size=5)):
+        journal += [stories.reply(*["t"] * count), stories.results(count)] if count else [stories.interim()]
     if draw(st.booleans()):
         journal.append(stories.final() if draw(st.booleans()) else stories.failure())
     return journal[: draw(st.integers(0, len(journal)))]
 
 
 any_step = st.one_of(
+    st.sampled_from(["", "words"]).map(stories.interim),
     st.integers(0, 3).map(lambda n: stories.reply(*["t"] * n)),
     st.integers(0, 3).map(stories.results),
     st.builds(stories.final),
@@ -37,10 +38,13 @@ any_step = st.one_of(
 def test_a_replay_stands_where_the_journal_ends(journal: list[turn_pb2.StepBody]) -> None:
     turn = replay(journal)
     assert turn.steps == len(journal)
-    last = journal[-1].WhichOneof("body") if journal else None
+    last = str(journal[-1].WhichOneof("body")) if journal else None
+    if last == "model_reply" and not journal[-1].model_reply.tool_calls:
+        last = "interim"
     expected = {
         None: (THINKING, Next.CALL_MODEL),
         "model_reply": (TOOL_CALL, Next.RUN_TOOLS),
+        "interim": (REFLECTING, Next.CALL_MODEL),
         "tool_results": (REFLECTING, Next.CALL_MODEL),
         "final": (IDLE, Next.NOTHING),
         "failure": (IDLE, Next.NOTHING),
@@ -59,7 +63,7 @@ def test_any_journal_is_either_a_turn_or_a_typed_error(journal: list[turn_pb2.St
         kind = step.WhichOneof("body")
         match kind:
             case "model_reply":
-                fits = calls is None and len(step.model_reply.tool_calls) > 0
+                fits = calls is None and (len(step.model_reply.tool_calls) > 0 or step.model_reply.text != "")
             case "tool_results":
                 fits = calls is not None and len(step.tool_results.results) == calls
             case "final":
@@ -74,7 +78,7 @@ def test_any_journal_is_either_a_turn_or_a_typed_error(journal: list[turn_pb2.St
             assert (turn.state, turn.steps, turn.next) == before
             return
         turn.record(step)
-        calls = len(step.model_reply.tool_calls) if kind == "model_reply" else None
+        calls = len(step.model_reply.tool_calls) or None
         ended = kind in {"final", "failure"}
 
 
@@ -82,6 +86,14 @@ def test_any_journal_is_either_a_turn_or_a_typed_error(journal: list[turn_pb2.St
 def test_steps_survive_the_way_through_the_journal(journal: list[turn_pb2.StepBody]) -> None:
     stored = [step.SerializeToString(deterministic=True) for step in journal]
     assert [read_step(body) for body in stored] == journal
+
+
+def test_what_was_read_stays_read() -> None:
+    journal = [stories.reply("t", seen=2), stories.results(1), stories.interim(seen=0)]
+    assert replay(journal).inputs_seen == 2, "a step that does not say so changes nothing"
+    with pytest.raises(SomaError) as refused:
+        replay([*journal, stories.interim(seen=1)])
+    assert refused.value.reason == reasons.ERROR_REASON_INVALID_TRANSITION
 
 
 def test_calls_must_be_numbered_and_results_must_answer_them() -> None:
@@ -128,6 +140,7 @@ def test_tools_run_only_if_somebody_can_still_read_their_results(
     steps: int, max_steps: int, tools: bool, answer: bool
 ) -> None:
     turn = Turn()
-    turn.steps = steps
+    turn.steps = steps + 2
+    turn.interims = 2  # what the user's own messages cause is not counted
     assert turn.has_room_for_tools(max_steps) is tools
     assert turn.has_room(max_steps) is answer
