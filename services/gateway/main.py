@@ -10,6 +10,7 @@ from soma.gateway.v1.channel_service_pb2_grpc import add_ChannelServiceServicer_
 from services.gateway.adapters.channel_grpc import ChannelServicer
 from services.gateway.adapters.directory_feed import FeedDirectory
 from services.gateway.adapters.lanes_nats import NatsLanes
+from services.gateway.adapters.loads_nats import listen_to_loads
 from services.gateway.adapters.metrics import observe_batch, observe_state
 from services.gateway.adapters.routers_nats import NatsRouters
 from services.gateway.adapters.watches_nats import NatsWatches
@@ -18,6 +19,7 @@ from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.application.serve_streams import ServeStreams
 from services.gateway.application.stream_turn import SendMessage, StreamTurn
 from services.gateway.application.write_lanes import LaneWriters
+from services.gateway.domain.mailbox_bounds import MailboxBounds
 from services.gateway.domain.stream_number import StreamNumbers
 from services.gateway.settings import GatewaySettings
 from soma_common import clock
@@ -69,9 +71,13 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     routers = NatsRouters(nc, gateway)
     writers = LaneWriters(lanes, settings.lane_bounds, observe=observe_batch)
     directory = FeedDirectory(feed)
+    mailboxes = MailboxBounds(
+        per_tenant=settings.max_queued_per_tenant, per_session=settings.max_queued_per_session, clock=clock.monotonic
+    )
     accept = AcceptMessage(
         directory,
         writers,
+        mailboxes,
         partitions=settings.partitions,
         lanes=settings.lanes,
         max_content_bytes=settings.max_content_bytes,
@@ -111,6 +117,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     lifecycle.spawn("streams", streams.run())
     lifecycle.spawn("acks", acks.run())
     await routers.listen(streams.hand_over)
+    await listen_to_loads(nc, mailboxes.on_load)
     port = await server.start()
     lifecycle.on_stop("stop grpc", lambda: server.stop(0.5))
     await feed.ready.wait()

@@ -29,6 +29,10 @@ class GatewaySettings(ServiceSettings):
     """Most items of one tenant that wait for the bus at this gateway; over it they are refused with QUEUE_FULL."""
     tenant_queue_bytes: int = Field(default=64 * 1024 * 1024, ge=1024 * 1024)
     """Most bytes of one tenant that wait for the bus at this gateway; over it items are refused with QUEUE_FULL."""
+    max_queued_per_session: int = Field(default=1000, ge=1)
+    """Messages of a session that may wait for their turn; counted by the routers, whose setting must be the same."""
+    max_queued_per_tenant: int = Field(default=100_000, ge=1)
+    """Messages of a tenant that may wait for their turn, over all routers; over it they are refused with QUEUE_FULL."""
     stream_unanswered_items: int = Field(default=4096, ge=1, le=65536)
     """Most items of one stream without receipt or refusal."""
     stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)

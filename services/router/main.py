@@ -17,6 +17,7 @@ from services.router.adapters.brain_grpc import BrainConnector
 from services.router.adapters.exchange_nats import NatsInbox, NatsOutbox
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.adapters.inbound_nats import LaneReader, LaneReaders
+from services.router.adapters.load_nats import NatsLoads
 from services.router.adapters.store_postgres import PostgresGroupWriter, PostgresLeases
 from services.router.adapters.tools_grpc import GrpcToolCanceller
 from services.router.application.brains import BrainPool
@@ -26,6 +27,7 @@ from services.router.application.group import StoreLost
 from services.router.application.ingest_messages import Ingest
 from services.router.application.items import Entry
 from services.router.application.own_partitions import OwnPartitions
+from services.router.application.report_load import ReportLoad
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
 from services.router.application.watch_turns import LiveDesk
@@ -108,7 +110,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     history = await PostgresHistory.open(settings.postgres_dsn, router)
     writer = PostgresGroupWriter(settings.postgres_dsn, router)
 
-    state = RouterState(layout, feed, settings.max_running_turns, settings.max_idle_sessions)
+    state = RouterState(
+        layout, feed, settings.max_running_turns, settings.max_idle_sessions, settings.max_queued_per_session
+    )
     brains = BrainPool()
     ownership: OwnPartitions
 
@@ -215,6 +219,10 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     for reader in readers:
         lifecycle.spawn("lane reader", reader.run())
     lifecycle.spawn("ownership", ownership.run())
+    loads = ReportLoad(
+        state, router, NatsLoads(client, router).send, may_speak, tenant_bound=settings.max_queued_per_tenant
+    )
+    lifecycle.spawn("load", loads.run())
     lifecycle.spawn("sweep", _sweep(desk, live, runner))
     lifecycle.spawn("lanes", _tend_lanes(history, readers, layout, settings.purge_every_s))
     admin = await serve_admin(settings, lambda: {"leases": ownership.in_time, "bus": client.is_connected})

@@ -25,6 +25,11 @@ class RouterSettings(ServiceSettings):
     when this router is the one that makes the lanes."""
     max_running_turns: int = Field(default=4096, ge=1)
     """Most turns this router runs at once."""
+    max_queued_per_session: int = Field(default=1000, ge=1)
+    """Messages of a session that may wait for their turn; over it the gateways refuse further ones with QUEUE_FULL."""
+    max_queued_per_tenant: int = Field(default=100_000, ge=1)
+    """Messages of a tenant that may wait for their turn, the gateways' setting: tells from how many on a tenant is
+    spoken of."""
     max_idle_sessions: int = Field(default=1024, ge=0)
     """Idle sessions kept in memory, so that their next message costs one transaction less."""
     max_strikes: int = Field(default=5, ge=3)

@@ -36,6 +36,11 @@ def watch(tenant: str, partition: int) -> str:
     return f"soma.{tenant}.watch.{partition}"
 
 
+def load(tenant: str, router: str) -> str:
+    """Core: what waits for a tenant in one router's mailboxes, as MailboxLoad (router -> gateways)."""
+    return f"soma.{tenant}.load.{router}"
+
+
 def tenant_of(subject: str) -> str:
     """The tenant of any subject above."""
     return subject.split(".", 2)[1]

@@ -13,6 +13,7 @@ from soma.router.v1.inbound_pb2 import Inbound
 from services.gateway.application.ports import Directory, Sink
 from services.gateway.application.write_lanes import LaneWriters
 from services.gateway.domain.admission import Submission, admit_cancel, admit_message
+from services.gateway.domain.mailbox_bounds import MailboxBounds
 from soma_common import ids
 
 
@@ -23,6 +24,7 @@ class AcceptMessage:
         self,
         directory: Directory,
         writers: LaneWriters,
+        mailboxes: MailboxBounds,
         *,
         partitions: int,
         lanes: int,
@@ -31,6 +33,7 @@ class AcceptMessage:
     ) -> None:
         self._directory = directory
         self._writers = writers
+        self._mailboxes = mailboxes
         self._partitions = partitions
         self._lanes = lanes
         self._max_content_bytes = max_content_bytes
@@ -44,10 +47,12 @@ class AcceptMessage:
         """
         self._directory.check_agent(submission.tenant, submission.agent)
         inbound = admit_message(submission, message, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms())
+        self._mailboxes.check(submission.tenant, inbound.session_id)
         return self._queue(submission.tenant, inbound, sink, ref)
 
     def cancel(self, submission: Submission, turn_id: bytes, sink: Sink, ref: int) -> int:
-        """Queues a cancel behind the messages accepted before it. Also for agents that are suspended or gone.
+        """Queues a cancel behind the messages accepted before it. Also for agents that are suspended or gone, and for
+        sessions and tenants for which too much waits: it makes that less.
 
         Raises:
             Refused: not stored; the sink is not told.

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
+from services.router.domain.mailbox import Mailbox
 from services.router.domain.scheduler import Scheduler
 from services.router.domain.session import Session, SessionKey
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TENANT_RUNNING: Final = 4096
 DEFAULT_WEIGHT: Final = 100
-QUEUED_CONTENT_BYTES: Final = 64 * 1024 * 1024
+DEFAULT_SESSION_QUEUE: Final = 1000
+QUEUED_CONTENT_BYTES: Final = 4 * 1024 * 1024
 """Most content of waiting messages kept in memory; beyond it content is read from the store when its turn comes."""
 
 
@@ -28,12 +30,20 @@ class RouterState:
     `max_idle` bounds the idle sessions kept, so that a session between two messages costs no memory in the long run.
     """
 
-    def __init__(self, layout: LaneLayout, directory: Directory, max_running: int, max_idle: int) -> None:
+    def __init__(
+        self,
+        layout: LaneLayout,
+        directory: Directory,
+        max_running: int,
+        max_idle: int,
+        max_queued_per_session: int = DEFAULT_SESSION_QUEUE,
+    ) -> None:
         self.layout = layout
         self.directory = directory
         self.partitions: dict[int, Partition] = {}
         self.running: dict[bytes, Turn] = {}
         self.scheduler = Scheduler(max_running, self._limits, self._agent_limit)
+        self.mailbox = Mailbox(max_queued_per_session)
         self._idle: OrderedDict[bytes, Session] = OrderedDict()
         self._max_idle = max_idle
         self._queued_bytes = 0
@@ -74,10 +84,12 @@ class RouterState:
             else:
                 self._queued_bytes += len(content)
         session.queue.append(message)
+        self.mailbox.added(session)
 
     def dequeue(self, session: Session) -> QueuedMessage:
         """Takes the session's first waiting message."""
         message = session.queue.popleft()
+        self.mailbox.taken(session)
         self._queued_bytes -= len(message.content or b"")
         return message
 
@@ -85,6 +97,7 @@ class RouterState:
         """Puts a message back that was taken and cannot be answered yet."""
         self._queued_bytes += len(message.content or b"")
         session.queue.appendleft(message)
+        self.mailbox.added(session)
 
     def runs(self, turn: Turn) -> bool:
         """Whether a turn is this router's to go on with."""
@@ -99,6 +112,7 @@ class RouterState:
         for session in partition.sessions.values():
             self._idle.pop(session.id, None)
             self._queued_bytes -= sum(len(message.content or b"") for message in session.queue)
+            self.mailbox.forget(session)
             if session.turn is not None:
                 turns.append(session.turn)
                 self.running.pop(session.turn.id, None)

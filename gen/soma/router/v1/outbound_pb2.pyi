@@ -388,3 +388,69 @@ class LiveBatch(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LiveBatch: _TypeAlias = LiveBatch  # noqa: Y015
+
+@_typing.final
+class MailboxLoad(_message.Message):
+    """Core NATS, subject `soma.<tenant>.load.<router>`, twice a second while much waits for the tenant, and at once when a session reaches
+    or leaves its bound: what waits in the mailboxes of one router. Gateways refuse messages by it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    PARTITIONS_FIELD_NUMBER: _builtins.int
+    router: _builtins.str
+    """The router."""
+    @_builtins.property
+    def partitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartitionLoad]:
+        """Its partitions, those included in which nothing waits."""
+
+    def __init__(
+        self,
+        *,
+        router: _builtins.str = ...,
+        partitions: _abc.Iterable[Global___PartitionLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["partitions", b"partitions", "router", b"router"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MailboxLoad: _TypeAlias = MailboxLoad  # noqa: Y015
+
+@_typing.final
+class PartitionLoad(_message.Message):
+    """What waits for one tenant in one partition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTITION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    FULL_SESSIONS_FIELD_NUMBER: _builtins.int
+    partition: _builtins.int
+    """The partition."""
+    epoch: _builtins.int
+    """Counts the partition's owners: what a lower one says is out of date."""
+    waiting: _builtins.int
+    """Messages that wait for their turn."""
+    @_builtins.property
+    def full_sessions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Sessions with as many waiting messages as a session may have, 16 bytes each; of a tenant with very many of them not all."""
+
+    def __init__(
+        self,
+        *,
+        partition: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        full_sessions: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "full_sessions", b"full_sessions", "partition", b"partition", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartitionLoad: _TypeAlias = PartitionLoad  # noqa: Y015

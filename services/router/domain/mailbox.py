@@ -1,0 +1,87 @@
+"""How many messages wait, by tenant and partition, and which sessions are at their bound.
+
+Only counted here, never refused: what is in a lane was accepted. The gateways refuse, by what the routers tell them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.router.domain.session import Session
+
+FULL_SESSIONS: Final = 4096
+"""Most sessions of a tenant that are named as being at their bound: beyond it the tenant's own bound has to do."""
+
+
+@dataclass(slots=True)
+class TenantMail:
+    """What waits for one tenant in this router."""
+
+    waiting: int = 0
+    partitions: dict[int, int] = field(default_factory=dict)
+    """Waiting messages by partition; none is 0."""
+    full: dict[bytes, int] = field(default_factory=dict)
+    """Sessions at their bound, each with its partition."""
+
+
+class Mailbox:
+    """The waiting messages of this router, counted."""
+
+    def __init__(self, session_bound: int) -> None:
+        self.session_bound = session_bound
+        self.waiting = 0
+        self._tenants: dict[str, TenantMail] = {}
+        self.crossed: set[str] = set()
+        """Tenants of which a session has reached its bound, or left it, since somebody last looked."""
+
+    def added(self, session: Session) -> None:
+        """A message was put into the session's queue."""
+        tenant = session.key.tenant
+        mail = self._tenants.get(tenant)
+        if mail is None:
+            mail = self._tenants[tenant] = TenantMail()
+        number = session.partition.id
+        self.waiting += 1
+        mail.waiting += 1
+        mail.partitions[number] = mail.partitions.get(number, 0) + 1
+        if len(session.queue) >= self.session_bound and session.id not in mail.full and len(mail.full) < FULL_SESSIONS:
+            mail.full[session.id] = number
+            self.crossed.add(tenant)
+
+    def taken(self, session: Session) -> None:
+        """A message was taken out of the session's queue."""
+        self._less(session, 1)
+
+    def forget(self, session: Session) -> None:
+        """The session's queue is not this router's any more."""
+        if session.queue:
+            self._less(session, len(session.queue))
+        mail = self._tenants.get(session.key.tenant)
+        if mail is not None:
+            mail.full.pop(session.id, None)
+
+    def tenant(self, tenant: str) -> TenantMail:
+        """What waits for a tenant."""
+        return self._tenants.get(tenant) or TenantMail()
+
+    def __iter__(self) -> Iterator[tuple[str, TenantMail]]:
+        """Tenants for which something waits."""
+        return iter(self._tenants.items())
+
+    def _less(self, session: Session, count: int) -> None:
+        tenant, number = session.key.tenant, session.partition.id
+        mail = self._tenants[tenant]
+        self.waiting -= count
+        mail.waiting -= count
+        left = mail.partitions[number] - count
+        if left:
+            mail.partitions[number] = left
+        else:
+            del mail.partitions[number]
+        if session.id in mail.full and len(session.queue) < self.session_bound:
+            del mail.full[session.id]
+            self.crossed.add(tenant)
+        if not mail.waiting:
+            del self._tenants[tenant]
