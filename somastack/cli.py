@@ -6,8 +6,7 @@ import json
 import secrets
 import sys
 import time
-from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,17 +17,22 @@ from soma_common.embedded.process import PartFailed
 from soma_common.errors import SomaError
 from somastack.auth_material import AuthMaterial
 from somastack.chat import Chat, ask_once, converse, token_for
+from somastack.config_commands import agents, tenants
 from somastack.control import end_stack, needed_state, running_state
 from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate
 from somastack.doctor import Verdict, diagnose
 from somastack.home import AlreadyRunning, Home
 from somastack.layout import DEFAULT_BASE, Layout
 from somastack.next_steps import next_steps
+from somastack.resource_names import CHANNEL
 from somastack.serve import replicas_from, serve, start_detached, until_ready
+from somastack.session_commands import sessions
 from somastack.state import StackState
 from somastack.status import as_json, as_lines, exit_code
 from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, worth_telling
 from somastack.supervisor import StackOptions, Supervisor
+from somastack.terminal import HomeOption, OutputOption, console, errors
+from somastack.turn_commands import turns
 
 app = typer.Typer(
     name="somastack",
@@ -37,18 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
-
-HomeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--home",
-        file_okay=False,
-        show_default="$SOMASTACK_HOME, else ./.somastack if there is one, else ~/.somastack",
-        help="Where the stack keeps everything.",
-    ),
-]
+for commands in (sessions, turns, agents, tenants):
+    app.add_typer(commands)
 
 
 @app.command()
@@ -93,9 +87,7 @@ def down(home: HomeOption = None) -> None:
 @app.command()
 def status(
     home: HomeOption = None,
-    output: Annotated[
-        Literal["table", "json"], typer.Option("--output", "-o", help="For people or for programs.")
-    ] = "table",
+    output: OutputOption = "table",
 ) -> None:
     """Show every component: pid, state, since when, restarts, addresses.
 
@@ -142,7 +134,7 @@ def chat(
     home: HomeOption = None,
     tenant: Annotated[str, typer.Option(help="The tenant.")] = TENANT,
     agent: Annotated[str, typer.Option(help="The agent that answers.")] = AGENT,
-    channel: Annotated[str, typer.Option(help="The channel the conversation belongs to.")] = "cli",
+    channel: Annotated[str, typer.Option(help="The channel the conversation belongs to.")] = CHANNEL,
     session: Annotated[
         str | None, typer.Option(help="The conversation; name one to go on with it later.", show_default="a new one")
     ] = None,

@@ -93,3 +93,52 @@ def test_an_outcome_that_is_no_answer_says_why() -> None:
     error = Error(reason=ErrorReason.ERROR_REASON_MODEL_UNAVAILABLE, message="the model does not answer")
     assert not screen.view.finish(Delivery(outcome=Outcome.OUTCOME_ERROR, error=error))
     assert screen.shown == "error: the model does not answer\n"
+
+
+def test_an_answer_of_several_texts_is_not_said_twice() -> None:
+    """The agent was given a further message while it answered: its first reply is a part of the answer."""
+    screen = Screen()
+    screen.view.show(text(0, "It rains."))
+    screen.view.show(text(0, "And in Rome", step=2))
+    answer = Message(parts=[Part(text="It rains."), Part(text="And in Rome it shines.")])
+    assert screen.view.finish(Delivery(outcome=Outcome.OUTCOME_FINAL, message=answer))
+    assert screen.shown == "It rains.\nAnd in Rome it shines.\n"
+
+
+def test_an_answer_whose_first_text_was_not_seen_is_said_whole() -> None:
+    screen = Screen()
+    screen.view.show(text(0, "And in Rome", step=2))
+    answer = Message(parts=[Part(text="It rains."), Part(text="And in Rome it shines.")])
+    screen.view.finish(Delivery(outcome=Outcome.OUTCOME_FINAL, message=answer))
+    assert screen.shown == "And in Rome\nIt rains.\nAnd in Rome it shines.\n"
+
+
+def test_a_watch_that_begins_anew_repeats_nothing() -> None:
+    screen = Screen()
+    call = LiveEvent(dispatch=1, step=1, tool_call=ToolCall(tool="current_time"))
+    events = [text(0, "Let me see"), call, text(0, "It is", step=3)]
+    for event in (*events, *events, text(5, " late.", step=3)):
+        screen.view.show(event)
+    screen.view.finish(final("It is late."))
+    assert screen.shown == "Let me see\n  → current_time()\nIt is late.\n"
+
+
+def test_what_an_interrupted_turn_keeps_is_shown_once() -> None:
+    for seen in ("It rai", "It rains, but", ""):
+        screen = Screen()
+        if seen:
+            screen.view.show(text(0, seen))
+        kept = Message(parts=[Part(text="It rains, but"), Part(data=Struct())])
+        assert not screen.view.finish(Delivery(outcome=Outcome.OUTCOME_INTERRUPTED, message=kept))
+        assert screen.shown == "It rains, but\ninterrupted: the turn was stopped, what it has done is kept\n"
+
+
+def test_a_message_that_goes_over_to_another_turn_is_followed_there() -> None:
+    screen = Screen()
+    first, second = bytes(16), bytes([1]) * 16
+    screen.view.show(LiveEvent(turn_id=first, dispatch=3, step=1, text=TextDelta(text="It rai")))
+    given_up = Delivery(outcome=Outcome.OUTCOME_ABSORBED, absorbed_into=second)
+    screen.view.show(LiveEvent(turn_id=first, dispatch=3, step=1, ended=given_up))
+    screen.view.show(LiveEvent(turn_id=second, dispatch=1, step=1, text=TextDelta(text="It sno")))
+    assert screen.view.finish(final("It snows."))
+    assert screen.shown == f"It rai\n  absorbed: turn {second.hex()} answers its messages\nIt snows.\n"
