@@ -27,6 +27,7 @@ from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.domain.admission import Submission
 from services.gateway.domain.delivery_window import DeliveryWindow, Offer
+from services.gateway.domain.newest_dispatch import NewestDispatch
 from services.gateway.domain.refusal import Refused, protocol_order, queue_full
 from soma_common.ids import ID_BYTES
 
@@ -91,6 +92,7 @@ class AdapterStream:
         self._frame = ConnectResponse()
         self._filled = False
         self._live_bytes = 0
+        self._shown = NewestDispatch()
         self._heard_at = self._sent_at = clock()
         self._waiter: asyncio.Future[None] | None = None
         self._half_closed = False
@@ -164,8 +166,10 @@ class AdapterStream:
                 pass
 
     def offer_live(self, event: LiveEvent) -> None:
-        """Shows a live event if the adapter keeps up; else it is dropped."""
-        if not self.live or self._ended or self._live_bytes > FRAME_BYTES:
+        """Shows a live event if the adapter keeps up and nothing newer of its turn was shown; else it is dropped."""
+        if not self.live or self._ended or not self._shown.admits(event.turn_id, event.dispatch):
+            return
+        if self._live_bytes > FRAME_BYTES:
             return
         self._frame.live.append(event)
         self._live_bytes += event.ByteSize()

@@ -230,6 +230,18 @@ async def test_live_events_pass_and_are_dropped_when_the_adapter_does_not_read(w
     assert len(adapter.live) < 1500
 
 
+async def test_words_of_a_router_that_was_replaced_are_not_shown(world: World) -> None:
+    adapter = await world.adapter(await world.gateway(), "a", live=True)
+    gateway, stream = await world.router.stream("a")
+    words = [
+        LiveEvent(agent=AGENT, session="s", turn_id=b"t" * 16, dispatch=dispatch, step=1, text=TextDelta(text=text))
+        for dispatch, text in ((1, "he"), (2, "hello"), (1, "llo"), (2, ", you"))
+    ]
+    await world.router.hand_live(gateway, stream.stream, *words)
+    await eventually(lambda: words[-1] in adapter.live)
+    assert [event.text.text for event in adapter.live] == ["he", "hello", ", you"]
+
+
 async def test_heartbeats_go_out_and_a_dead_peer_is_ended(world: World) -> None:
     adapter = await world.adapter(await world.gateway(heartbeat_interval_s=0.3))
     await eventually(lambda: adapter.ended, timeout_s=4)
