@@ -59,7 +59,8 @@ bench: setup ## Measure: turns per second, latencies, CPU, memory, beside the ma
 	$(RUN) -m tests.bench $(ARGS)
 
 .PHONY: soak
-soak: setup ## Hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --seed 1")
+soak: setup ## The longer chaos tests, then hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --seed 1")
+	$(RUN) -m pytest tests/chaos -m soak
 	$(RUN) -m tests.chaos.soak $(ARGS)
 
 ##@ Change

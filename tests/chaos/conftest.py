@@ -11,8 +11,14 @@ from tests.chaos.stack import FaultyStack, faulty_stack
 CHAOS = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests on the stack's own loop, whose keepers work on it meanwhile."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the tests on the stack's own loop, whose keepers work on it meanwhile. Those marked `soak` are run by
+    `make soak` (`-m soak`) only, or when one is named.
+    """
+    if "soak" not in str(config.getoption("markexpr")) and not any("::" in arg for arg in config.args):
+        late = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
     for item in items:
         if item.path.is_relative_to(CHAOS):
             item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)

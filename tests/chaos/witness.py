@@ -56,6 +56,10 @@ class CommitWitness:
         self._connection = connection
         self.longest_lock_s = 0.0
 
+    def close(self) -> None:
+        """Give the connection up."""
+        self._connection.terminate()
+
     async def commits(self) -> list[Commit]:
         """All commits so far, in the order in which each partition's row was locked."""
         rows = await self._connection.fetch("SELECT at, partition, term, writer FROM witness.commits ORDER BY number")
