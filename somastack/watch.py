@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import grpc
 from rich.console import Console
@@ -29,17 +29,19 @@ class Watched(Protocol):
     @property
     def position(self) -> WatchPosition: ...
 
+    def HasField(self, field_name: Literal["position"]) -> bool: ...  # noqa: N802 - protobuf's name
+
 
 W = TypeVar("W", bound=Watched)
 
 
 async def followed(
-    begin: Callable[[WatchPosition | None], "grpc.aio.UnaryStreamCall[Any, W]"],
+    begin: Callable[[WatchPosition | None], "grpc.aio.UnaryStreamCall[Any, W]"], patience_s: float = PATIENCE_S
 ) -> AsyncGenerator[W, None]:
     """What the watch brings that `begin` starts, as often as that takes; the caller leaves when it has seen enough.
 
     Raises:
-        SomaError: refused, or not served for PATIENCE_S.
+        SomaError: refused, or not served for `patience_s`.
     """
     position: WatchPosition | None = None
     served_at = time.monotonic()
@@ -48,11 +50,12 @@ async def followed(
         try:
             async for told in call:
                 yield told
-                position, served_at = told.position, time.monotonic()
+                position = told.position if told.HasField("position") else position
+                served_at = time.monotonic()
         except grpc.aio.AioRpcError as error:
             refusal = from_rpc_error(error)
             again = isinstance(refusal, (Unavailable, ResourceExhausted))
-            if not again or time.monotonic() > served_at + PATIENCE_S:
+            if not again or time.monotonic() > served_at + patience_s:
                 raise refusal from error
         finally:
             call.cancel()
