@@ -36,6 +36,8 @@ class WitnessTool:
     side_effect: Literal["read_only", "idempotent", "side_effectful"]
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object"})
     timeout_ms: int = 5000
+    compensation: str | None = None
+    """The tool of the same server that undoes a call of this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class ToolServer:
                 "side_effect": tool.side_effect,
                 "timeout_ms": tool.timeout_ms,
                 "url": f"http://127.0.0.1:{self._port}/tools/{tool.name}",
+                "compensation": tool.compensation,
             }
             for tool in self.tools
         ]

@@ -20,6 +20,8 @@ from soma.toolgw.v1.tool_service_pb2 import (
     CancelInvocationResponse,
     InvokeToolRequest,
     InvokeToolResponse,
+    RevertTurnRequest,
+    RevertTurnResponse,
 )
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
@@ -97,19 +99,28 @@ class Gateway:
         arguments: Mapping[str, Any] | None = None,
         session: SessionKey = DEMO,
         timeout: float = 20.0,
+        step: int = 2,
     ) -> InvokeToolResponse:
         """InvokeTool."""
         struct = Struct()
         struct.update(dict(arguments or {}))
         request = InvokeToolRequest(
-            session=session, tool=tool, arguments=struct, idempotency_key=key, turn_id=TURN, step=2
+            session=session, tool=tool, arguments=struct, idempotency_key=key, turn_id=TURN, step=step
         )
         return await self.stub.InvokeTool(request, timeout=timeout)
 
-    async def cancel(self, key: str, session: SessionKey = DEMO, timeout: float = 20.0) -> CancelInvocationResponse:
+    async def cancel(
+        self, key: str, session: SessionKey = DEMO, timeout: float = 20.0, timeout_ms: int = 0
+    ) -> CancelInvocationResponse:
         """CancelInvocation."""
-        request = CancelInvocationRequest(session=session, idempotency_key=key)
+        request = CancelInvocationRequest(session=session, idempotency_key=key, timeout_ms=timeout_ms)
         return await self.stub.CancelInvocation(request, timeout=timeout)
+
+    async def revert(
+        self, session: SessionKey = DEMO, turn_id: str = TURN, timeout: float = 20.0
+    ) -> RevertTurnResponse:
+        """RevertTurn."""
+        return await self.stub.RevertTurn(RevertTurnRequest(session=session, turn_id=turn_id), timeout=timeout)
 
 
 def result_of(response: InvokeToolResponse) -> Any:

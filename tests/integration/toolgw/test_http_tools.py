@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from services.toolgw.adapters.tools_http import HttpToolsFileError, http_client, load_http_tools
@@ -107,3 +111,46 @@ async def test_a_wrong_file_says_where(surroundings: Surroundings, wrong: str, s
             load_http_tools(file, client)
         with pytest.raises(HttpToolsFileError, match="cannot be read"):
             load_http_tools(surroundings.folder / "none.json", client)
+
+
+BOTH: dict[str, Any] = {"properties": {"arguments": {}, "result": {}}}
+UNDO: dict[str, Any] = {"tool": "undo", "side_effect": "idempotent", **BOTH}
+
+
+@pytest.mark.parametrize(
+    ("does", "undoes", "says"),
+    [
+        ({"compensation": "undone"}, {}, "0.compensation: 'undone' is no tool of this file"),
+        ({"side_effect": "read_only"}, {}, "read_only"),
+        ({}, {"side_effect": "read_only"}, "read_only"),
+        ({}, {"properties": {"arguments": {}}}, "`arguments` and `result`"),
+        ({}, {"required": ["arguments", "reason"]}, "not require other parameters"),
+        ({}, {"tenants": ["acme"]}, "not there for each tenant that has 'do'"),
+        ({"tenants": ["acme", "demo"]}, {"tenants": ["acme"]}, "not there for each tenant that has 'do'"),
+        ({}, {"compensation": "do"}, "0.compensation: 'undo' undoes itself in the end"),
+        ({"compensation": "do", **BOTH}, {}, "0.compensation: 'do' undoes itself in the end"),
+    ],
+)
+async def test_a_wrong_compensation_says_where(
+    surroundings: Surroundings, does: dict[str, Any], undoes: dict[str, Any], says: str
+) -> None:
+    do = {"tool": "do", "compensation": "undo", "side_effect": "side_effectful"}
+    right = [do | {"tenants": ["acme"]}, UNDO | {"tenants": ["acme", "demo"], "required": ["result"]}]
+    async with http_client() as client:
+        file = describe(surroundings, [do | does, UNDO | undoes])
+        with pytest.raises(HttpToolsFileError, match=says):
+            load_http_tools(file, client)
+        tools = load_http_tools(describe(surroundings, right), client)
+    assert [tool.definition.compensation for tool in tools] == ["undo", ""]
+
+
+def describe(around: Surroundings, entries: list[dict[str, Any]]) -> Path:
+    """A file of tools; `properties` and `required` are those of the parameters."""
+    described = []
+    for entry in entries:
+        schema = {"type": "object", **{name: entry[name] for name in ("properties", "required") if name in entry}}
+        rest = {name: value for name, value in entry.items() if name not in schema}
+        described.append({"description": "d", "timeout_ms": 1, "url": "http://x/", "parameters": schema, **rest})
+    file = around.folder / "described.json"
+    file.write_text(json.dumps(described), encoding="utf-8")
+    return file
