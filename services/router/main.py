@@ -14,6 +14,7 @@ from soma.router.v1 import session_service_pb2_grpc, turn_service_pb2_grpc
 
 from services.router.adapters.api_grpc import SessionApi, TurnApi
 from services.router.adapters.brain_grpc import BrainConnector
+from services.router.adapters.control_lane import ControlLane
 from services.router.adapters.exchange_nats import NatsInbox, NatsOutbox
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.adapters.inbound_nats import LaneReader, LaneReaders
@@ -25,14 +26,12 @@ from services.router.application.commit_group import GroupCommitter
 from services.router.application.deliver_outcomes import DeliveryDesk
 from services.router.application.group import StoreLost
 from services.router.application.ingest_messages import Ingest
-from services.router.application.items import Entry
 from services.router.application.own_partitions import OwnPartitions
 from services.router.application.report_load import ReportLoad
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
 from services.router.application.watch_turns import LiveDesk
 from services.router.domain.lane_window import LaneWindow
-from services.router.domain.partition import Partition
 from services.router.settings import RouterSettings
 from soma_common.authz.authorizer import Authorizer
 from soma_common.authz.tokens import load_token
@@ -139,16 +138,12 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         live,
         background.spawn,
         desk.add,
+        convergence_timeout_s=settings.convergence_timeout_s,
         max_strikes=settings.max_strikes,
         stuck_margin_s=settings.stuck_margin_s,
     )
 
-    def on_cancel(entry: Entry, partition: Partition) -> None:
-        session = state.session(partition, entry.inbound.session_id)
-        if session is not None:
-            runner.cancel(session, entry.message.position, entry.inbound.cancel_turn_id or None)
-
-    ingest = Ingest(state, runner, on_cancel)
+    ingest = Ingest(state, runner)
     readers = [
         LaneReader(
             client,
@@ -178,18 +173,19 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     feed.on_change(gates_changed)
     inbox = NatsInbox(client, router, desk, live.query)
 
+    control_lane = ControlLane(js, layout)
     server = GrpcServer(
         settings,
         Authorizer.from_settings(settings),
         services=[
             (
                 session_service_pb2_grpc.add_SessionServiceServicer_to_server,
-                SessionApi(history),
+                SessionApi(history, control_lane),
                 "soma.router.v1.SessionService",
             ),
             (
                 turn_service_pb2_grpc.add_TurnServiceServicer_to_server,
-                TurnApi(history, client, js, layout),
+                TurnApi(history, client, control_lane, layout),
                 "soma.router.v1.TurnService",
             ),
         ],

@@ -37,6 +37,8 @@ class RouterSettings(ServiceSettings):
     on it runs while no other such turn does."""
     stuck_margin_s: float = Field(default=5.0, gt=0)
     """A turn of which nothing is heard for its agent's step timeout and so long is restarted."""
+    convergence_timeout_s: float = Field(default=60.0, gt=0)
+    """How long a stopped turn waits for its tool calls in flight before it ends with their outcome not known."""
     ack_wait_s: float = Field(default=30.0, gt=0)
     """How long an adapter may keep a delivery unacknowledged before it is sent again."""
     delivery_tries: int = Field(default=10, ge=1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, cast
 import grpc
 import structlog
 from soma.cognition.v1.cognition_service_pb2 import (
+    AddInputs,
     Confirm,
     RouterHello,
     RunTurnsRequest,
@@ -71,6 +72,11 @@ class GrpcBrainLink:
         self._frame.stops.append(StopTurn(turn_id=turn_id, dispatch=dispatch))
         self._wake.set()
 
+    def add_inputs(self, turn_id: bytes, dispatch: int, first: int, inputs: list[bytes]) -> None:
+        """Gives a turn there further inputs."""
+        self._frame.add_inputs.append(AddInputs(turn_id=turn_id, dispatch=dispatch, first=first, inputs=inputs))
+        self._wake.set()
+
     async def write(self, heartbeat_s: float) -> None:
         """Writes frames until the stream ends; at least one per heartbeat interval."""
         while True:
@@ -86,6 +92,7 @@ class GrpcBrainLink:
                 # started.
                 frame.ClearField("starts")
                 frame.ClearField("confirms")
+                frame.ClearField("add_inputs")
             for part in _parts(frame):
                 await self._call.write(part)
 

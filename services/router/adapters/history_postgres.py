@@ -24,20 +24,34 @@ _FAILURE = 4
 
 _SESSION_COLUMNS = (
     "s.session_id, s.tenant, s.agent, s.channel, s.session, s.create_time, s.update_time, s.message_count,"
-    " s.turn_count, s.delivery_count, s.done_position, s.last_position,"
+    " s.turn_count, s.delivery_count, s.done_position, s.last_position, s.paused,"
     " (SELECT t.turn_id FROM router.turns t WHERE t.session_id = s.session_id AND t.number = s.turn_count + 1"
     "  AND t.status <> 3) AS running_turn,"
-    " (SELECT count(*) FROM router.messages m WHERE m.session_id = s.session_id AND m.position > s.done_position"
-    "  AND m.kind <> 2) AS pending_count,"
+    " q.queued_count, q.oldest_queued_time,"
     " (SELECT count(*) FROM router.deliveries d WHERE d.session_id = s.session_id) AS undelivered_count"
 )
+# A message that has no outcome and is in no running turn. One that was refused has a turn with its position, negated.
+_QUEUED = (
+    "m.kind < 2 AND m.position > s.done_position"
+    " AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position)"
+    " AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = s.session_id AND r.number = s.turn_count + 1"
+    "  AND r.status <> 3 AND m.position BETWEEN r.first_position AND r.last_position)"
+)
+_SESSIONS = (
+    "router.sessions s CROSS JOIN LATERAL (SELECT count(*) AS queued_count, min(m.ingest_time) AS oldest_queued_time"
+    f" FROM router.messages m WHERE m.session_id = s.session_id AND {_QUEUED}) q"
+)
 _TURN_COLUMNS = (
-    "t.turn_id, t.session_id, t.number, t.status, t.outcome, t.dispatch, t.agent_revision, t.create_time, t.end_time,"
+    "t.turn_id, t.session_id, greatest(t.number, 0) AS number, t.status, t.outcome, t.dispatch, t.agent_revision,"
+    " t.create_time, t.end_time, CASE t.status WHEN 2 THEN CASE t.stop WHEN 0 THEN 4 ELSE t.stop END ELSE 0 END"
+    "  AS stopping,"
     " s.tenant, s.agent, s.channel, s.session,"
     " CASE t.status WHEN 3 THEN t.step_count"
     "  ELSE (SELECT count(*)::int FROM router.steps p WHERE p.turn_id = t.turn_id) END AS step_count,"
     " ARRAY(SELECT m.message_id FROM router.messages m WHERE m.session_id = t.session_id"
-    "  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind <> 2 ORDER BY m.position) AS message_ids,"
+    "  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND (t.number < 0 OR NOT EXISTS"
+    "   (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position))"
+    "  ORDER BY m.position) AS message_ids,"
     " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind IN (3, 4)) AS last_body"
 )
 
@@ -102,10 +116,13 @@ class PostgresHistory:
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 "SELECT t.number, ARRAY(SELECT m.content FROM router.messages m WHERE m.session_id = t.session_id"
-                " AND m.position BETWEEN t.first_position AND t.last_position AND m.kind <> 2"
+                " AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND NOT EXISTS"
+                " (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position)"
                 " ORDER BY m.position) AS inputs,"
                 " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind = 3) AS final"
-                " FROM router.turns t WHERE t.session_id = $1 AND t.status = 3 ORDER BY t.number DESC LIMIT $2",
+                # What was rolled back was said again in the turn that took its place.
+                " FROM router.turns t WHERE t.session_id = $1 AND t.status = 3 AND t.number > 0 AND t.outcome <> 6"
+                " ORDER BY t.number DESC LIMIT $2",
                 session_id,
                 limit,
             )
@@ -150,7 +167,9 @@ class PostgresHistory:
                 "SELECT t.turn_id FROM router.messages m JOIN router.turns t ON t.session_id = m.session_id"
                 " AND m.position BETWEEN t.first_position AND t.last_position"
                 # Backwards: who asks has just sent it, and a session may have many turns.
-                " WHERE m.message_id = $1 AND m.content_hash = $2 ORDER BY t.number DESC LIMIT 1",
+                # A refused message has a turn of its own (its number is below 0) beside the one that ran around it.
+                " WHERE m.message_id = $1 AND m.content_hash = $2 AND (t.number > 0 OR t.number = -m.position)"
+                " ORDER BY t.number < 0 DESC, t.number DESC LIMIT 1",
                 message_id,
                 content_hash,
             )
@@ -184,7 +203,7 @@ class PostgresHistory:
         """One session."""
         async with self._as(tenant) as connection:
             row = await connection.fetchrow(
-                f"SELECT {_SESSION_COLUMNS} FROM router.sessions s WHERE s.session_id = $1", session_id
+                f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} WHERE s.session_id = $1", session_id
             )
         return _session(row) if row else None
 
@@ -200,7 +219,7 @@ class PostgresHistory:
         """Sessions of a tenant by (agent, channel, session), beyond a place in that order."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                f"SELECT {_SESSION_COLUMNS} FROM router.sessions s"
+                f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS}"
                 " WHERE s.tenant = $1 AND ($2::text IS NULL OR s.agent = $2) AND ($3::text IS NULL OR s.channel = $3)"
                 " AND (s.agent, s.channel, s.session) > ($4, $5, $6)"
                 " AND ($7::boolean IS NULL OR $7 = EXISTS (SELECT FROM router.turns t WHERE t.session_id = s.session_id"
@@ -219,16 +238,34 @@ class PostgresHistory:
         """Messages of a session beyond a position, in the order accepted."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                "SELECT m.position, m.message_id, m.accept_ms, m.content,"
-                " (SELECT t.turn_id FROM router.turns t WHERE t.session_id = m.session_id"
-                "  AND m.position BETWEEN t.first_position AND t.last_position) AS turn_id"
-                " FROM router.messages m WHERE m.session_id = $1 AND m.position > $2 AND m.kind <> 2"
-                " ORDER BY m.position LIMIT $3",
+                "SELECT m.position, m.message_id, m.accept_ms, m.content, m.policy, t.turn_id, t.outcome,"
+                # The waiting ones are few, and those before this one fewer.
+                f" CASE WHEN {_QUEUED} THEN (SELECT count(*) FROM router.messages b WHERE b.session_id = m.session_id"
+                "  AND b.position <= m.position AND b.position > s.done_position AND b.kind < 2"
+                "  AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = b.session_id"
+                "   AND (r.number = -b.position OR r.number = s.turn_count + 1 AND r.status <> 3"
+                "    AND b.position BETWEEN r.first_position AND r.last_position))) ELSE 0 END AS queue_position,"
+                " (extract(epoch FROM clock_timestamp() - m.ingest_time) * 1000)::bigint AS age_ms"
+                " FROM router.messages m JOIN router.sessions s USING (session_id) LEFT JOIN LATERAL"
+                " (SELECT t.turn_id, t.outcome FROM router.turns t WHERE t.session_id = m.session_id"
+                "  AND m.position BETWEEN t.first_position AND t.last_position"
+                "  AND (t.number > 0 OR t.number = -m.position)"
+                "  ORDER BY t.number < 0 DESC, t.number DESC LIMIT 1) t ON true"
+                " WHERE m.session_id = $1 AND m.position > $2 AND m.kind < 2 ORDER BY m.position LIMIT $3",
                 session_id,
                 after,
                 limit,
             )
         return [MessageRow(*row) for row in map(tuple, rows)]
+
+    async def has_item(self, tenant: str, message_id: bytes) -> bool:
+        """Whether an accepted item, a message or a control, is in the mailbox."""
+        async with self._as(tenant) as connection:
+            return bool(
+                await connection.fetchval(
+                    "SELECT EXISTS (SELECT FROM router.messages WHERE message_id = $1)", message_id
+                )
+            )
 
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""
@@ -247,6 +284,7 @@ class PostgresHistory:
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
+                # Numbers of messages that were refused are below 0: they ran no turn of the session.
                 " WHERE t.session_id = $1 AND ($2::int IS NULL OR t.status = $2) AND t.number > $3"
                 " ORDER BY t.number LIMIT $4",
                 session_id,

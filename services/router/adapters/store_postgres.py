@@ -25,7 +25,7 @@ CONFLICT: Final = "SM002"
 _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
 """Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
 
-_PARAMETERS: Final = 81
+_PARAMETERS: Final = 94
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
 # Plans are made once, on tables that may be empty then: say what is right for full ones.
@@ -118,9 +118,8 @@ class PostgresGroupWriter:
         """Writes the group. Raises FenceLost, or StoreLost when it is not known whether it was written."""
         parameters = [",".join(group.tenants)]
         for table in (
-            group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.steps,
-            group.journaled,
-            group.ends, group.deliveries, group.acks, group.dead,
+            group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.inputs,
+            group.refusals, group.steps, group.journaled, group.ends, group.deliveries, group.acks, group.dead,
         ):  # fmt: skip
             parameters.extend(table)  # type: ignore[arg-type]
 
@@ -181,16 +180,13 @@ def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
 
 
 def _result(row: Any) -> GroupResult:
-    inserted, inserted_partition, reused, reused_partition, sessions, turns, deliveries, done, started = row
+    inserted, inserted_partition, reused, reused_partition, sessions, turns, deliveries, done, paused, started = row
     if not inserted:
         return GroupResult(frozenset(), frozenset(), {}, frozenset(started or ()))
     return GroupResult(
         frozenset(zip(inserted_partition, inserted, strict=True)),
         frozenset(zip(reused_partition, reused, strict=True)) if reused else frozenset(),
-        {
-            id_: SessionFacts(turn_count, delivery_count, done_position)
-            for id_, turn_count, delivery_count, done_position in zip(sessions, turns, deliveries, done, strict=True)
-        },
+        {id_: SessionFacts(*facts) for id_, *facts in zip(sessions, turns, deliveries, done, paused, strict=True)},
         frozenset(started or ()),
     )
 
@@ -290,7 +286,8 @@ class PostgresLeases:
                 rows = await connection.fetch(
                     "SELECT position, message_id, kind, deliver, fault, target_turn, traceparent, session_id, tenant,"
                     " agent, channel, session, turn_count, delivery_count, turn_id, status, dispatch, strikes,"
-                    " first_position, last_position, agent_revision FROM router.load_partition($1, $2, $3)",
+                    " first_position, last_position, agent_revision, policy, debounce_ms, debounce_max_ms, age_ms,"
+                    " paused, stop, stop_age_ms, rolled_back, came_later FROM router.load_partition($1, $2, $3)",
                     partition,
                     term,
                     int(strike),

@@ -17,7 +17,7 @@ from soma.common.v1.turn_pb2 import Delivery
 from soma.router.v1.outbound_pb2 import AckBatch, Presence
 
 from services.router.application.group import StoreLost
-from services.router.application.items import AckItem, EndItem
+from services.router.application.items import AckItem, EndItem, RefusalItem
 from services.router.domain.adapters import AdapterStream, choose
 from soma_common.clock import monotonic
 from soma_common.telemetry.metrics import counter, gauge
@@ -130,7 +130,7 @@ class DeliveryDesk:
 
     # ---- what is to be delivered
 
-    def add(self, item: EndItem) -> None:
+    def add(self, item: EndItem | RefusalItem) -> None:
         """An outcome is durable: hands it over, or leaves it to the backlog."""
         if not item.turn.deliver:
             return

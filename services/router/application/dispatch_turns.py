@@ -123,6 +123,7 @@ class Dispatcher:
 
     def _begin(self, turn: Turn, link: BrainLink) -> None:
         turn.link = link
+        turn.inputs_told = 0
         turn.started_at = turn.progress_at = monotonic()
         session = turn.session
         if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
@@ -143,7 +144,11 @@ class Dispatcher:
                 contents = await self._history.contents(key.tenant, session.partition.id, missing)
                 for message in turn.inputs:
                     if message.content is None:
-                        message.content = contents[message.position]
+                        message.content = contents.get(message.position)
+                if any(message.content is None for message in turn.inputs):
+                    # One more has come while these were read.
+                    self._spawn(self._load_and_start(turn, link, dispatch))
+                    return
             spec = await self._spec(turn)
             if spec is None:
                 self._on_agent_gone(turn, dispatch)
@@ -195,6 +200,7 @@ class Dispatcher:
             key.channel,
             key.session,
         )
+        turn.inputs_told = len(turn.inputs)
         if turn.dispatch > 1:
             self._live.restarted(turn)
         self._live.state(turn)

@@ -14,6 +14,8 @@ from services.router.domain.partition import Cursor, Partition
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from services.router.domain.session import Session
+
 
 class FenceLost(Exception):
     """The caller does not hold these partitions any more. Nothing of the group was written."""
@@ -48,6 +50,7 @@ class SessionFacts:
     turn_count: int
     delivery_count: int
     done_position: int
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +92,15 @@ class Group:
     hashes: dict[bytes, bytes] = field(default_factory=dict)
     """Content hash by message id of the messages in this group: the database does not see two of them differ."""
     moves: dict[int, PartitionMove] = field(default_factory=dict)
-    messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(17))
+    delivered: dict[Session, int] = field(default_factory=dict)
+    """Number of the last delivery of each session that has one in this group."""
+    messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(19))
     turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
     revisions: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
     dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
-    controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
+    controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(5))
+    inputs: tuple[list[object], ...] = field(default_factory=lambda: _columns(2))
+    refusals: tuple[list[object], ...] = field(default_factory=lambda: _columns(7))
     steps: tuple[list[object], ...] = field(default_factory=lambda: _columns(6))
     journaled: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
     ends: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
@@ -108,6 +115,12 @@ class Group:
             move = PartitionMove(partition, partition.head, partition.mail_head, partition.cursor)
             self.moves[partition.id] = move
         return move
+
+    def number_delivery(self, session: Session, deliver: bool) -> int:
+        """Number of the session's last delivery, counted up if there is one more."""
+        number = self.delivered.get(session, session.delivery_count) + deliver
+        self.delivered[session] = number
+        return number
 
     @staticmethod
     def add(table: tuple[list[object], ...], row: Sequence[object]) -> None:
@@ -135,3 +148,5 @@ class Group:
         for move in self.moves.values():
             p = move.partition
             p.head, p.mail_head, p.cursor = move.head, move.mail_head, move.cursor
+        for session, number in self.delivered.items():
+            session.delivery_count = number

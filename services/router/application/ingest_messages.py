@@ -7,8 +7,7 @@ answered ends with a typed error, and a retry changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -18,9 +17,11 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound, InboundKind
 
 from services.router.application.group import CommitItem, GroupResult
 from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem
+from services.router.domain.arrival import Policy
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import QueuedMessage, SessionKey
 from soma_common import ids
+from soma_common.clock import monotonic
 from soma_common.layout import BATCH_FORMAT
 from soma_common.telemetry.metrics import counter
 
@@ -31,6 +32,18 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+DEFAULT_DEBOUNCE_MS: Final = 300
+DEFAULT_DEBOUNCE_MAX_MS: Final = 2000
+_CONTROLS: Final = frozenset(
+    {
+        InboundKind.INBOUND_KIND_CANCEL,
+        InboundKind.INBOUND_KIND_INTERRUPT,
+        InboundKind.INBOUND_KIND_CANCEL_ALL,
+        InboundKind.INBOUND_KIND_PAUSE,
+        InboundKind.INBOUND_KIND_RESUME,
+    }
+)
+
 INGESTED = counter("soma_router_messages_total", "Messages taken into the mailbox.")
 DUPLICATES = counter("soma_router_duplicates_total", "Accepted items that were known already.")
 UNREADABLE = counter("soma_router_unreadable_total", "Inbound items that could not be read.")
@@ -39,10 +52,11 @@ UNREADABLE = counter("soma_router_unreadable_total", "Inbound items that could n
 class Ingest:
     """Lane messages in, ingest items out."""
 
-    def __init__(self, state: RouterState, runner: TurnRunner, on_cancel: Callable[[Entry, Partition], None]) -> None:
+    def __init__(self, state: RouterState, runner: TurnRunner) -> None:
         self._state = state
-        self._runner = runner
-        self._on_cancel = on_cancel
+        self._starter = runner.starter
+        self._arrivals = runner.arrivals
+        self._controls = runner.controls
         self.backlog = 0
         """Lane messages that are read and not committed; the reader asks for more only below its bound."""
         self.committer: GroupCommitter
@@ -104,9 +118,9 @@ class Ingest:
                 return
 
     def _entry(self, inbound: Inbound, tenant: str) -> Entry:
-        is_cancel = inbound.kind == InboundKind.INBOUND_KIND_CANCEL
+        is_control = inbound.kind in _CONTROLS
         fault = 0
-        if not is_cancel and inbound.kind != InboundKind.INBOUND_KIND_MESSAGE:
+        if not is_control and inbound.kind != InboundKind.INBOUND_KIND_MESSAGE:
             fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
             inbound.kind = InboundKind.INBOUND_KIND_MESSAGE
         if not 0 <= inbound.policy <= ArrivalPolicy.ARRIVAL_POLICY_REJECT:
@@ -115,23 +129,38 @@ class Ingest:
         message = QueuedMessage(
             0, inbound.message_id, inbound.deliver, int(fault), inbound.traceparent, inbound.content
         )
-        return Entry(inbound, message, tenant, is_cancel)
+        if not is_control:
+            self._set_policy(message, inbound, tenant)
+        return Entry(inbound, message, tenant, is_control)
+
+    def _set_policy(self, message: QueuedMessage, inbound: Inbound, tenant: str) -> None:
+        """The message's own policy, or its agent's as it is now: it is stored with the message."""
+        agent = self._state.directory.agent(tenant, inbound.agent)
+        if agent is None:
+            message.policy = inbound.policy or Policy.ENQUEUE
+            return
+        spec = agent.spec
+        message.policy = inbound.policy or spec.arrival_policy or Policy.ENQUEUE
+        if message.policy == Policy.ACCUMULATE:
+            debounce_ms = spec.debounce_ms or DEFAULT_DEBOUNCE_MS
+            message.debounce_s = debounce_ms / 1000
+            message.debounce_max_s = max(spec.debounce_max_ms or DEFAULT_DEBOUNCE_MAX_MS, debounce_ms) / 1000
 
     def compose(self, items: list[CommitItem]) -> None:
         """Adds turn starts to a group: those of its own messages whose session is idle, then those of waiting
         sessions.
         """
-        self._runner.open_group()
+        self._starter.open_group()
         for item in list(items):
             if isinstance(item, IngestItem) and not item.partition.lost:
                 for entry in item.entries:
-                    if entry.is_cancel:
+                    if entry.is_control:
                         continue
                     session = self._state.session(item.partition, entry.inbound.session_id)
-                    start = self._runner.start_now(session, entry.message)
+                    start = self._starter.start_now(session, entry.message)
                     if start is not None:
                         items.append(start)
-        items.extend(self._runner.start_waiting())
+        items.extend(self._starter.start_waiting())
 
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
@@ -139,6 +168,7 @@ class Ingest:
         if result is None:
             return
         new = 0
+        now = monotonic()
         for entry in item.entries:
             place = (partition.id, entry.message.position)
             if place not in result.inserted:
@@ -148,12 +178,11 @@ class Ingest:
             if place in result.reused:
                 entry.message.fault = KEY_REUSED
             partition.pending[entry.message.position] = None
-            self._enqueue(partition, entry, result)
-            if entry.is_cancel:
-                self._on_cancel(entry, partition)
+            entry.message.ingested_at = now
+            self._hand_over(partition, entry, result)
         INGESTED.inc(new)
 
-    def _enqueue(self, partition: Partition, entry: Entry, result: GroupResult) -> None:
+    def _hand_over(self, partition: Partition, entry: Entry, result: GroupResult) -> None:
         inbound, message = entry.inbound, entry.message
         session = self._state.session(partition, inbound.session_id)
         if session is None:
@@ -162,15 +191,14 @@ class Ingest:
             session = self._state.add_session(
                 partition, inbound.session_id, key, facts.turn_count, facts.delivery_count
             )
+            session.paused = facts.paused
         self._state.busy(session)
-        if entry.is_cancel:
+        if entry.is_control:
+            self._controls.apply(session, inbound.kind, message.position, inbound.cancel_turn_id or None)
             return
         if session.turn is not None and session.turn.inputs[0] is message and not message.fault:
             return  # its turn was started in this very group
-        self._state.enqueue(session, message)
-        if session.turn is None:
-            self._state.scheduler.add(session)
-            self.committer.nudge()
+        self._arrivals.arrive(session, message)
 
 
 def _is_addressed(inbound: Inbound, tenant: str) -> bool:

@@ -34,7 +34,7 @@ class Entry:
     inbound: Inbound
     message: QueuedMessage
     tenant: str
-    is_cancel: bool
+    is_control: bool
 
 
 @dataclass(slots=True)
@@ -64,9 +64,10 @@ class IngestItem:
             group.add(
                 group.messages,
                 (self.partition.id, message.position, inbound.session_id, inbound.message_id, inbound.content_hash)
-                + (entry.tenant, inbound.kind, inbound.policy, inbound.deliver, fault, inbound.accept_time_ms)
+                + (entry.tenant, inbound.kind, message.policy, inbound.deliver, fault, inbound.accept_time_ms)
                 + (inbound.cancel_turn_id or None, inbound.traceparent, inbound.content)
-                + (inbound.agent, inbound.channel, inbound.session),
+                + (inbound.agent, inbound.channel, inbound.session)
+                + (round(message.debounce_s * 1000), round(message.debounce_max_s * 1000)),
             )
 
     def committed(self, result: GroupResult) -> None:
@@ -211,18 +212,17 @@ class EndItem:
             write_turn(group, turn, fresh=False)
         for number, (kind, body) in enumerate(self.steps, turn.step_count + 1):
             group.add(group.steps, (turn.id, number, key.tenant, kind, turn.dispatch, body))
-        deliveries = session.delivery_count + turn.deliver
+        deliveries = group.number_delivery(session, self.delivers)
+        # What a turn had taken that is rolled back waits again.
+        done = turn.inputs[0].position - 1 if self.outcome is Outcome.ABSORBED else turn.inputs[-1].position
         group.add(
             group.ends,
             (turn.id, session.id, self.partition.id, self.outcome, turn.step_count, turn.step_count + len(self.steps))
-            + (turn.inputs[-1].position, turn.number, deliveries),
+            + (done, turn.number, deliveries),
         )
-        self._complete(session, deliveries)
-        if turn.deliver:
-            group.add(
-                group.deliveries,
-                (self.partition.id, move.head, session.id, key.tenant, key.channel, self.answer.SerializeToString()),
-            )
+        complete_answer(self.answer, turn, self.outcome, deliveries if self.delivers else 0)
+        if self.delivers:
+            add_delivery(group, self.partition, move.head, session, self.answer)
         if self.dead_letter:
             group.add(
                 group.dead,
@@ -230,16 +230,10 @@ class EndItem:
             )
         self.position = move.head
 
-    def _complete(self, session: Session, deliveries: int) -> None:
-        answer, turn = self.answer, self.turn
-        answer.delivery_id = answer.turn_id = turn.id
-        answer.agent, answer.session = session.key.agent, session.key.session
-        answer.position = deliveries if turn.deliver else 0
-        answer.outcome = self.outcome.value  # type: ignore[assignment]
-        del answer.message_ids[:]
-        answer.message_ids.extend(message.message_id for message in turn.inputs)
-        answer.create_time_ms = now_ms()
-        answer.attempt = 1
+    @property
+    def delivers(self) -> bool:
+        """Whether the outcome goes to the channel's adapters."""
+        return self.turn.deliver and self.outcome is not Outcome.ABSORBED
 
     def committed(self, result: GroupResult) -> None:
         """The turn is over."""
@@ -250,31 +244,98 @@ class EndItem:
 
 
 @dataclass(slots=True)
-class CancelItem:
-    """A cancel reaches its session: the running turn converges from now on, durably."""
+class RefusalItem:
+    """A message ends as it arrives, before those that were there first, because its session is busy."""
+
+    partition: Partition
+    turn: Turn
+    """The turn that it would have been: it never runs and has no number in its session."""
+    body: bytes
+    """The step that says why: a serialized StepBody."""
+    answer: Delivery
+    done: Callable[[RefusalItem], None]
+    position: int = 0
+    """Place of the outcome in the partition, once written."""
+
+    def write(self, group: Group) -> None:
+        """Adds the turn as it ends, and the delivery."""
+        turn, session = self.turn, self.turn.session
+        move = group.move(self.partition)
+        move.head += 1
+        self.position = move.head
+        tenant = session.key.tenant
+        group.tenants.add(tenant)
+        deliveries = group.number_delivery(session, turn.deliver)
+        group.add(
+            group.refusals,
+            (turn.id, session.id, self.partition.id, tenant, turn.inputs[0].position, deliveries, self.body),
+        )
+        complete_answer(self.answer, turn, Outcome.REJECTED, deliveries if turn.deliver else 0)
+        if turn.deliver:
+            add_delivery(group, self.partition, move.head, session, self.answer)
+
+    def committed(self, result: GroupResult) -> None:
+        """The message has its outcome."""
+        self.done(self)
+
+    def abandoned(self) -> None:
+        """The new owner refuses it."""
+
+
+@dataclass(slots=True)
+class InputItem:
+    """A running turn takes a further input."""
+
+    partition: Partition
+    turn: Turn
+    position: int
+    done: Callable[[Turn], None]
+
+    def write(self, group: Group) -> None:
+        """Moves the turn's last position."""
+        group.move(self.partition)
+        group.tenants.add(self.turn.session.key.tenant)
+        group.add(group.inputs, (self.turn.id, self.position))
+
+    def committed(self, result: GroupResult) -> None:
+        """Whoever runs the turn may read it."""
+        self.done(self.turn)
+
+    def abandoned(self) -> None:
+        """The new owner gives it to the turn."""
+
+
+@dataclass(slots=True)
+class ControlItem:
+    """Controls reach their session: what they say holds from now on, durably."""
 
     partition: Partition
     session_id: bytes
     tenant: str
     positions: list[int]
-    """Cancels of the session that are done with by this, in order."""
-    turn: Turn | None
-    """The turn it stops; None: there was nothing to stop."""
-    done: Callable[[CancelItem], None]
+    """Controls of the session that are done with by this, in order."""
+    done: Callable[[ControlItem], None]
+    turn: Turn | None = None
+    """The turn that is to converge; None: none."""
+    stop_as: Outcome = Outcome.CANCELLED
+    """How that turn is to end."""
+    paused: bool | None = None
+    """Whether the session is to start turns; None: as before."""
 
     def write(self, group: Group) -> None:
-        """Stores that the cancel was applied and what it stops."""
+        """Stores that the controls were applied and what they do."""
         group.move(self.partition)
         group.tenants.add(self.tenant)
         last = self.positions[-1] if self.positions else 0
-        group.add(group.controls, (self.session_id, last, self.turn.id if self.turn else None))
+        turn = (self.turn.id, self.stop_as) if self.turn is not None else (None, None)
+        group.add(group.controls, (self.session_id, last, *turn, self.paused))
 
     def committed(self, result: GroupResult) -> None:
         """The turn is to be stopped."""
         self.done(self)
 
     def abandoned(self) -> None:
-        """The new owner applies it."""
+        """The new owner applies them."""
 
 
 @dataclass(slots=True)
@@ -340,4 +401,26 @@ def write_turn(group: Group, turn: Turn, fresh: bool) -> None:
         group.turns,
         (turn.id, session.id, session.partition.id, session.key.tenant, turn.number)
         + (turn.inputs[0].position, turn.inputs[-1].position, turn.revision, fresh),
+    )
+
+
+def complete_answer(answer: Delivery, turn: Turn, outcome: Outcome, position: int) -> None:
+    """Fills in what is known only when an outcome is written; `position` 0: it is not delivered."""
+    session = turn.session
+    answer.delivery_id = answer.turn_id = turn.id
+    answer.agent, answer.session = session.key.agent, session.key.session
+    answer.position = position
+    answer.outcome = outcome.value  # type: ignore[assignment]
+    del answer.message_ids[:]
+    answer.message_ids.extend(message.message_id for message in turn.inputs)
+    answer.create_time_ms = now_ms()
+    answer.attempt = 1
+
+
+def add_delivery(group: Group, partition: Partition, position: int, session: Session, answer: Delivery) -> None:
+    """Adds an outcome to what the channel is to acknowledge."""
+    key = session.key
+    group.add(
+        group.deliveries,
+        (partition.id, position, session.id, key.tenant, key.channel, answer.SerializeToString()),
     )

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 from uuid import UUID, uuid4
 
 import structlog
-from soma.router.v1.inbound_pb2 import InboundKind
 
 from services.router.application.group import FenceLost, StoreLost
+from services.router.application.restore_sessions import restore_sessions
 from services.router.domain.partition import Cursor, Partition
-from services.router.domain.session import QueuedMessage, SessionKey, Turn
 from services.router.domain.spread import shares, turn_of
-from services.router.domain.turn import TurnStatus
 from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
 from soma_common.telemetry.metrics import counter, gauge
@@ -244,7 +242,7 @@ class OwnPartitions:
             "router.partition_taken", partition=partition.id, epoch=row.epoch, cause=cause, former=row.former,
             pending=len(pending),
         )  # fmt: skip
-        self._go_on(partition, pending)
+        restore_sessions(self._state, self._runner, partition, pending)
         self._desk.adopt(partition, channels)
 
     def _restore(self, number: int, term: UUID, row: AcquiredRow, pending: Sequence[PendingRow]) -> Partition:
@@ -259,45 +257,6 @@ class OwnPartitions:
         )
         partition.pending = OrderedDict((item.position, None) for item in pending)
         return partition
-
-    def _go_on(self, partition: Partition, pending: Sequence[PendingRow]) -> None:
-        """Puts sessions, queues and running turns back as the store has them."""
-        for row in pending:
-            session = partition.sessions.get(row.session_id)
-            if session is None:
-                key = SessionKey(row.tenant, row.agent, row.channel, row.session)
-                session = self._state.add_session(partition, row.session_id, key, row.turn_count, row.delivery_count)
-            if row.kind == InboundKind.INBOUND_KIND_CANCEL:
-                continue
-            message = QueuedMessage(row.position, row.message_id, row.deliver, row.fault, row.traceparent, None)
-            turn_id, first, last = row.turn_id, row.first_position or 0, row.last_position or 0
-            if turn_id is None or not first <= row.position <= last:
-                self._state.enqueue(session, message)
-            elif session.turn is not None:
-                session.turn.inputs.append(message)
-                session.turn.deliver |= message.deliver
-            else:
-                session.turn = Turn(
-                    id=turn_id,
-                    session=session,
-                    number=session.turn_count + 1,
-                    inputs=[message],
-                    revision=row.agent_revision or "",
-                    deliver=message.deliver,
-                    dispatch=row.dispatch or 1,
-                    strikes=row.strikes or 0,
-                    status=TurnStatus(row.status or TurnStatus.RUNNING),
-                    journal_loaded=False,
-                )
-        for session in list(partition.sessions.values()):
-            if session.turn is not None:
-                self._runner.resume(session.turn)
-            elif session.queue:
-                self._state.scheduler.add(session)
-        for row in pending:
-            if row.kind == InboundKind.INBOUND_KIND_CANCEL:
-                self._runner.cancel(partition.sessions[row.session_id], row.position, row.target_turn)
-        self._runner.assign()
 
     # ---- letting go
 

@@ -69,6 +69,19 @@ class PendingRow:
     first_position: int | None
     last_position: int | None
     agent_revision: str | None
+    policy: int
+    debounce_ms: int
+    debounce_max_ms: int
+    age_ms: int
+    """For how long it has been stored, by the database's clock."""
+    paused: bool
+    stop: int | None
+    """The outcome with which the running turn is to end, if it was stopped; 0: not, or by an older release."""
+    stop_age_ms: int | None
+    rolled_back: bool
+    """It was in the session's last turn, which was rolled back."""
+    came_later: bool
+    """It was stored after the running turn began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +168,20 @@ class BrainLink(SessionBrainLink, Protocol):
 class ToolCanceller(Protocol):
     """Makes sure that confirmed calls of a stopped turn have an end."""
 
-    async def settle(self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str]) -> bytes:
+    async def settle(
+        self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str], wait_s: float
+    ) -> bytes:
         """The ToolResults body (serialized StepBody) for the calls of a serialized ModelReply body: results of what
-        ran, "cancelled" for what will never run. `key` is (agent, channel, session).
+        ran, "cancelled" for what will never run, "outcome unknown" for what is not done after `wait_s`. `key` is
+        (agent, channel, session). Raises ConnectionError to be tried again.
+        """
+
+    def unknown(self, reply: bytes) -> bytes:
+        """The ToolResults body that says of each call of a ModelReply body that its outcome is not known."""
+
+    async def undo(self, tenant: str, turn_id: bytes, key: tuple[str, str, str]) -> bool:
+        """Whether nothing is left of what the calls of a turn did: they did nothing, or all was compensated. Raises
+        ConnectionError to be tried again.
         """
 
 

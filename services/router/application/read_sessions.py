@@ -24,8 +24,10 @@ class SessionRow:
     delivery_count: int
     done_position: int
     last_position: int
+    paused: bool
     running_turn: bytes | None
-    pending_count: int
+    queued_count: int
+    oldest_queued_time: datetime | None
     undelivered_count: int
 
 
@@ -37,7 +39,12 @@ class MessageRow:
     message_id: bytes
     accept_ms: int
     content: bytes
+    policy: int
     turn_id: bytes | None
+    outcome: int | None
+    queue_position: int
+    """Place among those that wait, from 1; 0: it does not wait."""
+    age_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,7 @@ class TurnRow:
     agent_revision: str
     create_time: datetime
     end_time: datetime | None
+    stopping: int
     tenant: str
     agent: str
     channel: str
@@ -91,6 +99,9 @@ class SessionReader(Protocol):
 
     async def messages(self, tenant: str, session_id: bytes, after: int, limit: int) -> list[MessageRow]:
         """Messages of a session beyond a position, in the order accepted."""
+
+    async def has_item(self, tenant: str, message_id: bytes) -> bool:
+        """Whether an accepted item, a message or a control, is in the mailbox."""
 
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""

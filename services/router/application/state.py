@@ -111,6 +111,8 @@ class RouterState:
         turns = []
         for session in partition.sessions.values():
             self._idle.pop(session.id, None)
+            if session.timer is not None:
+                session.timer.cancel()
             self._queued_bytes -= sum(len(message.content or b"") for message in session.queue)
             self.mailbox.forget(session)
             if session.turn is not None:

@@ -6,9 +6,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from services.router.domain.turn import TurnState, TurnStatus
+from services.router.domain.arrival import Policy
+from services.router.domain.turn import Outcome, TurnState, TurnStatus
 
 if TYPE_CHECKING:
+    from asyncio import TimerHandle
+
     from services.router.domain.partition import Partition
 
 
@@ -24,6 +27,9 @@ class BrainLink(Protocol):
 
     def stop(self, turn_id: bytes, dispatch: int) -> None:
         """Stops a turn there."""
+
+    def add_inputs(self, turn_id: bytes, dispatch: int, first: int, inputs: list[bytes]) -> None:
+        """Gives a turn there further inputs, behind the `first` that it was given before."""
 
 
 CONTEXT_BYTES: Final = 64 * 1024
@@ -50,6 +56,18 @@ class QueuedMessage:
     traceparent: str
     content: bytes | None
     """None once memory is short: then it is read from the store when its turn comes."""
+    policy: int = Policy.ENQUEUE
+    """What it does while a turn runs, its own or its agent's."""
+    debounce_s: float = 0.0
+    """Under accumulate: for how long a companion may still come after it, in seconds, and"""
+    debounce_max_s: float = 0.0
+    """for how long at most after the first of its group."""
+    ingested_at: float = 0.0
+    """Monotonic time at which it was stored, in seconds."""
+    stops: bool = False
+    """It came while a turn ran that it is to stop, and has not done so yet."""
+    rolled_back: bool = False
+    """The turn that had taken it was rolled back."""
     cancelled: bool = False
     """A cancel reached it before its turn began: it ends without one."""
     agent_missed_at: float = 0.0
@@ -57,12 +75,12 @@ class QueuedMessage:
 
 
 @dataclass(slots=True)
-class PendingCancel:
-    """A cancel that was read and is not stored as applied."""
+class PendingControl:
+    """A control of the session that was read and is not stored as applied."""
 
     position: int
     waits_for: QueuedMessage | None = None
-    """The waiting message that it stops: it is applied when that message has ended."""
+    """The waiting message that it cancels, the last of them: it is applied when that message has ended."""
 
 
 @dataclass(slots=True)
@@ -84,6 +102,14 @@ class Turn:
     journal_loaded: bool = True
     in_flight: bool = False
     """A proposed step is on its way to the journal."""
+    ending: bool = False
+    """That step is its last one: it takes no further inputs."""
+    stop_as: Outcome = Outcome.CANCELLED
+    """How it is to end once it has converged, if it was stopped."""
+    stopped_at: float = 0.0
+    """Monotonic time at which it was stopped, in seconds."""
+    inputs_told: int = 0
+    """How many of its inputs whoever runs it was given."""
     link: BrainLink | None = None
     text: list[str] = field(default_factory=list)
     """What the model has said in the running step, for watchers that come late."""
@@ -119,15 +145,17 @@ class Session:
     """Everything the owner needs to know of a session between two messages. Idle ones may be dropped at any time."""
 
     __slots__ = (
-        "cancels",
         "context",
         "context_bytes",
+        "controls",
         "delivery_count",
         "id",
         "key",
         "partition",
+        "paused",
         "queue",
         "ready",
+        "timer",
         "turn",
         "turn_count",
     )
@@ -139,8 +167,12 @@ class Session:
         self.turn_count = turn_count
         self.delivery_count = delivery_count
         self.queue: deque[QueuedMessage] = deque()
-        self.cancels: deque[PendingCancel] = deque()
-        """Cancels that are not done with, in order."""
+        self.controls: deque[PendingControl] = deque()
+        """Controls that are not done with, in order."""
+        self.paused = False
+        """No turn of it starts."""
+        self.timer: TimerHandle | None = None
+        """Looks at it again when its group of messages is due."""
         self.turn: Turn | None = None
         self.ready = False
         """True while the scheduler holds it."""
@@ -171,4 +203,4 @@ class Session:
     @property
     def idle(self) -> bool:
         """Nothing runs and nothing waits."""
-        return self.turn is None and not self.queue and not self.cancels
+        return self.turn is None and not self.queue and not self.controls

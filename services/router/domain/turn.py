@@ -22,6 +22,7 @@ class StepKind(IntEnum):
     TOOL_RESULTS = 2
     FINAL = 3
     FAILURE = 4
+    INTERIM_REPLY = 5
 
 
 class TurnStatus(IntEnum):
@@ -48,6 +49,8 @@ _TRANSITIONS: Final[dict[tuple[TurnState, StepKind], TurnState]] = {
     (TurnState.THINKING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
     (TurnState.REFLECTING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
     (TurnState.TOOL_CALL, StepKind.TOOL_RESULTS): TurnState.REFLECTING,
+    (TurnState.THINKING, StepKind.INTERIM_REPLY): TurnState.REFLECTING,
+    (TurnState.REFLECTING, StepKind.INTERIM_REPLY): TurnState.REFLECTING,
     (TurnState.THINKING, StepKind.FINAL): TurnState.IDLE,
     (TurnState.REFLECTING, StepKind.FINAL): TurnState.IDLE,
     (TurnState.THINKING, StepKind.FAILURE): TurnState.IDLE,

@@ -14,7 +14,7 @@ from soma.router.v1.inbound_pb2 import Inbound
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.adapters.store_postgres import PostgresGroupWriter, PostgresLeases
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import CancelItem, EndItem, StartItem, StepItem
+from services.router.application.items import ControlItem, EndItem, StartItem, StepItem
 from services.router.application.ports import PendingRow
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import Session, Turn
@@ -58,7 +58,7 @@ class Store:
             group.moves[number].partition.pending[position] = None
         for item in items:
             ended = [message.position for message in item.turn.inputs] if isinstance(item, EndItem) else []
-            for position in item.positions if isinstance(item, CancelItem) else ended:
+            for position in item.positions if isinstance(item, ControlItem) else ended:
                 item.partition.pending.pop(position, None)
         return result
 

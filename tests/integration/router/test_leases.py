@@ -11,7 +11,7 @@ from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.adapters.store_postgres import PostgresLeases
 from services.router.application.group import FenceLost, StoreLost
-from services.router.application.items import AckItem, CancelItem, EndItem
+from services.router.application.items import AckItem, ControlItem, EndItem
 from services.router.application.ports import LeaseRow
 from services.router.domain.partition import Partition
 from services.router.domain.turn import Outcome
@@ -267,7 +267,7 @@ async def test_an_applied_cancel_is_not_loaded_again(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound(), 1)
     await store.commit(ingest(p, 2, cancel()))
-    await store.commit(CancelItem(p, session.id, "demo", [2], turn, lambda _: None))
+    await store.commit(ControlItem(p, session.id, "demo", [2], lambda _: None, turn=turn))
     [row] = await store.load(await store.take(0))
     assert (row.kind, row.status) == (1, 2), "the turn is converging, durably"
 

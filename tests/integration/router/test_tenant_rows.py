@@ -4,7 +4,7 @@ import asyncpg
 import pytest
 
 from services.router.application.group import FenceLost, GroupRejected
-from services.router.application.items import AckItem, CancelItem, DeadItem
+from services.router.application.items import AckItem, ControlItem, DeadItem
 from services.router.domain.partition import Partition
 from soma_common import ids
 from soma_common.postgres.connect import connect
@@ -91,7 +91,7 @@ async def test_a_group_changes_no_row_of_a_tenant_it_does_not_name(store: Store)
     """Deletions and updates are not refused: they find nothing. An end that finds nothing is refused."""
     p = await store.take(0)
     session, turn = await store.started(p, inbound(tenant=MINE), 1, MINE)
-    for item in (AckItem(p, 1, MINE), CancelItem(p, session.id, MINE, [1], turn, lambda _: None)):
+    for item in (AckItem(p, 1, MINE), ControlItem(p, session.id, MINE, [1], lambda _: None, turn=turn)):
         group = group_of(item)
         group.tenants = {THEIRS}
         await store.writer.commit(group)

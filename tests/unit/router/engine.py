@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 from google.protobuf.message import Message as ProtoMessage
 from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn
 from soma.common.v1.message_pb2 import Message, Part
 from soma.common.v1.turn_pb2 import Delivery, StepBody
-from soma.controlplane.v1.agent_service_pb2 import Agent
+from soma.controlplane.v1.agent_service_pb2 import Agent, AgentSpec
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
@@ -21,10 +22,9 @@ from services.router.application.brains import BrainPool
 from services.router.application.commit_group import GroupCommitter
 from services.router.application.group import Group, GroupResult, SessionFacts
 from services.router.application.ingest_messages import Ingest
-from services.router.application.items import KEY_REUSED, EndItem, Entry
+from services.router.application.items import KEY_REUSED, EndItem, RefusalItem
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
-from services.router.domain.partition import Partition
 from services.router.domain.turn import Outcome, StepKind
 from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.testing.eventually import eventually
@@ -39,6 +39,10 @@ class MemoryStore:
         self.hashes: dict[bytes, bytes] = {}
         self.turns: dict[bytes, str] = {}
         self.steps: dict[tuple[bytes, int], bytes] = {}
+        self.refused: dict[int, bytes] = {}
+        self.last_inputs: dict[bytes, int] = {}
+        self.stops: dict[bytes, int] = {}
+        self.paused: bool | None = None
         self.refuse: Callable[[Group], BaseException | None] = lambda _: None
         self.gate: asyncio.Event | None = None
         self.groups = 0
@@ -51,6 +55,18 @@ class MemoryStore:
         if error is not None:
             raise error
         self.groups += 1
+        result = self._store_messages(group)
+        started = self._start_turns(group, result)
+        self._control(group)
+        for turn, step, _, _, _, body in zip(*group.steps, strict=True):
+            assert (turn, step) not in self.steps, "a step is journaled once"
+            self.steps[turn, step] = body
+        for turn, *_ in zip(*group.ends, strict=True):
+            assert self.turns[turn] == "running", "a turn ends once"
+            self.turns[turn] = "ended"
+        return replace(result, started=started)
+
+    def _store_messages(self, group: Group) -> GroupResult:
         inserted, reused, sessions = set(), set(), {}
         for row in zip(*group.messages, strict=True):
             partition, position, session, message, digest, *_ = row
@@ -64,20 +80,32 @@ class MemoryStore:
             sessions[session] = SessionFacts(0, 0, 0)
             if fault == KEY_REUSED:
                 reused.add((partition, position))
+        return GroupResult(frozenset(inserted), frozenset(reused), sessions, frozenset())
+
+    def _start_turns(self, group: Group, stored: GroupResult) -> frozenset[bytes]:
         started = set()
-        for turn, _, partition, _, _, first, _, _, fresh in zip(*group.turns, strict=True):
-            if fresh and ((partition, first) not in inserted or (partition, first) in reused):
+        for turn, _, partition, _, _, first, last, _, fresh in zip(*group.turns, strict=True):
+            if fresh and ((partition, first) not in stored.inserted or (partition, first) in stored.reused):
                 continue
             assert turn not in self.turns, "a turn id is used once"
             self.turns[turn] = "running"
+            self.last_inputs[turn] = last
             started.add(turn)
-        for turn, step, _, _, _, body in zip(*group.steps, strict=True):
-            assert (turn, step) not in self.steps, "a step is journaled once"
-            self.steps[turn, step] = body
-        for turn, *_ in zip(*group.ends, strict=True):
-            assert self.turns[turn] == "running", "a turn ends once"
+        return frozenset(started)
+
+    def _control(self, group: Group) -> None:
+        for _, _, turn, stop, paused in zip(*group.controls, strict=True):
+            if turn is not None and self.turns.get(turn) == "running":
+                self.stops.setdefault(turn, stop)
+            if paused is not None:
+                self.paused = paused
+        for turn, last in zip(*group.inputs, strict=True):
+            assert self.turns[turn] == "running", "only a running turn takes further inputs"
+            self.last_inputs[turn] = last
+        for turn, _, _, _, position, _, body in zip(*group.refusals, strict=True):
+            assert turn not in self.turns, "a turn id is used once"
             self.turns[turn] = "ended"
-        return GroupResult(frozenset(inserted), frozenset(reused), sessions, frozenset(started))
+            self.refused[position] = body
 
 
 class Brain:
@@ -89,6 +117,10 @@ class Brain:
         self.starts: list[StartTurn] = []
         self.confirms: list[tuple[bytes, int, int]] = []
         self.stops: list[tuple[bytes, int]] = []
+        self.added: list[tuple[bytes, int, list[bytes]]] = []
+
+    def add_inputs(self, turn_id: bytes, dispatch: int, first: int, inputs: list[bytes]) -> None:
+        self.added.append((turn_id, first, inputs))
 
     def start(self, start: StartTurn) -> None:
         self.starts.append(start)
@@ -105,12 +137,17 @@ class Directory:
 
     def __init__(self) -> None:
         self.has_agent = True
+        self.spec = AgentSpec()
 
     def tenant(self, tenant: str) -> Tenant | None:
         return Tenant(name=f"tenants/{tenant}")
 
     def agent(self, tenant: str, agent: str) -> Agent | None:
-        return Agent(name=f"tenants/{tenant}/agents/{agent}", revision="r1") if self.has_agent else None
+        return _agent(tenant, agent, self.spec) if self.has_agent else None
+
+
+def _agent(tenant: str, agent: str, spec: AgentSpec) -> Agent:
+    return Agent(name=f"tenants/{tenant}/agents/{agent}", revision="r1", spec=spec)
 
 
 class Silent:
@@ -127,14 +164,17 @@ class Engine:
         self.store, self.directory, self.brain = MemoryStore(), Directory(), Brain()
         self.state = RouterState(LaneLayout(8, 1), cast(Any, self.directory), 100, 100)
         self.tasks: set[asyncio.Task[None]] = set()
-        self.ended: list[EndItem] = []
+        self.ended: list[EndItem | RefusalItem] = []
         self.settled: list[bytes] = []
+        self.tools_away = False
+        self.undone: list[bytes] = []
+        self.may_undo = True
         self.brains = BrainPool()
         self.runner = TurnRunner(
             self.state, self.brains, cast(Any, self), cast(Any, self), cast(Any, Silent()), self.spawn,
-            self.ended.append, max_strikes=max_strikes, stuck_margin_s=5.0,
+            self.ended.append, max_strikes=max_strikes, stuck_margin_s=5.0, convergence_timeout_s=5.0,
         )  # fmt: skip
-        self.ingest = Ingest(self.state, self.runner, self.on_cancel)
+        self.ingest = Ingest(self.state, self.runner)
         self.committer = GroupCommitter(self.store, self.ingest.compose, self.end_fenced, lambda: None)
         self.runner.use(self.committer)
         self.ingest.committer = self.committer
@@ -151,11 +191,6 @@ class Engine:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def on_cancel(self, entry: Entry, partition: Partition) -> None:
-        session = self.state.session(partition, entry.inbound.session_id)
-        assert session is not None
-        self.runner.cancel(session, entry.message.position, entry.inbound.cancel_turn_id or None)
-
     def end_fenced(self, numbers: frozenset[int]) -> None:
         for number in numbers:
             partition = self.state.partitions.get(number)
@@ -165,9 +200,23 @@ class Engine:
     async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
         return []
 
-    async def settle(self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str]) -> bytes:
+    async def settle(
+        self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str], wait_s: float
+    ) -> bytes:
         self.settled.append(reply)
+        if self.tools_away:
+            raise ConnectionError("away")
         return b"settled"
+
+    def unknown(self, reply: bytes) -> bytes:
+        return b"unknown"
+
+    async def undo(self, tenant: str, turn_id: bytes, key: tuple[str, str, str]) -> bool:
+        self.undone.append(turn_id)
+        return self.may_undo
+
+    async def contents(self, tenant: str, partition: int, positions: list[int]) -> dict[int, bytes]:
+        return dict.fromkeys(positions, b"loaded")
 
     # ---- what happens
 
@@ -216,7 +265,7 @@ class Engine:
     async def outcomes(self, count: int) -> list[tuple[Outcome, Delivery]]:
         """Waits until so many turns have ended in all."""
         await eventually(lambda: len(self.ended) >= count, what=f"{count} ends")
-        return [(item.outcome, item.answer) for item in self.ended]
+        return [(Outcome(item.answer.outcome), item.answer) for item in self.ended]
 
     async def quiet(self) -> None:
         """Waits until nothing happens any more by itself."""

@@ -1,5 +1,6 @@
 """Ingest takes whatever a lane holds: nothing in a message may stop a partition."""
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,12 +11,14 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.router.application.group import CommitItem, Group, GroupResult, SessionFacts
 from services.router.application.ingest_messages import Ingest
-from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem
+from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, IngestItem
 from services.router.application.state import RouterState
 from services.router.domain.partition import Cursor, Partition
+from services.router.domain.session import QueuedMessage, Session
 from soma_common import ids
 from soma_common.layout import BATCH_FORMAT, LaneLayout
 from tests.unit.router.builders import PARTITIONS, TENANT, a_partition, cancel, inbound, names_in
+from tests.unit.router.engine import Directory
 
 NEW = SessionFacts(0, 0, 0)
 
@@ -24,13 +27,14 @@ class World:
     """Ingest with some partitions, and a committer that keeps what it is given."""
 
     def __init__(self, *numbers: int, partitions: int = PARTITIONS, lanes: int = 1) -> None:
-        self.state = RouterState(LaneLayout(partitions, lanes), cast(Any, None), 10, 10)
+        self.state = RouterState(LaneLayout(partitions, lanes), cast(Any, Directory()), 10, 10)
         for number in numbers:
             self.own(number)
         self.put_items: list[CommitItem] = []
         self.nudges = 0
-        self.cancels: list[tuple[bytes, int]] = []
-        self.ingest = Ingest(self.state, cast(Any, None), self.on_cancel)
+        self.cancels: list[tuple[bytes | None, int]] = []
+        runner = SimpleNamespace(starter=None, arrivals=self, controls=self)
+        self.ingest = Ingest(self.state, cast(Any, runner))
         self.ingest.committer = cast(Any, self)
 
     def own(self, number: int) -> Partition:
@@ -44,8 +48,11 @@ class World:
     def nudge(self) -> None:
         self.nudges += 1
 
-    def on_cancel(self, entry: Entry, partition: Partition) -> None:
-        self.cancels.append((entry.inbound.cancel_turn_id, entry.message.position))
+    def apply(self, session: Session, kind: int, position: int, target: bytes | None) -> None:
+        self.cancels.append((target, position))
+
+    def arrive(self, session: Session, message: QueuedMessage) -> None:
+        self.state.enqueue(session, message)
 
     def message(self, seq: int, *items: Inbound, format_: int = BATCH_FORMAT, lane: int = 0) -> None:
         self.raw(seq, InBatch(format=format_, tenant=TENANT, items=items).SerializeToString(), lane)
@@ -190,7 +197,7 @@ def test_what_a_later_release_may_say_is_answered_with_a_typed_error(field: str,
     world.message(5, item)
     [entry] = world.mail[0].entries
     assert entry.message.fault == ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
-    assert not entry.is_cancel
+    assert not entry.is_control
 
 
 @given(st.binary(max_size=200))
@@ -205,15 +212,14 @@ def test_any_bytes_are_taken_in_some_way(data: bytes) -> None:
 # ---- once it is written
 
 
-def test_a_new_message_waits_for_its_turn_and_a_group_is_asked_for() -> None:
+def test_a_new_message_is_handed_to_its_session() -> None:
     world = World(0)
     world.message(5, inbound(A))
     world.committed(world.mail[0])
     session = world.state.partitions[0].sessions[inbound(A).session_id]
     assert [message.message_id for message in session.queue] == [inbound(A).message_id]
-    assert world.state.scheduler.waiting == 1
     assert list(world.state.partitions[0].pending) == [1]
-    assert (world.ingest.backlog, world.nudges) == (0, 1)
+    assert world.ingest.backlog == 0
 
 
 def test_duplicates_change_nothing() -> None:

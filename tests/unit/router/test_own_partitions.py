@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Self, cast
 from uuid import UUID, uuid4
 
 import pytest
@@ -15,7 +15,7 @@ from services.router.application.own_partitions import GIVE_UP_EVERY_S, LEASE_S,
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from services.router.application.state import RouterState
 from services.router.domain.partition import Partition
-from services.router.domain.session import Turn
+from services.router.domain.session import QueuedMessage, Session, Turn
 from services.router.domain.turn import TurnStatus
 from soma_common import ids
 from soma_common.layout import LaneLayout
@@ -114,7 +114,25 @@ class World:
     def resume(self, turn: Turn) -> None:
         self.events.append(f"resume {turn.session.key.session}")
 
-    def cancel(self, session: Any, position: int, target: bytes | None) -> None:
+    @property
+    def arrivals(self) -> Self:
+        return self
+
+    @property
+    def controls(self) -> Self:
+        return self
+
+    def restore(self, session: Session, message: QueuedMessage, came_later: bool) -> None:
+        self.state.enqueue(session, message)
+
+    def meet(self, session: Session) -> None:
+        pass
+
+    def ready(self, session: Session) -> None:
+        if session.turn is None and session.queue:
+            self.state.scheduler.add(session)
+
+    def apply(self, session: Session, kind: int, position: int, target: bytes | None) -> None:
         self.events.append(f"cancel {session.key.session} {position}")
 
     def assign(self) -> None:
@@ -459,7 +477,8 @@ def pending(position: int, session: str, turn: tuple[bytes, int, int] | None = N
     session_id = ids.session_id(TENANT, AGENT, CHANNEL, session)
     message = (position, b"m%d" % position, kind, True, 0, None, "")
     running = (turn[0], TurnStatus.RUNNING, 2, 0, turn[1], turn[2], "r1") if turn else (None,) * 7
-    return PendingRow(*message, session_id, TENANT, AGENT, CHANNEL, session, 4, 3, *running)
+    later = (1, 0, 0, 1000, False, None, None, False, False)
+    return PendingRow(*message, session_id, TENANT, AGENT, CHANNEL, session, 4, 3, *running, *later)
 
 
 async def test_turns_queues_and_cancels_are_as_they_were(world: World) -> None:

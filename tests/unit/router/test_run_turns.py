@@ -7,7 +7,7 @@ import pytest
 from soma.cognition.v1.cognition_service_pb2 import StopTurn
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
-from services.router.application import run_turns
+from services.router.application import start_turns
 from services.router.application.group import Group, GroupRejected
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import cancel, inbound
@@ -271,7 +271,7 @@ async def test_a_declined_turn_goes_elsewhere_without_a_strike(engine: Engine) -
 
 
 async def test_an_agent_that_is_gone_is_a_typed_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_turns, "AGENT_GRACE_S", 0.3)
+    monkeypatch.setattr(start_turns, "AGENT_GRACE_S", 0.3)
     engine.directory.has_agent = False
     engine.accept(inbound())
     [(outcome, delivery)] = await engine.outcomes(1)

@@ -10,6 +10,8 @@ LEGAL = {
     (TurnState.THINKING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
     (TurnState.THINKING, StepKind.FINAL): TurnState.IDLE,
     (TurnState.THINKING, StepKind.FAILURE): TurnState.IDLE,
+    (TurnState.THINKING, StepKind.INTERIM_REPLY): TurnState.REFLECTING,
+    (TurnState.REFLECTING, StepKind.INTERIM_REPLY): TurnState.REFLECTING,
     (TurnState.TOOL_CALL, StepKind.TOOL_RESULTS): TurnState.REFLECTING,
     (TurnState.TOOL_CALL, StepKind.FAILURE): TurnState.IDLE,
     (TurnState.REFLECTING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
@@ -30,7 +32,7 @@ def test_every_step_in_every_state(state: TurnState, kind: StepKind) -> None:
     assert (refused.value.state, refused.value.kind) == (state, kind)
 
 
-@pytest.mark.parametrize("kind", [0, 5, -1, 10**9])
+@pytest.mark.parametrize("kind", [0, 6, -1, 10**9])
 def test_a_kind_of_a_later_release_is_refused_and_not_an_accident(kind: int) -> None:
     with pytest.raises(InvalidTransition):
         after(TurnState.THINKING, kind)

@@ -1,0 +1,209 @@
+"""Starts turns: of messages that find their session idle in the very group that stores them, of the others in fair
+order when there is room.
+
+The start of a turn is journaled: which messages it takes, and the revision of its agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import Error
+from soma.common.v1.turn_pb2 import Delivery, StepBody
+
+from services.router.application.group import CommitItem, GroupResult
+from services.router.application.items import KEY_REUSED, EndItem, StartItem
+from services.router.domain.arrival import Policy, next_inputs, replacement
+from services.router.domain.session import QueuedMessage, Session, Turn
+from services.router.domain.turn import Outcome, StepKind
+from soma_common import ids
+from soma_common.clock import monotonic
+
+if TYPE_CHECKING:
+    from services.router.application.dispatch_turns import Dispatcher
+    from services.router.application.state import RouterState
+
+STEP_FORMAT: Final = 1
+_REVISIONS_KNOWN: Final = 4096
+AGENT_GRACE_S: Final = 2.0
+"""How long an accepted message waits for an agent that this router does not know before it ends with AGENT_GONE."""
+_AGENT_LOOK_S: Final = 0.25
+
+
+class Starter:
+    """Makes the items that start turns. `started` is told of each that is durable, `dropped` of those that did not
+    start, `ended` of messages that end without a turn, `message_ended` of cancelled ones; `ready` has a session looked
+    at again.
+    """
+
+    def __init__(
+        self,
+        state: RouterState,
+        dispatcher: Dispatcher,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        *,
+        started: Callable[[Turn], None],
+        dropped: Callable[[Turn], None],
+        ended: Callable[[EndItem], None],
+        message_ended: Callable[[Session, QueuedMessage], None],
+        ready: Callable[[Session], None],
+    ) -> None:
+        self._state = state
+        self._dispatcher = dispatcher
+        self._spawn = spawn
+        self._on_started = started
+        self._on_dropped = dropped
+        self._ended = ended
+        self._message_ended = message_ended
+        self._ready = ready
+        self._revisions: dict[tuple[str, str, str], None] = {}
+        self._room = 0
+
+    def open_group(self) -> None:
+        """Called before each group: turns started in it may not be more than the brains take."""
+        self._room = self._dispatcher.room
+
+    def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
+        """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
+        if session is None or not session.idle or session.paused or message.fault or self._room <= 0:
+            return None
+        if message.policy == Policy.ACCUMULATE and message.debounce_s > 0:
+            return None
+        if not self._state.scheduler.may_start(session.key):
+            return None
+        if self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+            return None
+        self._state.busy(session)
+        self._room -= 1
+        return self._start(session, [message], fresh=True)
+
+    def start_waiting(self) -> Iterable[CommitItem]:
+        """Starts turns of waiting sessions in fair order, as many as the brains take."""
+        for session in self._state.scheduler.pick(self._room):
+            item = self._next_of(session)
+            if item is not None:
+                yield item
+
+    def _next_of(self, session: Session) -> CommitItem | None:
+        head = session.queue[0]
+        if head.cancelled:
+            return self._skip(session, self._state.dequeue(session))
+        if head.fault:
+            return self._refuse(session, self._state.dequeue(session), head.fault)
+        if session.paused:
+            return None  # since it was found ready; resuming it makes it ready again
+        if self._state.directory.agent(session.key.tenant, session.key.agent) is None:
+            if self._may_still_come(session, head):
+                return None
+            return self._refuse(session, self._state.dequeue(session), ErrorReason.ERROR_REASON_AGENT_GONE)
+        inputs = [self._state.dequeue(session) for _ in range(next_inputs(session.queue))]
+        return self._start(session, inputs, fresh=False)
+
+    def _may_still_come(self, session: Session, message: QueuedMessage) -> bool:
+        """An agent that this router does not know may be so new that the gateway heard of it first: waits a little."""
+        now = monotonic()
+        if not message.agent_missed_at:
+            message.agent_missed_at = now
+        if now - message.agent_missed_at >= AGENT_GRACE_S:
+            return False
+        self._spawn(self._look_again(session))
+        return True
+
+    async def _look_again(self, session: Session) -> None:
+        await asyncio.sleep(_AGENT_LOOK_S)
+        self._ready(session)
+
+    def _start(self, session: Session, inputs: list[QueuedMessage], *, fresh: bool) -> StartItem:
+        key = session.key
+        agent = self._state.directory.agent(key.tenant, key.agent)
+        assert agent is not None, "the caller has looked"
+        turn = self._new_turn(session, inputs, agent.revision)
+        known = (key.tenant, key.agent, agent.revision)
+        spec = None if known in self._revisions else agent.spec.SerializeToString()
+        return StartItem(session.partition, turn, spec, fresh, self._started)
+
+    def _new_turn(self, session: Session, inputs: list[QueuedMessage], revision: str) -> Turn:
+        first, number = inputs[0], session.turn_count + 1
+        generation = 0
+        if first.fault == KEY_REUSED:
+            # A key that was used again names the message that had it first: the error about it is a turn of its own.
+            generation = first.position
+        elif first.rolled_back:
+            generation = replacement(number)
+        turn = Turn(
+            ids.turn_id(session.id, first.message_id, generation),
+            session,
+            number,
+            inputs,
+            revision,
+            any(message.deliver for message in inputs),
+        )
+        session.turn = turn
+        self._state.scheduler.started(session.key)
+        return turn
+
+    def _started(self, item: StartItem, result: GroupResult) -> None:
+        turn = item.turn
+        if turn.id not in result.started:
+            # The message turned out to be a retry, or its key was used for something else: the mailbox knows, not
+            # this turn.
+            session = turn.session
+            for message in reversed(turn.inputs):
+                if message.position in session.partition.pending and not message.fault:
+                    # It is in the mailbox, written apart from this start because something in their group was refused.
+                    self._state.requeue(session, message)
+            self._on_dropped(turn)
+            return
+        if item.spec is not None:
+            key = turn.session.key
+            self._revisions[key.tenant, key.agent, turn.revision] = None
+            while len(self._revisions) > _REVISIONS_KNOWN:
+                del self._revisions[next(iter(self._revisions))]
+        self._on_started(turn)
+
+    def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
+        """Ends a turn as it starts: no brain can answer this message."""
+        return failure(self._new_turn(session, [message], ""), explained(reason), self._ended, is_new=True)
+
+    def _skip(self, session: Session, message: QueuedMessage) -> EndItem:
+        """Ends a turn as it starts: it was cancelled before any brain saw it."""
+        turn = self._new_turn(session, [message], "")
+        turn.in_flight = turn.ending = True
+        self._message_ended(session, message)
+        return EndItem(session.partition, turn, Outcome.CANCELLED, [], Delivery(), self._ended, is_new=True)
+
+
+def failure(
+    turn: Turn, error: Error, ended: Callable[[EndItem], None], is_new: bool = False, dead_letter: str = ""
+) -> EndItem:
+    """Ends a turn with an error as its last step."""
+    turn.in_flight = turn.ending = True
+    body = StepBody(format=STEP_FORMAT, failure=error).SerializeToString()
+    return EndItem(
+        turn.session.partition,
+        turn,
+        Outcome.ERROR,
+        [(StepKind.FAILURE, body)],
+        Delivery(error=error),
+        ended,
+        is_new,
+        dead_letter,
+    )
+
+
+def explained(reason: int) -> Error:
+    """An error that this router itself ends a turn with, and what to do about it."""
+    return Error(reason=reason, message=_EXPLAIN.get(reason, "the message cannot be answered"))  # type: ignore[arg-type]
+
+
+_EXPLAIN: Final[dict[int, str]] = {
+    ErrorReason.ERROR_REASON_AGENT_GONE: "the agent was deleted after the message was accepted; send to another agent",
+    ErrorReason.ERROR_REASON_IDEMPOTENCY_KEY_REUSED: (
+        "the idempotency key was used in this session for a message with other content; use a new key for a new message"
+    ),
+    ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN: "the message has a schema version that this release does not know",
+    ErrorReason.ERROR_REASON_ITEM_CORRUPT: "the stored message cannot be read",
+}
