@@ -26,9 +26,7 @@ from soma_common import ids
 MAX_KEY_CHARS: Final = 256
 MAX_PARTS: Final = 64
 MAX_METADATA: Final = 32
-SERVED_POLICIES: Final = frozenset(
-    {ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED, ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE},
-)
+SERVED_POLICIES: Final = frozenset(ArrivalPolicy.values())
 """What a message may ask for when a turn runs; a policy that no router serves is refused, not taken for another one."""
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -63,7 +61,7 @@ def admit_message(submission: Submission, message: Message, *, max_content_bytes
     """
     _check_key(submission)
     if submission.policy not in SERVED_POLICIES:
-        raise Refused(_INVALID, "policy: this release serves ARRIVAL_POLICY_ENQUEUE; send that or leave it unset")
+        raise Refused(_INVALID, "policy: not one of this release; send one of them or leave it unset")
     content = _content(message, max_content_bytes)
     return _inbound(submission, InboundKind.INBOUND_KIND_MESSAGE, content, ids.content_hash(content), now_ms)
 

@@ -101,7 +101,7 @@ def test_bad_messages_get_their_reason(message: Message, reason: str) -> None:
         (replace(SUBMISSION, idempotency_key=""), "IDEMPOTENCY_KEY_MISSING"),
         (replace(SUBMISSION, idempotency_key="k\0"), "CONTENT_INVALID"),
         (replace(SUBMISSION, idempotency_key="k" * 257), "INVALID_REQUEST"),
-        (replace(SUBMISSION, policy=5), "INVALID_REQUEST"),  # type: ignore[arg-type]
+        (replace(SUBMISSION, policy=99), "INVALID_REQUEST"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_keys_get_their_reason(submission: Submission, reason: str) -> None:
