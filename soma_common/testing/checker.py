@@ -73,11 +73,11 @@ class Story:
 
     tolerated: frozenset[int] = frozenset()
     """Error reasons with which a turn may end in this run; any other error is a violation."""
-    stale_live: list[LiveEvent] = field(default_factory=list)
-    """Live events of a dispatch that was over already when they came."""
+    stale_live: list[tuple[int, LiveEvent]] = field(default_factory=list)
+    """Live events of a dispatch that was over already when they came, with the newest dispatch by then."""
     _threads: dict[SessionName, _Thread] = field(default_factory=lambda: defaultdict(_Thread))
     _strange: list[str] = field(default_factory=list)
-    _dispatches: dict[bytes, int] = field(default_factory=dict)
+    _dispatches: dict[tuple[str, bytes], int] = field(default_factory=dict)
     _answered: set[bytes] = field(default_factory=set)
 
     # ---- what clients see
@@ -125,13 +125,13 @@ class Story:
         self._threads[name].deliveries.append(delivery)
         self._answered.update(delivery.message_ids)
 
-    def live(self, event: LiveEvent) -> None:
-        """An adapter was shown a live event."""
-        newest = self._dispatches.get(event.turn_id, 0)
+    def live(self, event: LiveEvent, adapter: str = "") -> None:
+        """An adapter was shown a live event. Another instance may be behind it: its gateway or its line is slower."""
+        newest = self._dispatches.get((adapter, event.turn_id), 0)
         if event.dispatch < newest:
-            self.stale_live.append(event)
+            self.stale_live.append((newest, event))
         else:
-            self._dispatches[event.turn_id] = event.dispatch
+            self._dispatches[adapter, event.turn_id] = event.dispatch
 
     # ---- what it comes to
 
@@ -175,9 +175,9 @@ class Story:
         for name, thread in self._threads.items():
             found += (f"{name}: {problem}" for problem in self._of_thread(name, thread))
         found += (
-            f"turn {event.turn_id.hex()}: live event of dispatch {event.dispatch} after one of "
-            f"{self._dispatches[event.turn_id]}"
-            for event in self.stale_live
+            f"turn {event.turn_id.hex()}: live event of dispatch {event.dispatch} after one of {newest} "
+            f"({event.WhichOneof('event')} of step {event.step}, session {event.session})"
+            for newest, event in self.stale_live
         )
         return found
 

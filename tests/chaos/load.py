@@ -161,7 +161,7 @@ class Load:
                 instance=instance,
                 credit=credit,
                 on_delivery=lambda delivery: self._arrived(tenant, instance, delivery),
-                on_live=self.story.live,
+                on_live=lambda event: self.story.live(event, instance),
             )
         )
 

@@ -1,12 +1,14 @@
 """Random faults from a seed under a mixed load, for as long as wanted; every promise is checked after each round.
 
-    python -m tests.chaos.soak --minutes 60 --seed 7
+    python -m tests.chaos.soak --minutes 60             # make soak ARGS="--minutes 60"
+    python -m tests.chaos.soak --minutes 60 --replay 7  # the faults of seed 7 again, at the same times
+    python -m tests.chaos.soak --minutes 3 --replay 7 --plan    # only say what they are
 
-Two of each of gateway, router and brain; one of the rest. A round is a minute of faults: kills, freezes, deaths at
-failpoints, adapters that go away; some begin while another one is not yet overcome. Then the storm ends, what is open
-gets its answer, and the checker says what was broken, if anything: the exit code is then 1, and the logs are kept in
-`.reports/soak-<seed>`. The same seed plans the same faults; what the load and the machine do meanwhile is never the
-same.
+Two of each of gateway, router and brain; one of the rest; six tenants. A round takes about a minute: faults strike
+while conversations go on (processes are killed, frozen, die at failpoints; links between any two of them are cut,
+delayed, blackholed; adapters and watchers come and go), then all of it heals, what is open gets its answer, and the
+checker says what was broken, if anything: the exit code is then 1, and the logs are kept in `.reports/soak-<seed>`. The
+same seed and minutes plan the same faults; what the load and the machine do meanwhile is never the same.
 """
 
 from __future__ import annotations
@@ -16,171 +18,190 @@ import asyncio
 import logging
 import random
 import shutil
-import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import structlog
+from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
 
-from tests.chaos.load import Load, Mix
-from tests.chaos.stack import TENANTS, FaultyStack, faulty_stack
+from somastack.layout import SERVERS, Layout
+from tests.chaos.load import Load
+from tests.chaos.soak_plan import Round, plan_round
+from tests.chaos.soak_storm import Storm
+from tests.chaos.stack import FaultyStack, faulty_stack, link_names
 
 REPORTS: Final = Path(__file__).parents[2] / ".reports"
-ROUND_S: Final = 60.0
+ROUND_S: Final = 45.0
+"""Of faults; with the drain and the check a round takes about a minute."""
 REPLICAS: Final = {"gateway": 2, "router": 2, "cognition": 2}
-MIXES: Final = (
-    Mix(echo=8, slow=4, clerk=4, cancel=0.1),
-    Mix(echo=8, slow=2, clerk=2, pause_s=0.3, ahead=50, cancel=0.02),
-    Mix(echo=16, slow=0, clerk=0, pause_s=0.2, ahead=4),
-)
-RECOVERS_WITHIN_S: Final = 60.0
-DOUBLE_FAULT: Final = 0.3
-"""Probability that the next fault does not wait for the recovery from this one."""
-POINTS: Final = {
-    "gateway": ("gateway.after_publish_before_ack", "gateway.after_delivery_before_ack"),
-    "router": (
-        "router.after_ingest_before_dispatch",
-        "router.after_step_before_confirm",
-        "router.after_commit_before_delivery",
-    ),
-    "cognition": (
-        "cognition.after_confirm_before_tool",
-        "cognition.after_tool_before_result",
-        "cognition.before_proposal",
-        "cognition.mid_tokens",
-    ),
-    "toolgw": ("toolgw.before_run", "toolgw.after_run_before_store", "toolgw.after_store_before_answer"),
+TENANTS: Final = ("demo", "acme", "north", "south", "east", "west")
+DRAINS_WITHIN_S: Final = 60.0
+DEFAULT_MINUTES: Final = 10
+POLICIES: Final = {
+    "enqueue": Policy.ARRIVAL_POLICY_ENQUEUE,
+    "accumulate": Policy.ARRIVAL_POLICY_ACCUMULATE,
+    "steer": Policy.ARRIVAL_POLICY_STEER,
+    "interrupt": Policy.ARRIVAL_POLICY_INTERRUPT,
+    "rollback": Policy.ARRIVAL_POLICY_ROLLBACK,
+    "reject": Policy.ARRIVAL_POLICY_REJECT,
 }
+DEFAULT_POLICIES: Final = ("enqueue",)
+_SHOWN: Final = 20
 
 
 @dataclass
-class Storm:
-    """The faults of a run and how long the recovery from each kind took."""
+class Tally:
+    """What came of a soak, over all its rounds."""
 
-    stack: FaultyStack
-    random: random.Random
-    recoveries: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seed: int
+    rounds: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    faults: Counter[tuple[str, str]] = field(default_factory=Counter)
+    longest: dict[str, float] = field(default_factory=dict)
+    """The longest outages in seconds, by what was out."""
+    violations: list[str] = field(default_factory=list)
 
-    async def rage(self, load: Load, seconds: float) -> None:
-        """One fault after the other for so long; at the end everything is up, awake and connected."""
-        end = time.monotonic() + seconds
-        open_faults: list[asyncio.Task[None]] = []
-        while time.monotonic() < end:
-            name, fault = self._next(load)
-            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-            task = asyncio.create_task(self._strike(load, name, fault))
-            if self.random.random() < DOUBLE_FAULT:
-                open_faults.append(task)
-            else:
-                await task
-            await asyncio.sleep(self.random.uniform(0.2, 2.0))
-        await asyncio.gather(*open_faults)
-        for part in self.stack.parts:
-            await self.stack.is_up(part)
+    def add(self, load: Load, storm: Storm, problems: list[str], since: float) -> None:
+        """One round has ended, whose load began at `since` (monotonic)."""
+        self.rounds += 1
+        self.counts.update(load.story.counts())
+        self.counts.update(
+            turns=sum(load.story.outcomes().values()),
+            resent=load.resent,
+            watchers=len(load.watchers.watched),
+            watch_streams_lost=load.watchers.came_back,
+            live_events=sum(watched.events for watched in load.watchers.watched),
+            live_gaps=sum(watched.gaps for watched in load.watchers.watched),
+            delivered_to_another_adapter_again=load.repeated,
+        )
+        self.outcomes.update(load.story.outcomes())
+        self.faults.update(storm.struck)
+        for what, seconds in (
+            ("answers of one partition", load.silence(since)),
+            ("receipts of everybody", _longest_gap(since, load.receipts)),
+            ("the last answer, after the storm", load.drain_s),
+        ):
+            self.longest[what] = max(seconds, self.longest.get(what, 0.0))
+        self.violations += problems
 
-    async def _strike(self, load: Load, name: str, fault: Callable[[], Awaitable[None]]) -> None:
-        began = time.monotonic()
-        await fault()
-        await load.flows(each=1, timeout_s=RECOVERS_WITHIN_S)
-        self.recoveries[name].append(load.silence(began))
-
-    def _next(self, load: Load) -> tuple[str, Callable[[], Awaitable[None]]]:
-        """The next fault, its name and what does it. Everything random is drawn here, so that a seed is a plan."""
-        part = self.random.choice(list(self.stack.parts))
-        service = part.rpartition("-")[0] or part
-        kind = self.random.choice(["kill", "kill", "freeze", "failpoint", "deaf"])
-        away_s = self.random.uniform(0.3, 6.0)
-        point, at = self.random.choice(POINTS.get(service, ("",))), self.random.randint(1, 30)
-        tenant = self.random.choice(TENANTS)
-        if kind == "failpoint" and point:
-            return f"kill at {point}", lambda: self._failpoint(part, point, at)
-        if kind == "freeze":
-            return f"freeze {service}", lambda: self._freeze(part, away_s)
-        if kind == "deaf":
-            return "no adapter", lambda: self._deaf(load, tenant, away_s)
-        return f"kill -9 {service}", lambda: self._kill(part)
-
-    async def _kill(self, part: str) -> None:
-        await self.stack.is_up(part)
-        await self.stack.kill9(part)
-
-    async def _freeze(self, part: str, seconds: float) -> None:
-        await self.stack.is_up(part)
-        self.stack.freeze(part)
-        await asyncio.sleep(seconds)
-        self.stack.thaw(part)
-
-    async def _failpoint(self, part: str, point: str, at: int) -> None:
-        await self.stack.is_up(part)
-        await self.stack.arm(part, f"{point}=kill@{at}")
-        self.stack.expect_death(part)
-        with suppress(TimeoutError):  # Not every point is reached in every load.
-            async with asyncio.timeout(5):
-                await self.stack.process(part).ended()
-
-    async def _deaf(self, load: Load, tenant: str, seconds: float) -> None:
-        await load.disconnect(tenant)
-        await asyncio.sleep(seconds)
-        await load.connect(tenant)
-
-    def report(self) -> str:
-        """A table of the faults."""
-        lines = [f"{'fault':42} {'times':>5} {'median s':>9} {'max s':>7}"]
-        for name, seconds in sorted(self.recoveries.items()):
-            lines.append(f"{name:42} {len(seconds):5} {statistics.median(seconds):9.2f} {max(seconds):7.2f}")
-        return "\n".join(lines)
+    def table(self) -> str:
+        """For people."""
+        rows = [f"{'messages and turns':44} {'':>8}"]
+        rows += [f"  {name.replace('_', ' '):42} {count:8}" for name, count in self.counts.items()]
+        rows += ["outcomes of turns", *(f"  {name:42} {count:8}" for name, count in sorted(self.outcomes.items()))]
+        rows += [f"{'faults':44} {sum(self.faults.values()):8}"]
+        by_kind: Counter[str] = Counter()
+        for (kind, _), count in self.faults.items():
+            by_kind[kind] += count
+        for kind, count in sorted(by_kind.items()):
+            where = ", ".join(f"{w} {n}" for (k, w), n in sorted(self.faults.items()) if k == kind)
+            rows.append(f"  {kind:42} {count:8}  {where}")
+        rows += ["longest outage", *(f"  {what:42} {seconds:6.1f} s" for what, seconds in self.longest.items())]
+        rows.append(f"{'violations':44} {len(self.violations):8}")
+        return "\n".join(rows)
 
 
-async def soak(minutes: float, seed: int) -> bool:
-    """Run; tells whether every promise was kept."""
-    plan = random.Random(seed)
-    totals: dict[str, int] = defaultdict(int)
-    end = time.monotonic() + minutes * 60
-    async with faulty_stack(REPLICAS) as stack:
-        storm = Storm(stack, plan)
-        kept = True
-        try:
-            while kept and (left_s := end - time.monotonic()) > 0:
-                async with Load(stack, plan.choice(MIXES), seed=plan.randrange(2**32)) as load:
-                    await load.flows()
-                    await storm.rage(load, min(left_s, ROUND_S))
-                    await load.flows(timeout_s=RECOVERS_WITHIN_S)
-                    for what, count in (await load.finish()).items():
-                        totals[what] += count
-        except AssertionError as broken:
-            kept = False
-            print(f"\nBROKEN (seed {seed}): {broken}")
-        print(f"\n{storm.report()}\n\nseed {seed}: " + ", ".join(f"{count} {what}" for what, count in totals.items()))
-        for death in stack.deaths:
-            print(f"nobody hurt it, and yet: {death}")
-        if stack.failed_starts:
-            print(f"starts that failed for want of something: {len(stack.failed_starts)}")
-        kept = kept and not stack.deaths
-        if not kept:
+def rounds_of(seed: int, count: int, seconds: float, policies: Sequence[str]) -> list[Round]:
+    """The plan of a soak."""
+    layout = Layout(replicas=REPLICAS)
+    parts = [*SERVERS, *(instance.name for instance in layout.instances())]
+    wanted = [POLICIES[name] for name in policies]
+    return [
+        plan_round(
+            seed, number, seconds, parts=parts, links=link_names(layout), tenants=TENANTS, policies=wanted
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+async def soak(rounds: Sequence[Round], seed: int) -> Tally:
+    """Run the plan, to its end or to the first round in which a promise was broken."""
+    tally = Tally(seed)
+    async with faulty_stack(REPLICAS, tenants=TENANTS, links=True) as stack:
+        for planned in rounds:
+            print(f"\nround {planned.number + 1} of {len(rounds)}, seed {seed}, {time.strftime('%H:%M:%S')}")
+            for fault in planned.faults:
+                print(f"  {fault}")
+            sys.stdout.flush()
+            tally.violations += await _round(stack, planned, tally)
+            if tally.violations:
+                break
+        tally.violations += (f"nobody hurt it, and yet: {death}" for death in stack.deaths)
+        if tally.violations:
             logs = REPORTS / f"soak-{seed}"
             shutil.rmtree(logs, ignore_errors=True)
             shutil.copytree(stack.home.logs, logs)
             print(f"logs: {logs}")
-    print("every promise was kept" if kept else "PROMISES WERE BROKEN")
-    return kept
+    return tally
+
+
+async def _round(stack: FaultyStack, planned: Round, tally: Tally) -> list[str]:
+    """One round; returns what keeps it from counting, which is a violation too."""
+    async with Load(stack, planned.mix, seed=planned.load_seed, tenants=TENANTS) as load:
+        storm = Storm(stack, load)
+        began = time.monotonic()
+        try:
+            await load.flows(each=1, timeout_s=DRAINS_WITHIN_S)
+            await storm.rage(planned)
+            await load.flows(each=1, timeout_s=DRAINS_WITHIN_S)
+        except (AssertionError, TimeoutError) as stuck:
+            return [f"round {planned.number + 1}: {stuck!r}", *load.story.violations()[:_SHOWN]]
+        problems = await load.settle(DRAINS_WITHIN_S)
+        tally.add(load, storm, problems, began)
+    counts = load.story.counts()
+    print(f"  {counts['accepted']} accepted, {counts['answered']} turns, {len(problems)} violations", flush=True)
+    # Nothing of this round runs any more: what its witnesses saw is checked, and need not be kept for hours.
+    stack.model.calls.clear()
+    stack.tools.calls.clear()
+    stack.tools.effects.clear()
+    return []
+
+
+def say(tally: Tally) -> None:
+    """Print what came of a soak."""
+    print(f"\nsoak of {tally.rounds} rounds, seed {tally.seed}\n{tally.table()}")
+    for violation in tally.violations[:_SHOWN]:
+        print(f"VIOLATION {violation}")
+    if len(tally.violations) > _SHOWN:
+        print(f"... and {len(tally.violations) - _SHOWN} more")
+    print("every promise was kept" if not tally.violations else f"PROMISES WERE BROKEN: --replay {tally.seed}")
 
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
+    parser.add_argument("--minutes", type=int, default=DEFAULT_MINUTES, help="about; a round takes one")
+    parser.add_argument("--seed", "--replay", type=int, default=None, help="default: a new one, which is printed")
+    parser.add_argument("--policies", default=",".join(DEFAULT_POLICIES), help=f"of {','.join(POLICIES)}; or all")
+    parser.add_argument("--round", type=int, default=0, help="only this one of them, from 1")
+    parser.add_argument("--plan", action="store_true", help="only print the faults and their times")
     given = parser.parse_args()
     seed = random.randrange(10**6) if given.seed is None else given.seed
+    policies = list(POLICIES) if given.policies == "all" else given.policies.split(",")
+    rounds = rounds_of(seed, max(1, given.minutes), ROUND_S, policies)
+    if given.round:
+        rounds = rounds[given.round - 1 : given.round]
+    if given.plan:
+        for planned in rounds:
+            print(f"round {planned.number + 1}: {planned.mix}", *planned.faults, sep="\n  ")
+        return 0
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     print(f"seed {seed}", flush=True)
-    return 0 if asyncio.run(soak(given.minutes, seed)) else 1
+    tally = asyncio.run(soak(rounds, seed))
+    say(tally)
+    return 1 if tally.violations else 0
+
+
+def _longest_gap(since: float, moments: list[float]) -> float:
+    points = [since, *(at for at in moments if at > since)]
+    return max((b - a for a, b in pairwise(points)), default=0.0)
 
 
 if __name__ == "__main__":

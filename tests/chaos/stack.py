@@ -254,7 +254,7 @@ class FaultyStack:
                     await event.wait()
         except TimeoutError:
             late = [name for name, event in self._up.items() if not event.is_set()]
-            raise AssertionError(f"these parts did not start: {late}") from None
+            raise AssertionError(f"these parts did not start: {late}; {self.failed_starts}") from None
         for tenant in self.tenants:
             for agent, model in MODELS.items():
                 tools = [tool.name for tool in self.tools.tools] if agent == CLERK else []
@@ -363,6 +363,16 @@ async def faulty_stack(
                 yield stack
             finally:
                 await stack.stop()
+
+
+def link_names(layout: Layout) -> list[tuple[str, str]]:
+    """The links that a stack of this layout has, as (source, server)."""
+    names = [(CLIENT, instance.name) for instance in layout.instances("gateway")]
+    for instance in layout.instances():
+        names += ((instance.name, store) for store in STORES[instance.service.name])
+        for target in TARGETS[instance.service.name].values():
+            names += ((instance.name, peer.name) for peer in layout.instances(target))
+    return names
 
 
 def _free_base(replicas: Mapping[str, int]) -> int:
