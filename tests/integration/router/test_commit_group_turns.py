@@ -4,7 +4,7 @@ import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.group import FenceLost, GroupRejected
-from services.router.application.items import AckItem, CancelItem, DeadItem, DispatchItem, EndItem
+from services.router.application.items import AckItem, ControlItem, DeadItem, DispatchItem, EndItem
 from services.router.domain.turn import Outcome, StepKind
 from tests.integration.router.store import Store, end, start, step
 from tests.unit.router.builders import a_session, a_turn, inbound, ingest
@@ -135,7 +135,7 @@ async def test_nothing_is_delivered_for_channels_without_adapters(store: Store) 
 async def test_a_cancel_makes_the_turn_converge_and_moves_the_control_position(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound(), 1)
-    await store.commit(CancelItem(p, session.id, "demo", [2], turn, lambda _: None))
+    await store.commit(ControlItem(p, session.id, "demo", [2], lambda _: None, turn=turn))
     assert await store.rows("turns", "status, outcome") == [(2, 0)]
     assert await store.rows("sessions", "control_position, done_position") == [(2, 0)]
 
@@ -144,7 +144,7 @@ async def test_a_cancel_after_the_final_changes_nothing(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound(), 1)
     await store.commit(end(turn))
-    await store.commit(CancelItem(p, session.id, "demo", [2], turn, lambda _: None))
+    await store.commit(ControlItem(p, session.id, "demo", [2], lambda _: None, turn=turn))
     assert await store.rows("turns", "status, outcome") == [(3, 1)]
 
 
