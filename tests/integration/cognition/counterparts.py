@@ -89,6 +89,14 @@ class ScriptedRouter:
         confirm = cognition.Confirm(turn_id=proposal.turn_id, dispatch=given, step=proposal.step)
         await self.send(cognition.RunTurnsRequest(confirms=[confirm]))
 
+    async def add_inputs(
+        self, *inputs: message_pb2.Message, first: int, turn_id: bytes = bytes(range(16)), dispatch: int = 1
+    ) -> None:
+        """Gives a turn further inputs, the first of them being number `first` from 0."""
+        stored = [message.SerializeToString() for message in inputs]
+        more = cognition.AddInputs(turn_id=turn_id, dispatch=dispatch, first=first, inputs=stored)
+        await self.send(cognition.RunTurnsRequest(add_inputs=[more]))
+
     async def stop(self, turn_id: bytes, dispatch: int) -> None:
         await self.send(cognition.RunTurnsRequest(stops=[cognition.StopTurn(turn_id=turn_id, dispatch=dispatch)]))
 

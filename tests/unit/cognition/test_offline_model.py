@@ -21,8 +21,7 @@ TOOLS = [
 
 
 async def ask(
-    text: str,
-    *,
+    *texts: str,
     context: Sequence[message_pb2.Message] = (stories.user("hi"), stories.assistant("Hello!")),
     steps: Sequence[turn_pb2.StepBody] = (),
     tools: Sequence[ToolDescription] = TOOLS,
@@ -32,7 +31,9 @@ async def ask(
         model="assistant",
         instructions="",
         conversation=Conversation(
-            [m.SerializeToString() for m in context], [stories.user(text).SerializeToString()], list(steps)
+            [m.SerializeToString() for m in context],
+            [stories.user(text).SerializeToString() for text in texts],
+            list(steps),
         ),
         tools=tools,
         temperature=None,
@@ -155,3 +156,48 @@ async def test_everything_else_is_said_back_with_what_it_can_do() -> None:
         'You said: "the sky is blue". Try "what is 17*23", "what time is it", '
         '"remember that my train leaves at nine", "what did I ask you to remember", "what did I say first".'
     )
+
+
+async def test_of_several_inputs_each_gets_its_reply_in_order() -> None:
+    both = ("what is 1+1", "thanks", "what is 2+2")
+    asked, _ = await ask(*both)
+    assert [call.arguments for call in asked.calls] == [{"expression": "1+1"}, {"expression": "2+2"}]
+    steps = [stories.reply("calculate", "calculate", seen=3), stories.results(2)]
+    for place, (expression, value) in enumerate([("1+1", 2), ("2+2", 4)]):
+        steps[0].model_reply.tool_calls[place].arguments["expression"] = expression
+        steps[1].tool_results.results[place].result.number_value = value
+    told, _ = await ask(*both, steps=steps)
+    assert told.text == "1+1 = 2. You are welcome. 2+2 = 4."
+
+
+async def test_a_further_input_gets_its_own_call_and_what_was_told_is_not_told_again() -> None:
+    texts = ("what is 1+1", "what time is it")
+    first = [stories.reply("calculate", seen=1), stories.results(1, "2")]
+    first[0].model_reply.tool_calls[0].arguments["expression"] = "1+1"
+    asked, _ = await ask(*texts, steps=first)
+    assert [call.tool for call in asked.calls] == ["current_time"]
+    told_first = [*first, stories.interim("1+1 = 2.", seen=1)]
+    asked, _ = await ask(*texts, steps=told_first)
+    assert [call.tool for call in asked.calls] == ["current_time"]
+    steps = [*told_first, stories.reply("current_time", seen=2), stories.results(1, "noon")]
+    told, _ = await ask(*texts, steps=steps)
+    assert told.text == "It is noon."
+
+
+async def test_more_tools_than_it_calls_at_once_are_called_in_rounds() -> None:
+    texts = [f"what is {n}+1" for n in range(20)]
+    asked, _ = await ask(*texts)
+    assert len(asked.calls) == 16
+    steps = [stories.reply(*["calculate"] * 16, seen=20), stories.results(16)]
+    asked, _ = await ask(*texts, steps=steps)
+    assert [call.arguments for call in asked.calls] == [{"expression": f"{n}+1"} for n in range(16, 20)]
+
+
+async def test_it_says_that_it_is_offline_once_in_a_turn() -> None:
+    told, _ = await ask("hello", "thanks", context=(), steps=[stories.interim(f"{INTRODUCTION}Hello!", seen=1)])
+    assert told.text == "You are welcome."
+
+
+async def test_it_never_has_nothing_to_say() -> None:
+    told, _ = await ask("what is 1+1", steps=[stories.interim("told already", seen=1)])
+    assert told.text or told.calls

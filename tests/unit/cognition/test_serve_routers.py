@@ -34,17 +34,46 @@ def connect(brain: Brain, name: str, bound: int = 1000) -> tuple[RouterSession, 
 
 @dataclass(frozen=True)
 class Event:
-    """One frame: a start or a stop of a turn, by one of two routers; or the end of its stream."""
+    """One frame: a start, a stop or a further input of a turn, by one of two routers; or the end of its stream."""
 
     router: int
     kind: str
     turn: int
     dispatch: int
+    first: int
 
 
 events = st.builds(
-    Event, st.integers(0, 1), st.sampled_from(["start", "start", "stop", "close"]), st.integers(1, 4), st.integers(1, 4)
+    Event,
+    st.integers(0, 1),
+    st.sampled_from(["start", "start", "start", "inputs", "inputs", "stop", "close"]),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 3),
 )
+
+
+def check_input_given(brain: Brain, session: RouterSession, outbox: Gather[Outgoing], event: Event) -> None:
+    """Gives a turn one further input and looks what became of it: taken, known already, ignored or declined."""
+    turn = bytes([event.turn]) * 16
+    running = brain.turns.get(turn)
+    known = len(running.inputs) if running is not None else 0
+    outbox.take_now(10_000)
+    more = cognition.AddInputs(turn_id=turn, dispatch=event.dispatch, first=event.first, inputs=[b""])
+    session.take(cognition.RunTurnsRequest(add_inputs=[more]))
+    declined = [(item.turn_id, item.dispatch) for item in outbox.take_now() if isinstance(item, cognition.StopTurn)]
+    if running is None or running.session is not session or running.dispatch < event.dispatch:
+        assert declined == [(turn, event.dispatch)], "what does not run here is said to be started again"
+        assert brain.turns.get(turn) is running
+    elif running.dispatch > event.dispatch:
+        assert declined == []
+        assert len(running.inputs) == known
+    elif event.first > known:
+        assert declined == [(turn, event.dispatch)], "with a gap it cannot be answered"
+        assert turn not in brain.turns
+    else:
+        assert declined == []
+        assert len(running.inputs) == max(known, event.first + 1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -52,9 +81,9 @@ events = st.builds(
 def test_the_highest_dispatch_runs_and_credits_add_up(story: list[Event]) -> None:
     async def play() -> None:
         brain = make_brain()
-        sessions = [connect(brain, "router-0")[0], connect(brain, "router-1")[0]]
+        streams = [connect(brain, "router-0", 10_000), connect(brain, "router-1", 10_000)]
         for event in story:
-            session = sessions[event.router]
+            session, outbox = streams[event.router]
             turn = bytes([event.turn]) * 16
             before = brain.turns[turn].dispatch if turn in brain.turns else 0
             if event.kind == "start":
@@ -65,21 +94,62 @@ def test_the_highest_dispatch_runs_and_credits_add_up(story: list[Event]) -> Non
             elif event.kind == "stop":
                 stop = cognition.StopTurn(turn_id=turn, dispatch=event.dispatch)
                 session.take(cognition.RunTurnsRequest(stops=[stop]))
+            elif event.kind == "inputs":
+                check_input_given(brain, session, outbox, event)
             else:
                 session.close(None)
-                sessions[event.router] = connect(brain, session.router)[0]
+                streams[event.router] = connect(brain, session.router, 10_000)
             assert len(brain.turns) <= MAX_TURNS
-            for other in sessions:
+            for other, _ in streams:
                 assert other.running == sum(turn.session is other for turn in brain.turns.values())
             if event.kind != "start":
                 await asyncio.sleep(0)
-        for session in sessions:
+        for session, _ in streams:
             session.close(None)
         assert brain.turns == {}
         if brain.unwinding:
             await asyncio.wait(brain.unwinding)
 
     asyncio.run(play())
+
+
+async def proposal_of(outbox: Gather[Outgoing]) -> cognition.Proposal:
+    """Waits for the one thing that the brain says next."""
+    async with asyncio.timeout(5):
+        (proposal,) = await outbox.take()
+    assert isinstance(proposal, cognition.Proposal)
+    return proposal
+
+
+async def test_a_confirmed_final_makes_room_for_a_start_in_the_same_frame() -> None:
+    brain = make_brain(max_turns=1)
+    session, outbox = connect(brain, "router-0")
+    one, two = bytes([1]) * 16, bytes([2]) * 16
+    session.take(cognition.RunTurnsRequest(starts=[stories.start("first", turn_id=one)]))
+    final = await proposal_of(outbox)
+    assert session.running == 1, "until it is confirmed the turn may get further inputs"
+    confirm = cognition.Confirm(turn_id=one, dispatch=1, step=final.step)
+    session.take(cognition.RunTurnsRequest(confirms=[confirm], starts=[stories.start("second", turn_id=two)]))
+    assert set(brain.turns) == {two}
+    assert session.running == 1
+    answer = await proposal_of(outbox)
+    assert (answer.turn_id, answer.kind) == (two, cognition.STEP_KIND_FINAL)
+    session.close(None)
+
+
+async def test_a_failure_is_not_waited_for() -> None:
+    """The router takes it whatever was read; further inputs that crossed it on the way have the turn started again."""
+    brain = make_brain()
+    session, outbox = connect(brain, "router-0")
+    session.take(cognition.RunTurnsRequest(starts=[stories.start(model="echo/no-such")]))
+    failure = await proposal_of(outbox)
+    assert failure.kind == cognition.STEP_KIND_FAILURE
+    assert session.running == 0
+    more = cognition.AddInputs(turn_id=stories.TURN, dispatch=1, first=1, inputs=[b""])
+    session.take(cognition.RunTurnsRequest(add_inputs=[more]))
+    (declined,) = outbox.take_now()
+    assert isinstance(declined, cognition.StopTurn)
+    assert declined.error.reason == reasons.ERROR_REASON_PROTOCOL_ORDER
 
 
 async def test_a_router_that_does_not_read_is_cut_off_and_its_turns_end() -> None:
