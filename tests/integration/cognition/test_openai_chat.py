@@ -76,7 +76,7 @@ async def test_what_is_sent_is_the_conversation_and_where_it_belongs(model_serve
     await ask(model_server, request(conversation=conversation, temperature=0.5, max_output_tokens=9))
     call = model_server.calls[0]
     arguments = call.body["messages"][4]["tool_calls"][0]["function"].pop("arguments")
-    assert arguments in ('{"expression":"17*23","times":2}', '{"times":2,"expression":"17*23"}')
+    assert arguments == '{"expression":"17*23","times":2}', "the same in every brain, whatever order a Struct has"
     assert call.messages == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "I am Ada"},
@@ -94,6 +94,26 @@ async def test_what_is_sent_is_the_conversation_and_where_it_belongs(model_serve
     assert call.body["tools"][0]["function"]["name"] == "calculate"
     assert (call.turn, call.step, call.dispatch) == (stories.TURN.hex(), 3, 2)
     assert call.headers["traceparent"].startswith("00-aaaa")
+
+
+async def test_inputs_are_sent_where_they_were_read_and_what_was_cut_off_is_told(model_server: ModelServer) -> None:
+    cut = stories.assistant("Once upon")
+    cut.metadata["interrupted"] = "true"
+    steps = [stories.reply("calculate", seen=1), stories.results(1), stories.interim("So far.", seen=2)]
+    inputs = [stories.user(text).SerializeToString() for text in ("one", "two", "three")]
+    conversation = Conversation([cut.SerializeToString()], inputs, steps)
+    await ask(model_server, request(conversation=conversation))
+    assert [(message["role"], message["content"]) for message in model_server.calls[0].messages] == [
+        ("system", "Be brief."),
+        ("assistant", "Once upon\n[interrupted here by the next message]"),
+        ("user", "one"),
+        ("assistant", None),
+        ("tool", "done"),
+        ("user", "two"),
+        ("assistant", "So far."),
+        ("user", "three"),
+    ]
+    assert "tool_calls" not in model_server.calls[0].messages[6], "an empty list of calls is refused by some"
 
 
 async def test_an_answer_is_streamed_and_counted(model_server: ModelServer) -> None:
