@@ -219,7 +219,7 @@ async def test_nothing_of_it_passes_a_lost_fence(store: Store) -> None:
     p = await store.take(0)
     session, turn = await store.started(p, inbound("s", "1"), 1)
     position = await arrives(store, session, "2", 2, Policy.REJECT)
-    await store.take(0, "router-1", p.term)
+    await store.take(0)
     for item in (
         refusal(session, position, "2"),
         InputItem(p, turn, position, lambda _: None),

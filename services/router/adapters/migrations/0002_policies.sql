@@ -155,7 +155,8 @@ BEGIN
               GROUP BY session_id) c
         WHERE s.session_id = c.session_id;
         UPDATE router.turns t
-        SET status = 2, stop = CASE WHEN c.stop @> '{4}' THEN 4 ELSE c.stop[1] END, stop_time = coalesce(t.stop_time, now())
+        SET status = 2, stop_time = coalesce(t.stop_time, now()),
+            stop = CASE WHEN CASE t.status WHEN 1 THEN c.stop[1] ELSE t.stop END = 6 AND c.stop @> '{4}' THEN 4 ELSE c.stop[1] END
         FROM (SELECT turn_id, array_agg(stop ORDER BY place) AS stop
               FROM unnest(c_turn, c_stop) WITH ORDINALITY AS i(turn_id, stop, place)
               WHERE turn_id IS NOT NULL GROUP BY turn_id) c
