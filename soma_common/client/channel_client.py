@@ -60,6 +60,10 @@ RETRY_S: Final = 0.05
 """Before a refused item is tried again, when the refusal names no delay."""
 LAST_FRAME_S: Final = 1.0
 """How long closing waits for the stream to send what is queued and end by itself."""
+LOOK_AROUND_S: Final = 0.02
+"""How often the client of a gateway that goes away looks for another one."""
+LEAVE_AFTER: Final = 0.5
+"""The part of a gateway's grace after which its client leaves, wherever to."""
 MAX_LIVE: Final = 4096
 """Live events kept for `events()`; further ones are dropped until it is read."""
 
@@ -118,6 +122,7 @@ class ChannelClient:
         self._nacks: list[Nack] = []
         self._credit = 0
         self._hold = False
+        self._leave_by = 0.0
         self._room = asyncio.Event()
         self._news = asyncio.Event()
         self._failure: SomaError | None = None
@@ -154,6 +159,11 @@ class ChannelClient:
     def unanswered(self) -> int:
         """Items without receipt or refusal."""
         return len(self._outbox)
+
+    @property
+    def holds(self) -> bool:
+        """Whether new items wait because the gateway goes away."""
+        return self._hold
 
     # Sending.
 
@@ -300,8 +310,17 @@ class ChannelClient:
         return hello
 
     def _finished(self) -> bool:
-        """Whether a stream whose gateway goes away has served its items."""
-        return self._hold and not self._outbox.in_flight
+        """Whether a stream whose gateway goes away has served its items, and there is another gateway to go to.
+
+        It stays while it can for the sake of the latter: answers and acknowledgements go on over it.
+        """
+        if not self._hold or self._outbox.in_flight:
+            return False
+        loop = asyncio.get_running_loop()
+        if self._grpc.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY or loop.time() > self._leave_by:
+            return True
+        loop.call_later(LOOK_AROUND_S, self._stream.wake)
+        return False
 
     def _next_frame(self, welcome: Welcome) -> ConnectRequest | None:
         """What has gathered; None: nothing."""
@@ -335,8 +354,11 @@ class ChannelClient:
             self._show(delivery)
         if frame.HasField("drain"):
             # No new items on this stream; it is closed when those on their way are answered.
+            loop = asyncio.get_running_loop()
             self._hold = True
-            self._stream.wake()
+            self._leave_by = loop.time() + frame.drain.grace_ms / 1000 * LEAVE_AFTER
+            # Not at once: by then the channel knows that this gateway is none to go to.
+            loop.call_later(LOOK_AROUND_S, self._stream.wake)
             _log.info("channel_client.drain", grace_ms=frame.drain.grace_ms)
 
     def _lost(self) -> None:

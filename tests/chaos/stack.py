@@ -183,6 +183,20 @@ class FaultyStack:
         await process.ended()
         return killed_at
 
+    async def terminate(self, part: str) -> tuple[float, float]:
+        """Ask a part to stop (SIGTERM), as a rolling restart does; returns the moment (monotonic) and how long it took.
+
+        It starts again by itself. Asserts that it ended as one that was asked to.
+        """
+        process = self.process(part)
+        self.expect_death(part)
+        self._up[part].clear()
+        asked_at = time.monotonic()
+        process.send(signal.SIGTERM)
+        code = await process.ended()
+        assert code == 0, f"{part} was asked to stop and ended with {code}: {process.output_tail()}"
+        return asked_at, time.monotonic() - asked_at
+
     def freeze(self, part: str) -> float:
         """Stop a part with all its processes, connections stay open; returns the moment (monotonic)."""
         process = self.process(part)

@@ -201,6 +201,39 @@ async def test_a_drained_gateway_is_left_for_another(world: World) -> None:
     assert list(dict.fromkeys(stored)) == [ids.message_id(TENANT, AGENT, CHANNEL, "s", key) for key in keys]
 
 
+async def test_a_drained_gateway_is_left_when_another_is_there(world: World) -> None:
+    """The other one is still starting, as in a rolling restart: until it is there, answers go on over this one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        later = f"127.0.0.1:{probe.getsockname()[1]}"
+    drained = await world.gateway("gateway-0", drain_timeout_s=20.0)
+    async with client(world, f"{drained},{later}") as c:
+        gateway, stream = await world.router.stream("a")
+        before = c.welcome.gateway if c.welcome else ""
+        stopping = asyncio.create_task(world.lifecycles[0].stop())
+        await eventually(lambda: c.holds)
+        sending = asyncio.create_task(c.send(AGENT, "s", "x", idempotency_key="k"))
+        answer = delivery(1)
+        await world.router.hand_over(gateway, stream.stream, answer)
+        await take(c, 1)
+        await eventually(lambda: world.router.acks == [answer.delivery_id])
+        assert c.streams == 1
+        assert not stopping.done()
+        await world.gateway("gateway-1", listen=later)
+        assert (await sending).message_id == ids.message_id(TENANT, AGENT, CHANNEL, "s", "k")
+        assert c.welcome is not None
+        assert c.welcome.gateway != before
+        assert c.streams == 2, "it went straight to the other one"
+        await stopping
+
+
+async def test_a_gateway_that_is_the_only_one_is_left_in_half_its_grace(world: World) -> None:
+    async with client(world, await world.gateway(drain_timeout_s=1.0)):
+        began = time.monotonic()
+        await world.lifecycles[0].stop()
+        assert time.monotonic() - began < 0.95
+
+
 async def test_a_replaced_client_stops_and_says_so(world: World) -> None:
     target = await world.gateway()
     async with client(world, target) as first, client(world, target):
