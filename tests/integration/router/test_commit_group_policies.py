@@ -63,7 +63,7 @@ async def test_an_end_and_a_refusal_of_one_group_number_their_deliveries_in_orde
     item, ended = refusal(session, position, "2"), end(turn)
     await store.commit(item, ended)
     assert (item.answer.position, ended.answer.position) == (1, 2)
-    [(count,)] = await store.rows("sessions", "delivery_count")
+    [(count, _)] = await store.rows("sessions", "delivery_count, session_id")
     assert count == session.delivery_count == 2
 
 
