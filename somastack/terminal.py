@@ -24,6 +24,10 @@ TenantOption = Annotated[str, typer.Option(help="The tenant of names that do not
 LimitOption = Annotated[int, typer.Option("--limit", "-n", min=1, help="Show at most so many.")]
 RequestIdOption = Annotated[
     str | None,
-    typer.Option(help="The same id again is the same request, also after a lost answer.", show_default="a new one"),
+    typer.Option(
+        "--request-id",
+        help="The same id again is the same request, also after a lost answer.",
+        show_default="a new one",
+    ),
 ]
 EtagOption = Annotated[str, typer.Option(help="Only if this is the stored etag.", show_default="whatever it is")]

@@ -1,0 +1,283 @@
+"""`somastack sessions`, `turns`, `agents` and `tenants` on the whole stack, as an operator types them."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+import uuid
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from soma.common.v1.message_pb2 import Message, Part, Role, SessionKey
+from soma.gateway.v1.channel_service_pb2 import SendMessageRequest, SendMessageResponse
+
+from soma_common.testing.eventually import eventually
+from tests.e2e.stack import ECHO, OFFLINE, WITNESS, Stack
+
+COMMAND = (sys.executable, "-m", "somastack.cli")
+ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
+FOR_EVER = "for ever: and on"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, and how it ended."""
+
+    code: int
+    out: str
+    errors: str
+
+    @property
+    def json(self) -> Any:
+        """The output for programs."""
+        assert self.code == 0, self.errors
+        return json.loads(self.out)
+
+
+async def soma(stack: Stack, *arguments: str, tenant: str = "demo") -> Said:
+    """Run a command to its end."""
+    process = await _start(stack, *arguments, tenant=tenant)
+    async with asyncio.timeout(60):
+        out, errors = await process.communicate()
+    assert process.returncode is not None
+    return Said(process.returncode, out.decode(), errors.decode())
+
+
+@asynccontextmanager
+async def running(stack: Stack, *arguments: str) -> AsyncIterator[Process]:
+    """A command that goes on until it is left."""
+    process = await _start(stack, *arguments, tenant="demo")
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _start(stack: Stack, *arguments: str, tenant: str) -> Process:
+    scope = () if arguments[0] == "tenants" else ("--tenant", tenant)
+    command = (*COMMAND, *arguments, *scope, "--home", str(stack.auth.home.path))
+    return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE, env=ENVIRONMENT)
+
+
+async def printed(process: Process, wanted: str, within_s: float = 30.0) -> str:
+    """Read what a running command prints until `wanted` is in it."""
+    assert process.stdout is not None
+    seen = ""
+    async with asyncio.timeout(within_s):
+        while wanted not in seen:
+            piece = await process.stdout.read(4096)
+            assert piece, f"ended before it printed {wanted!r}: {seen!r}"
+            seen += piece.decode()
+    return seen
+
+
+async def say(stack: Stack, agent: str, channel: str, session: str, text: str) -> SendMessageResponse:
+    """Send a message that no adapter is to have the answer of."""
+    request = SendMessageRequest(
+        session=SessionKey(tenant="demo", agent=agent, channel=channel, session=session),
+        idempotency_key=uuid.uuid4().hex,
+        message=Message(role=Role.ROLE_USER, parts=[Part(text=text)]),
+        no_delivery=True,
+    )
+    async with stack.channels() as gateway:
+        return await gateway.SendMessage(request, timeout=10)
+
+
+async def session_of(stack: Stack, name: str) -> dict[str, Any]:
+    """The session and its messages, as the command tells them."""
+    shown: dict[str, Any] = (await soma(stack, "sessions", "get", name, "--messages", "-o", "json")).json
+    return shown
+
+
+async def running_turn(stack: Stack, name: str) -> str:
+    """Wait until a turn runs in a session; its short name."""
+
+    async def found() -> str:
+        turns = (await soma(stack, "turns", "list", "--session", name, "--status", "running", "-o", "json")).json[
+            "turns"
+        ]
+        return f"{name}/{turns[0]['name'].rpartition('/')[2]}" if turns else ""
+
+    return await eventually(found, 20.0, f"a turn runs in {name}")
+
+
+async def outcome_of(stack: Stack, turn: str) -> str:
+    """Wait for a turn's end; its outcome."""
+
+    async def ended() -> str:
+        said = await soma(stack, "turns", "get", turn, "-o", "json")
+        shown = said.json if said.code == 0 else {}
+        return shown["outcome"].removeprefix("OUTCOME_").lower() if shown.get("status") == "TURN_STATUS_ENDED" else ""
+
+    return await eventually(ended, 30.0, f"turn {turn} ends")
+
+
+async def answered(stack: Stack, sent: SendMessageResponse) -> str:
+    """Wait for the end of the turn that answers a message; its outcome."""
+    return await outcome_of(stack, sent.turn_name)
+
+
+async def test_a_turn_is_found_and_its_journal_is_read(stack: Stack, channel: str) -> None:
+    sent = await say(stack, OFFLINE, channel, "s", "what is 6*7")
+    assert await answered(stack, sent) == "final"
+    name = f"{OFFLINE}/{channel}/s"
+    listed = await soma(stack, "sessions", "list", "--agent", OFFLINE, "--channel", channel)
+    heading, row = listed.out.splitlines()
+    assert heading.split("  ")[0] == "session"
+    assert row.split()[:3] == [name, "idle", "0"]
+    turns = (await soma(stack, "turns", "list", "--session", name)).out.splitlines()
+    turn = turns[1].split()[0]
+    assert turn == f"{name}/{sent.turn_name.rpartition('/')[2]}"
+    assert turns[1].split()[1:4] == ["1", "ended", "final"]
+    steps = await soma(stack, "turns", "steps", turn)
+    assert re.search(r"→ calculate\(.*6\*7.*\n2  tools.*\n   ← .*42", steps.out)
+    assert "42" in (await soma(stack, "turns", "get", turn)).out
+    watched = await soma(stack, "turns", "watch", turn)
+    assert watched.code == 0
+    assert "42" in watched.out
+    for form in ((sent.turn_name,), (turn.rpartition("/")[2], "--session", name)):
+        assert (await soma(stack, "turns", "get", *form, "-o", "json")).json["name"] == sent.turn_name
+
+
+async def test_a_watch_shows_tokens_as_they_come_and_an_interrupt_ends_it(stack: Stack, channel: str) -> None:
+    await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    async with running(stack, "turns", "watch", turn) as watch:
+        await printed(watch, "word word word")
+        stopped = await soma(stack, "turns", "interrupt", turn)
+        assert stopped.code == 0, stopped.errors
+        assert await outcome_of(stack, turn) == "interrupted"
+        async with asyncio.timeout(20):
+            rest = b"".join(await watch.communicate())
+        assert watch.returncode == 0
+        assert b"interrupted" in rest
+    again = await soma(stack, "turns", "interrupt", turn)
+    assert again.code == 0
+    assert "interrupted" in again.out
+
+
+async def test_a_stopped_turn_is_resumed_and_an_answered_one_is_not(stack: Stack, channel: str) -> None:
+    await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    assert (await soma(stack, "turns", "cancel", turn)).code == 0
+    assert await outcome_of(stack, turn) == "cancelled"
+    first = (await soma(stack, "turns", "resume", turn, "--request-id", "r-1", "-o", "json")).json
+    assert (await soma(stack, "turns", "resume", turn, "--request-id", "r-1", "-o", "json")).json == first
+    assert await outcome_of(stack, first["turnName"]) == "final"
+    refused = await soma(stack, "turns", "resume", first["turnName"])
+    assert refused.code == 1
+    assert "TURN_NOT_RESUMABLE" in refused.errors
+    assert len(refused.errors.splitlines()) == 1
+
+
+async def test_a_paused_session_takes_messages_and_answers_them_later(stack: Stack, channel: str) -> None:
+    name = f"{ECHO}/{channel}/s"
+    await answered(stack, await say(stack, ECHO, channel, "s", "one"))
+    paused = await soma(stack, "sessions", "pause", name)
+    assert paused.code == 0, paused.errors
+    assert "idle, paused" in paused.out
+    waiting = [await say(stack, ECHO, channel, "s", text) for text in ("two", "three")]
+
+    async def both_wait() -> bool:
+        shown = await session_of(stack, name)
+        places = [(message["message"]["parts"][0]["text"], message["queuePosition"]) for message in shown["messages"]]
+        return bool(places == [("one", 0), ("two", 1), ("three", 2)]) and int(shown["session"]["queuedCount"]) == 2
+
+    await eventually(both_wait, 10.0, "both messages wait")
+    table = (await soma(stack, "sessions", "get", name, "--waiting")).out
+    assert "idle, paused" in table
+    assert re.search(r"oldest waits +\d", table)
+    assert [line.split()[-1] for line in table.splitlines()[-2:]] == ["two", "three"]
+    assert (await soma(stack, "sessions", "resume", name)).code == 0
+    assert [await answered(stack, sent) for sent in waiting] == ["final", "final"]
+
+
+async def test_a_session_is_watched_over_its_turns(stack: Stack, channel: str) -> None:
+    name = f"{ECHO}/{channel}/s"
+    async with running(stack, "sessions", "watch", name) as watch:
+        await printed(watch, "nothing waits")
+        await say(stack, ECHO, channel, "s", "the kettle is on")
+        await printed(watch, "the kettle is on")
+        await say(stack, ECHO, channel, "s", "the tea is ready")
+        assert "turn 2" in await printed(watch, "the tea is ready")
+
+
+async def test_a_session_is_interrupted_and_cancelled(stack: Stack, channel: str) -> None:
+    name = f"{WITNESS}/{channel}/s"
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    await running_turn(stack, name)
+    busy = (await soma(stack, "sessions", "list", "--agent", WITNESS, "--channel", channel, "--state", "busy")).out
+    assert sent.turn_name.rpartition("/")[2] in busy
+    assert (await soma(stack, "sessions", "interrupt", name)).code == 0
+    assert await answered(stack, sent) == "interrupted"
+    running_now = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    await running_turn(stack, name)
+    waiting = await say(stack, WITNESS, channel, "s", "hello")
+    assert (await soma(stack, "sessions", "cancel", name)).code == 0
+    assert [await answered(stack, each) for each in (running_now, waiting)] == ["cancelled", "cancelled"]
+
+
+async def test_a_paused_agent_holds_its_messages_and_no_others(stack: Stack, channel: str) -> None:
+    await stack.add_agent("demo", "held", "echo/echo")
+    await stack.agent_is_known("demo", "held")
+    assert (await soma(stack, "agents", "pause", "held")).out.splitlines()[1].split()[:2] == ["held", "paused"]
+    held = await _held(stack, channel)
+    assert await answered(stack, await say(stack, ECHO, channel, "s", "hello")) == "final"
+    assert (await soma(stack, "agents", "resume", "held", "-o", "json")).json["paused"] is False
+    assert await answered(stack, held) == "final"
+    await stack.delete_agent("demo", "held")
+
+
+async def test_a_paused_tenant_is_paused_for_that_tenant_alone(stack: Stack) -> None:
+    acme = (await soma(stack, "tenants", "pause", "acme", "-o", "json")).json
+    try:
+        assert acme["paused"] is True
+        states = [line.split()[:2] for line in (await soma(stack, "tenants", "list")).out.splitlines()[1:]]
+        assert states == [["acme", "paused"], ["demo", "active"]]
+        late = await soma(stack, "tenants", "resume", "acme", "--etag", "old")
+        assert (late.code, "ETAG_MISMATCH" in late.errors) == (1, True)
+    finally:
+        assert (await soma(stack, "tenants", "resume", "acme")).code == 0
+
+
+async def test_refusals_are_one_line_and_wrong_usage_is_told_apart(stack: Stack, channel: str) -> None:
+    for arguments, reason in (
+        (("sessions", "get", f"{ECHO}/{channel}/none"), "SESSION_NOT_FOUND"),
+        (("turns", "cancel", f"{ECHO}/{channel}/none/{'0' * 32}"), "TURN_NOT_FOUND"),
+        (("agents", "pause", "nobody"), "AGENT_NOT_FOUND"),
+        (("tenants", "resume", "nobody"), "TENANT_NOT_FOUND"),
+    ):
+        refused = await soma(stack, *arguments)
+        assert (refused.code, refused.out) == (1, ""), arguments
+        assert reason in refused.errors
+        assert len(refused.errors.splitlines()) == 1
+    for usage in (["turns", "get", "0" * 32], ["sessions", "get", "a b"], ["sessions", "list", "--channel", "x"]):
+        assert (await soma(stack, *usage)).code == 2, usage
+
+
+async def _held(stack: Stack, channel: str) -> SendMessageResponse:
+    """A message that has been waiting for more than a second: the routers know of the pause.
+
+    One that was sent before they did is answered; then another is tried.
+    """
+
+    async def found() -> SendMessageResponse | None:
+        session = uuid.uuid4().hex
+        sent = await say(stack, "held", channel, session, "are you there?")
+
+        async def decided() -> str:
+            shown = await session_of(stack, f"held/{channel}/{session}")
+            message = shown["messages"][0]
+            return "ended" if message["turn"] else "waits" if int(message["queueAgeMs"]) > 1000 else ""
+
+        return sent if await eventually(decided, 10.0) == "waits" else None
+
+    sent = await eventually(found, 30.0, "a message of a paused agent waits")
+    assert sent is not None
+    return sent
