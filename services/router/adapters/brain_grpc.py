@@ -89,7 +89,9 @@ class GrpcBrainLink:
             frame, self._frame = self._frame, RunTurnsRequest()
             if not self._may_speak():
                 # The lease may be somebody else's by now: nothing of what was decided before may be confirmed or
-                # started.
+                # started. A brain that is not confirmed must not wait for it for ever, a final above all: its turn is
+                # over here, nobody would stop it later.
+                frame.stops.extend(StopTurn(turn_id=c.turn_id, dispatch=c.dispatch) for c in frame.confirms)
                 frame.ClearField("starts")
                 frame.ClearField("confirms")
                 frame.ClearField("add_inputs")
@@ -98,23 +100,28 @@ class GrpcBrainLink:
 
 
 def _parts(frame: RunTurnsRequest) -> Iterator[RunTurnsRequest]:
-    """A frame in pieces that the transport takes: many turns may start at once, each with megabytes to read."""
-    if len(frame.starts) < 2 or frame.ByteSize() <= _FRAME_BYTES:
+    """A frame in pieces that the transport takes: many turns may start at once, each with megabytes to read. A turn's
+    further inputs stay behind its start."""
+    items: list[StartTurn | AddInputs] = [*frame.starts, *frame.add_inputs]
+    if len(items) < 2 or frame.ByteSize() <= _FRAME_BYTES:
         yield frame
         return
-    starts = list(frame.starts)
     frame.ClearField("starts")
+    frame.ClearField("add_inputs")
     yield frame
     stopped = {stop.turn_id: stop.dispatch for stop in frame.stops}
     part, size = RunTurnsRequest(), 0
-    for start in starts:
-        if stopped.get(start.turn_id, 0) >= start.dispatch:
+    for item in items:
+        if stopped.get(item.turn_id, 0) >= item.dispatch:
             continue  # in one frame the stop would have kept it from running
-        more = start.ByteSize()
+        more = item.ByteSize()
         if size and size + more > _FRAME_BYTES:
             yield part
             part, size = RunTurnsRequest(), 0
-        part.starts.append(start)
+        if isinstance(item, StartTurn):
+            part.starts.append(item)
+        else:
+            part.add_inputs.append(item)
         size += more
     if size:
         yield part

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any, cast
 
-from soma.cognition.v1.cognition_service_pb2 import RunTurnsRequest, StartTurn
+from soma.cognition.v1.cognition_service_pb2 import AddInputs, RunTurnsRequest, StartTurn, StopTurn
 
 from services.router.adapters.brain_grpc import GrpcBrainLink
 from soma_common.testing.eventually import eventually
@@ -63,3 +63,35 @@ async def test_small_turns_share_a_frame() -> None:
     for number in range(64):
         link.start(start(number, 1000))
     assert len(await frames_of(link, call, 64)) == 1
+
+
+async def test_further_inputs_stay_behind_the_start_of_their_turn_and_large_ones_are_split_too() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    for number in range(3):
+        link.add_inputs(start(number).turn_id, 1, 1, [bytes(700_000)])
+        link.start(start(number))
+    frames = await frames_of(link, call, 3)
+    await eventually(lambda: sum(len(frame.add_inputs) for frame in frames) == 3)
+    assert all(frame.ByteSize() <= MEGABYTE for frame in frames)
+    order = [(kind, item.turn_id[-1]) for frame in frames for kind, item in _items(frame)]
+    for number in range(3):
+        assert order.index(("start", number)) < order.index(("inputs", number))
+
+
+async def test_who_may_not_speak_stops_what_it_does_not_confirm() -> None:
+    """A brain keeps a turn until its final is confirmed; a turn that is over here would be kept for ever."""
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: False)
+    link.confirm(b"c" * 16, 2, 1)
+    link.start(start(1))
+    link.add_inputs(b"c" * 16, 2, 1, [b""])
+    writing = asyncio.create_task(link.write(heartbeat_s=60))
+    await eventually(lambda: bool(call.frames))
+    writing.cancel()
+    (frame,) = call.frames
+    assert frame == RunTurnsRequest(stops=[StopTurn(turn_id=b"c" * 16, dispatch=2)])
+
+
+def _items(frame: RunTurnsRequest) -> list[tuple[str, StartTurn | AddInputs]]:
+    return [*(("start", item) for item in frame.starts), *(("inputs", item) for item in frame.add_inputs)]
