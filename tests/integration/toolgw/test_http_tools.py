@@ -148,7 +148,10 @@ def describe(around: Surroundings, entries: list[dict[str, Any]]) -> Path:
     """A file of tools; `properties` and `required` are those of the parameters."""
     described = []
     for entry in entries:
-        schema = {"type": "object", **{name: entry[name] for name in ("properties", "required") if name in entry}}
+        schema: dict[str, Any] = {
+            "type": "object",
+            **{name: entry[name] for name in ("properties", "required") if name in entry},
+        }
         rest = {name: value for name, value in entry.items() if name not in schema}
         described.append({"description": "d", "timeout_ms": 1, "url": "http://x/", "parameters": schema, **rest})
     file = around.folder / "described.json"
