@@ -16,6 +16,7 @@ import grpc
 from rich.console import Console
 from rich.text import Text
 from soma.common.v1.message_pb2 import SessionKey
+from soma.common.v1.turn_pb2 import ArrivalPolicy
 from soma.gateway.v1.channel_service_pb2 import StreamTurnRequest
 from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
 
@@ -53,6 +54,8 @@ class Chat:
     errors: Console
     quiet: bool = False
     """Show nothing but answers."""
+    policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED
+    """What a message does while a turn of the session runs; not set: what the agent says."""
 
     async def __aenter__(self) -> Self:
         self._channel = open_channel(self.target, token=lambda: self.token, service="gateway")
@@ -68,7 +71,12 @@ class Chat:
         Raises:
             SomaError: the message was refused, or what became of it could not be learned.
         """
-        request = StreamTurnRequest(session=self.session, idempotency_key=uuid.uuid4().hex, message=text_message(text))
+        request = StreamTurnRequest(
+            session=self.session,
+            idempotency_key=uuid.uuid4().hex,
+            message=text_message(text),
+            policy=self.policy,
+        )
         speaker = "" if self.quiet else self.session.agent
         view = TurnView(self.console, speaker, quiet=self.quiet, errors=self.errors)
         deadline = time.monotonic() + PATIENCE_S

@@ -6,12 +6,13 @@ import json
 import secrets
 import sys
 import time
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from soma.common.v1.message_pb2 import SessionKey
+from soma.common.v1.turn_pb2 import ArrivalPolicy
 
 from soma_common.embedded.process import PartFailed
 from soma_common.errors import SomaError
@@ -141,13 +142,25 @@ def chat(
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Say only this; print the answer. Exit code 0: answered.")
     ] = None,
+    policy: Annotated[
+        Literal["enqueue", "accumulate", "steer", "interrupt", "rollback", "reject"] | None,
+        typer.Option(help="What a message does while a turn of the conversation runs.", show_default="the agent's"),
+    ] = None,
 ) -> None:
     """Talk with an agent. Ctrl-D ends it."""
     chosen = Home.chosen(home)
     state = needed_state(chosen)
     named = session or f"chat-{secrets.token_hex(4)}"
     key = SessionKey(tenant=tenant, agent=agent, channel=channel, session=named)
-    talk = Chat(state.targets("gateway"), token_for(chosen, tenant), key, console, errors, quiet=message is not None)
+    talk = Chat(
+        state.targets("gateway"),
+        token_for(chosen, tenant),
+        key,
+        console,
+        errors,
+        quiet=message is not None,
+        policy=ArrivalPolicy.Value(f"ARRIVAL_POLICY_{(policy or 'unspecified').upper()}"),
+    )
     if message is not None:
         raise typer.Exit(0 if ask_once(talk, message) else 1)
     with contextlib.suppress(ImportError):

@@ -10,6 +10,7 @@ import pytest
 import typer
 from google.protobuf import descriptor_pool, json_format
 from google.protobuf.message_factory import GetMessageClass
+from soma.common.v1.turn_pb2 import ArrivalPolicy
 from soma.controlplane.v1 import agent_service_pb2, config_service_pb2, tenant_service_pb2
 from soma.router.v1 import session_service_pb2, turn_service_pb2
 
@@ -88,3 +89,11 @@ def test_every_verb_of_the_contract_is_shown_as_a_call() -> None:
     ]
     assert len(verbs) >= 10
     assert [verb for verb in verbs if verb not in page] == []
+
+
+def test_chat_offers_every_policy_of_the_contract() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    offered = next(parameter for parameter in group.commands["chat"].params if parameter.name == "policy").type
+    names = [name.removeprefix("ARRIVAL_POLICY_").lower() for name in ArrivalPolicy.keys()[1:]]
+    assert list(getattr(offered, "choices", [])) == names

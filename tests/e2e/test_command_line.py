@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import uuid
 from asyncio.subprocess import PIPE, Process
@@ -206,6 +207,22 @@ async def test_a_session_is_watched_over_its_turns(stack: Stack, channel: str) -
         await printed(watch, "the kettle is on")
         await say(stack, ECHO, channel, "s", "the tea is ready")
         assert "turn 2" in await printed(watch, "the tea is ready")
+        watch.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            await watch.communicate()
+        assert watch.returncode == 0
+
+
+async def test_a_message_says_what_it_does_to_the_turn_that_runs(stack: Stack, channel: str) -> None:
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    chat = ("chat", "--agent", WITNESS, "--channel", channel, "--session", "s", "--message")
+    rejected = await soma(stack, *chat, "hello", "--policy", "reject")
+    assert (rejected.code, rejected.out) == (1, "")
+    assert rejected.errors.startswith("rejected: ")
+    answered_by = await soma(stack, *chat, "what is 6*7?", "--policy", "interrupt")
+    assert (answered_by.code, "42" in answered_by.out) == (0, True)
+    assert await outcome_of(stack, turn) == await answered(stack, sent) == "interrupted"
 
 
 async def test_a_session_is_interrupted_and_cancelled(stack: Stack, channel: str) -> None:

@@ -13,6 +13,7 @@ from soma.controlplane.v1.tenant_service_pb2 import Tenant
 
 from services.controlplane.application.watch_config import HEARTBEAT_S
 from services.controlplane.domain import agent, tenant
+from services.router.application import ingest_messages as routers
 from soma_common.config_feed import SILENCE_LIMIT_S
 
 ROOT = Path(__file__).parents[3]
@@ -35,10 +36,11 @@ def test_the_verbs_that_refusals_name_exist(service: str, verbs: Mapping[str, st
     assert {verb for named in verbs.values() for verb in named.split(" and ")} <= set(methods)
 
 
-def test_the_contract_states_the_debounce_that_is_checked() -> None:
+def test_the_contract_states_the_debounce_that_is_checked_and_the_routers_use() -> None:
     spec = (ROOT / "proto" / "soma" / "controlplane" / "v1" / "agent_service.proto").read_text(encoding="utf-8")
     stated = {field: int(ms) for ms, field in re.findall(r"0 means (\d+)\.[^;]*?uint32 (debounce\w+) =", spec)}
     assert stated == {"debounce_ms": agent.DEFAULT_DEBOUNCE_MS, "debounce_max_ms": agent.DEFAULT_DEBOUNCE_MAX_MS}
+    assert stated == {"debounce_ms": routers.DEFAULT_DEBOUNCE_MS, "debounce_max_ms": routers.DEFAULT_DEBOUNCE_MAX_MS}
 
 
 def test_a_spec_has_no_maps() -> None:
