@@ -102,6 +102,8 @@ class Load:
         self._helpers: dict[str, list[ChannelClient]] = defaultdict(list)
         self._waiting: dict[bytes, asyncio.Event] = {}
         self._stopping = asyncio.Event()
+        self._may_speak = asyncio.Event()
+        self._may_speak.set()
         self._sessions: list[asyncio.Task[None]] = []
         self._exit = AsyncExitStack()
 
@@ -179,7 +181,7 @@ class Load:
     @property
     def partitions(self) -> range:
         """Partitions that have sessions."""
-        return range(min(PARTITIONS, self.mix.echo * len(self.tenants)))
+        return range(min(PARTITIONS, max(self.mix.echo, self.mix.slow, self.mix.clerk) * len(self.tenants)))
 
     @property
     def last_arrival(self) -> float:
@@ -199,6 +201,18 @@ class Load:
         """
         return max(_longest_gap(since, moments) for moments in self.session_arrivals.values())
 
+    # ---- pauses
+
+    async def hush(self) -> None:
+        """Nobody says anything until `speak`; returns when everything is answered."""
+        self._may_speak.clear()
+        await asyncio.sleep(0.3)
+        await eventually(lambda: not self.story.unanswered(), ANSWERED_WITHIN_S, "everything is answered")
+
+    def speak(self) -> None:
+        """Conversations go on."""
+        self._may_speak.set()
+
     # ---- the end
 
     async def finish(self) -> dict[str, int]:
@@ -210,7 +224,10 @@ class Load:
     async def settle(self, answered_within_s: float = ANSWERED_WITHIN_S) -> list[str]:
         """Send nothing more, wait for what is open, and return every promise that was broken."""
         self._stopping.set()
+        self._may_speak.set()
         stopped_at = time.monotonic()
+        for answered in list(self._waiting.values()):
+            answered.set()  # Who waits for an answer need not: the story does.
         await asyncio.wait(self._sessions, timeout=self.patience_s)
         for session in self._sessions:
             if session.done():
@@ -277,6 +294,7 @@ class Load:
             await asyncio.sleep(self.mix.pause_s * self._random.uniform(0.5, 1.5))
             while len(open_answers) >= self.mix.ahead and not self._stopping.is_set():
                 await open_answers.pop(0).wait()
+            await self._may_speak.wait()
             if self._stopping.is_set():
                 return
             open_answers.append(await self._say(name, f"k{number}", f"{_opening(name)} says {number}"))

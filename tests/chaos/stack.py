@@ -27,7 +27,7 @@ from soma_common.embedded.postgres import DATABASE, PORT, SERVICE_ROLES
 from soma_common.embedded.process import ChildProcess, PartFailed, descendants
 from soma_common.testing.eventually import eventually
 from soma_common.testing.model_server import CallTools, ModelServer, RecordedCall, Reply, Say, ToolRequest
-from soma_common.testing.tool_server import ToolServer, WitnessTool
+from soma_common.testing.tool_server import RecordedToolCall, ToolAnswer, ToolServer, WitnessTool, give_back
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
 from somastack.layout import SERVICES, Instance, Layout, is_taken
@@ -90,10 +90,12 @@ class FaultyStack:
         tenants: Sequence[str] = TENANTS,
         module: str = MODULE,
         links: bool = False,
+        step_timeout_ms: int = 0,
     ) -> None:
         self.home, self.layout, self.model, self.tools = home, layout, model, tools
         self.auth = AuthMaterial(home)
         self.tenants = tuple(tenants)
+        self._step_timeout_ms = step_timeout_ms
         self.proxy = FaultProxy() if links else None
         # Read at each start of a part: what is written here holds for its next life.
         self._environment = {name: dict(variables) for name, variables in environment.items()}
@@ -273,6 +275,7 @@ class FaultyStack:
             for agent, model in MODELS.items():
                 tools = [tool.name for tool in self.tools.tools] if agent == CLERK else []
                 spec = AgentSpec(instructions="Do what you are told.", model=model, tools=tools)
+                spec.step_timeout_ms = self._step_timeout_ms
                 await provision(self.layout.targets("controlplane"), self.admin_token, tenant, agent, spec)
 
     async def _open_links(self, proxy: FaultProxy) -> None:
@@ -350,18 +353,21 @@ async def faulty_stack(
     tools: Sequence[WitnessTool] = (BOOK, CHARGE),
     *,
     rule: Callable[[RecordedCall], Reply] = errand,
+    tool_rule: Callable[[RecordedToolCall], ToolAnswer] = give_back,
     tenants: Sequence[str] = TENANTS,
     module: str = MODULE,
     links: bool = False,
+    step_timeout_ms: int = 0,
 ) -> AsyncIterator[FaultyStack]:
     """A stack in a directory of its own with tenants and agents; `environment` by service or instance.
 
-    `rule` is how the clerk's model answers, `module` the Python module that runs a service, with `{service}` in place
-    of its name. With `links` everything that processes say to each other goes through proxies.
+    `rule` and `tool_rule` are how the clerk's model and tools answer, `module` is the Python module that runs a
+    service, with `{service}` in place of its name, `step_timeout_ms` that of every agent (0: the product's own). With
+    `links` everything that processes say to each other goes through proxies.
     """
     with tempfile.TemporaryDirectory(prefix="soma-chaos-", ignore_cleanup_errors=True) as folder:
         layout = Layout(_free_base(replicas or {}), replicas or {})
-        async with ModelServer(rule) as model, ToolServer(tools) as tool_server:
+        async with ModelServer(rule) as model, ToolServer(tools, tool_rule) as tool_server:
             ours = {
                 "cognition": {"SOMA_OPENAI_BASE_URL": model.base_url, "SOMA_OPENAI_API_KEY": "not-checked"},
                 "toolgw": {"SOMA_TOOLGW_HTTP_TOOLS_FILE": f"{folder}/tools.json"},
@@ -370,7 +376,7 @@ async def faulty_stack(
                 ours[name] = {**ours.get(name, {}), **variables}
             stack = FaultyStack(
                 Home(Path(folder) / "home"), layout, model, tool_server, ours,
-                tenants=tenants, module=module, links=links,
+                tenants=tenants, module=module, links=links, step_timeout_ms=step_timeout_ms,
             )  # fmt: skip
             try:
                 await stack.start()
