@@ -44,8 +44,8 @@ def leaves(group: "typer.core.TyperGroup", before: tuple[str, ...] = ()) -> Iter
             yield (*before, name)
 
 
-@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_a_shown_command_parses(arguments: list[str]) -> None:
+def parse(arguments: list[str]) -> None:
+    """Read a command's arguments as the program does, and run nothing."""
     command = typer.main.get_command(app)
     rest, context = arguments, None
     while isinstance(command, typer.core.TyperGroup):
@@ -55,6 +55,11 @@ def test_a_shown_command_parses(arguments: list[str]) -> None:
         command = found
     if "--help" not in rest:
         command.make_context(command.name, list(rest), parent=context)
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_a_shown_command_parses(arguments: list[str]) -> None:
+    parse(arguments)
 
 
 def test_every_command_that_controls_is_shown() -> None:
@@ -91,9 +96,6 @@ def test_every_verb_of_the_contract_is_shown_as_a_call() -> None:
     assert [verb for verb in verbs if verb not in page] == []
 
 
-def test_chat_offers_every_policy_of_the_contract() -> None:
-    group = typer.main.get_command(app)
-    assert isinstance(group, typer.core.TyperGroup)
-    offered = next(parameter for parameter in group.commands["chat"].params if parameter.name == "policy").type
-    names = [name.removeprefix("ARRIVAL_POLICY_").lower() for name in ArrivalPolicy.keys()[1:]]
-    assert list(getattr(offered, "choices", [])) == names
+@pytest.mark.parametrize("policy", [name.removeprefix("ARRIVAL_POLICY_") for name in ArrivalPolicy.keys()[1:]])
+def test_chat_offers_every_policy_of_the_contract(policy: str) -> None:
+    parse(["chat", "--policy", policy.lower()])
