@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.model.code_places import ELSEWHERE, PLACES
-from tests.model.guards import DeliveryGuards, PoisonGuards, TurnGuards
+from tests.model.guards import DeliveryGuards, PoisonGuards, ToolGuards, TurnGuards
 
 ROOT = Path(__file__).parents[2]
-GUARDS = {field.name for kind in (TurnGuards, DeliveryGuards, PoisonGuards) for field in dataclasses.fields(kind)}
+KINDS = (TurnGuards, DeliveryGuards, PoisonGuards, ToolGuards)
+GUARDS = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
 
 
 def test_every_guard_has_a_place_or_a_reason() -> None:
+    assert len(GUARDS) == sum(len(dataclasses.fields(kind)) for kind in KINDS), "two guards have one name"
     assert set(PLACES) | set(ELSEWHERE) == GUARDS
     assert not set(PLACES) & set(ELSEWHERE)
 

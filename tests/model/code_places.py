@@ -8,6 +8,8 @@ from typing import Final
 
 ROUTER: Final = "services.router.application"
 SCHEMA: Final = "services/router/adapters/migrations/0001_turn_engine.sql"
+TOOL_SCHEMA: Final = "services/toolgw/adapters/migrations/0001_invocations.sql"
+TOOL_STORE: Final = "services.toolgw.adapters.store_postgres:PostgresToolStore"
 
 PLACES: Final[dict[str, tuple[str, ...]]] = {
     "fence": (f"{SCHEMA}:p.term = f.term",),
@@ -32,7 +34,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     ),
     "inputs_seen": (f"{ROUTER}.run_turns:TurnRunner._take",),
     "tombstone": (
-        f"{ROUTER}.cancel_turns:Canceller.converge",
+        f"{ROUTER}.stop_turns:Stopper.converge",
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
@@ -48,6 +50,16 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     "start_journaled": (f"{ROUTER}.items:StartItem",),
     "suspects_alone": (f"{ROUTER}.dispatch_turns:Dispatcher._next_suspect",),
     "strikes_durable": (f"{SCHEMA}:strikes = t.strikes + p_strike",),
+    "unique_key": (f"{TOOL_SCHEMA}:PRIMARY KEY (tenant, key)", f"{TOOL_STORE}.claim"),
+    "claim_first": ("services.toolgw.application.run_tool:ToolRuns._live",),
+    "never_again": ("services.toolgw.application.run_once:RunOnce._replace_runner",),
+    "one_end": (f"{TOOL_STORE}.finish", f"{TOOL_STORE}.end_without_result"),
+    "call_tombstone": (f"{TOOL_STORE}.cancel",),
+    "give_up": ("services.toolgw.application.cancel_invocation:CancelInvocation._give_up",),
+    "doubt_stays": ("services.toolgw.domain.reversal:PastCall.may_have_effect",),
+    "first_look": ("services.toolgw.domain.reversal:first_look", f"{TOOL_STORE}.begin_reversal"),
+    "undo_key": ("services.toolgw.domain.reversal:PastCall.undone_in",),
+    "gone_settles": ("services.toolgw.application.revert_turn:RevertTurn._end_of",),
 }
 
 ELSEWHERE: Final[dict[str, str]] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-AnyGuards = TypeVar("AnyGuards", "TurnGuards", "DeliveryGuards", "PoisonGuards")
+AnyGuards = TypeVar("AnyGuards", "TurnGuards", "DeliveryGuards", "PoisonGuards", "ToolGuards")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,22 @@ class PoisonGuards:
     start_journaled: bool = False  # which turns run is durable before they run
     strikes_durable: bool = False  # a takeover raises the dispatch count of the turns it finds running
     suspects_alone: bool = False  # of the turns that were running when an owner died one runs at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ToolGuards:
+    """The rules of the tool gateway: a call, its cancel, its compensation."""
+
+    unique_key: bool = False  # of two claims, or a claim and a tombstone, one is inserted
+    claim_first: bool = False  # a tool runs only when the claim of its call is committed
+    never_again: bool = False  # a side-effectful call whose runner is held dead is not run again
+    one_end: bool = False  # a call leaves RUNNING once, by the claim that ends
+    call_tombstone: bool = False  # a cancel of a call that has not come is stored
+    give_up: bool = False  # a cancel does not wait for ever
+    doubt_stays: bool = False  # an unknown outcome is an effect that cannot be undone
+    first_look: bool = False  # what is to be undone is stored before a compensation runs
+    undo_key: bool = False  # a compensation has one key, made of its call's
+    gone_settles: bool = False  # who does not know a compensation makes sure that it has an end
 
 
 def without(guards: AnyGuards, names: Iterable[str]) -> AnyGuards:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.model.delivery import NEVER, OVERTAKEN, TWICE, DeliveryProtocol, Left
-from tests.model.guards import DeliveryGuards, PoisonGuards, TurnGuards, only, without
+from tests.model.guards import DeliveryGuards, PoisonGuards, ToolGuards, TurnGuards, only, without
 from tests.model.poison import PARKED_INNOCENT, PoisonedPartition
 from tests.model.search import NO_WAY_ON, Model
+from tests.model.tool_calls import CHANGED, RAN_CANCELLED, RAN_TWICE, STAYS, UNDONE, UNDONE_TWICE, ToolCalls
+from tests.model.tool_calls import Left as LeftOfCalls
 from tests.model.turn_promises import (
     ANSWERED_TWICE,
     CANCELLED_CALL,
@@ -33,6 +35,7 @@ RELAY = f"{CORE} consumer_dedupe relay_from_stream relay_cas"
 FAILOVER = f"{RELAY} unique_term term_ends purge_replicated event_ids"
 DELIVERY = "floor_durable floor_acked one_unacked rendezvous client_dedupe ack_again resume"
 POISON = "start_journaled strikes_durable suspects_alone"
+TOOLS = "unique_key claim_first never_again one_end call_tombstone give_up doubt_stays first_look undo_key gone_settles"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Scenario:
     """A model with all its guards, and what to take away from it."""
 
     name: str
-    model: TurnProtocol | DeliveryProtocol | PoisonedPartition
+    model: TurnProtocol | DeliveryProtocol | PoisonedPartition | ToolCalls
     removals: tuple[Removal, ...]
     progress: bool = False  # also look for livelocks
 
@@ -66,6 +69,8 @@ class Scenario:
                 return replace(way, guards=without(delivery, names))
             case PoisonedPartition(guards=poison) as partition:
                 return replace(partition, guards=without(poison, names))
+            case ToolCalls(guards=tools) as calls:
+                return replace(calls, guards=without(tools, names))
 
 
 def scenarios(*, full: bool) -> Iterator[Scenario]:
@@ -74,6 +79,7 @@ def scenarios(*, full: bool) -> Iterator[Scenario]:
     yield from _relay_and_failover_scenarios(1 if full else 0)
     yield from _policy_scenarios(1 if full else 0)
     yield from _delivery_scenarios(1 if full else 0)
+    yield from _tool_scenarios(1 if full else 0)
 
 
 def _turns(guards: str) -> TurnGuards:
@@ -245,5 +251,32 @@ def _delivery_scenarios(more: int) -> Iterator[Scenario]:
             Removal("strikes_durable", NO_WAY_ON),
             Removal("suspects_alone", PARKED_INNOCENT),
         ),
+        progress=True,
+    )
+
+
+def _tool_scenarios(more: int) -> Iterator[Scenario]:
+    guards = only(ToolGuards, TOOLS)
+    of_both = (
+        Removal("unique_key", RAN_CANCELLED),
+        Removal("claim_first", RAN_CANCELLED),
+        Removal("one_end", CHANGED),
+        Removal("call_tombstone", RAN_CANCELLED),
+        Removal("give_up", NO_WAY_ON),
+        Removal("doubt_stays", STAYS),
+        Removal("first_look", UNDONE),
+        Removal("undo_key", UNDONE_TWICE),
+        Removal("gone_settles", UNDONE),
+    )
+    yield Scenario(
+        "a side-effectful call, cancelled and taken back",
+        ToolCalls(guards, LeftOfCalls(asks=2, cancels=1 + more, deaths=1 + more, hangs=1)),
+        (*of_both, Removal("never_again", RAN_TWICE)),
+        progress=True,
+    )
+    yield Scenario(
+        "an idempotent call, cancelled and taken back",
+        ToolCalls(guards, LeftOfCalls(asks=2, cancels=1, deaths=1 + more, hangs=1), repeatable=True),
+        of_both,
         progress=True,
     )

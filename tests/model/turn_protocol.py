@@ -8,7 +8,8 @@ Every scenario must hold with all guards, in every state that can be reached; ev
 to be, by taking it away. The exit code is 1 when either is not so.
 
 Limits: the bounds are small; "none found, stopped" is not a proof; time is not modelled, and progress only in the
-scenarios about delivery and poison. The tool gateway is atomic: its own crash window is not modelled.
+scenarios about delivery, poison and tool calls. In the scenarios about turns the tool gateway is atomic; its own crash
+window is what the scenarios about tool calls are about.
 """
 
 import argparse
