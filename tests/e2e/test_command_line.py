@@ -78,15 +78,17 @@ async def printed(process: Process, wanted: str, within_s: float = 30.0) -> str:
     return seen
 
 
-async def say(stack: Stack, agent: str, channel: str, session: str, text: str) -> SendMessageResponse:
+async def say(
+    stack: Stack, agent: str, channel: str, session: str, text: str, tenant: str = "demo"
+) -> SendMessageResponse:
     """Send a message that no adapter is to have the answer of."""
     request = SendMessageRequest(
-        session=SessionKey(tenant="demo", agent=agent, channel=channel, session=session),
+        session=SessionKey(tenant=tenant, agent=agent, channel=channel, session=session),
         idempotency_key=uuid.uuid4().hex,
         message=Message(role=Role.ROLE_USER, parts=[Part(text=text)]),
         no_delivery=True,
     )
-    async with stack.channels() as gateway:
+    async with stack.channels(tenant) as gateway:
         return await gateway.SendMessage(request, timeout=10)
 
 
@@ -244,23 +246,30 @@ async def test_a_paused_agent_holds_its_messages_and_no_others(stack: Stack, cha
     await stack.add_agent("demo", "held", "echo/echo")
     await stack.agent_is_known("demo", "held")
     assert (await soma(stack, "agents", "pause", "held")).out.splitlines()[1].split()[:2] == ["held", "paused"]
-    held = await _held(stack, channel)
+    held = await _held(stack, "held", channel)
     assert await answered(stack, await say(stack, ECHO, channel, "s", "hello")) == "final"
+    for part in ("controlplane-0", "router-0"):  # What starts again knows of the pause before it starts a turn.
+        await stack.kill(part)
+    assert await _waits(stack, held)
+    assert await _waits(stack, await say(stack, "held", channel, "new", "are you there?"))
     assert (await soma(stack, "agents", "resume", "held", "-o", "json")).json["paused"] is False
     assert await answered(stack, held) == "final"
     await stack.delete_agent("demo", "held")
 
 
-async def test_a_paused_tenant_is_paused_for_that_tenant_alone(stack: Stack) -> None:
+async def test_a_paused_tenant_holds_its_messages_and_no_others(stack: Stack, channel: str) -> None:
     acme = (await soma(stack, "tenants", "pause", "acme", "-o", "json")).json
     try:
         assert acme["paused"] is True
         states = [line.split()[:2] for line in (await soma(stack, "tenants", "list")).out.splitlines()[1:]]
         assert states == [["acme", "paused"], ["demo", "active"]]
+        held = await _held(stack, ECHO, channel, "acme")
+        assert await answered(stack, await say(stack, ECHO, channel, "s", "hello")) == "final"
         late = await soma(stack, "tenants", "resume", "acme", "--etag", "old")
         assert (late.code, "ETAG_MISMATCH" in late.errors) == (1, True)
     finally:
         assert (await soma(stack, "tenants", "resume", "acme")).code == 0
+    assert await answered(stack, held) == "final"
 
 
 async def test_refusals_are_one_line_and_wrong_usage_is_told_apart(stack: Stack, channel: str) -> None:
@@ -278,23 +287,30 @@ async def test_refusals_are_one_line_and_wrong_usage_is_told_apart(stack: Stack,
         assert (await soma(stack, *usage)).code == 2, usage
 
 
-async def _held(stack: Stack, channel: str) -> SendMessageResponse:
+async def _held(stack: Stack, agent: str, channel: str, tenant: str = "demo") -> SendMessageResponse:
     """A message that has been waiting for more than a second: the routers know of the pause.
 
     One that was sent before they did is answered; then another is tried.
     """
 
     async def found() -> SendMessageResponse | None:
-        session = uuid.uuid4().hex
-        sent = await say(stack, "held", channel, session, "are you there?")
+        sent = await say(stack, agent, channel, uuid.uuid4().hex, "are you there?", tenant)
+        return sent if await _waits(stack, sent) else None
 
-        async def decided() -> str:
-            shown = await session_of(stack, f"held/{channel}/{session}")
-            message = shown["messages"][0]
-            return "ended" if message["turn"] else "waits" if int(message["queueAgeMs"]) > 1000 else ""
-
-        return sent if await eventually(decided, 10.0) == "waits" else None
-
-    sent = await eventually(found, 30.0, "a message of a paused agent waits")
+    sent = await eventually(found, 30.0, f"a message of {agent} of {tenant} waits")
     assert sent is not None
     return sent
+
+
+async def _waits(stack: Stack, sent: SendMessageResponse) -> bool:
+    """Whether a message waits for more than a second, which nothing but a pause makes it do here."""
+
+    async def decided() -> str:
+        said = await soma(stack, "sessions", "get", sent.session_name, "--messages", "-o", "json")
+        messages = said.json["messages"] if said.code == 0 else []  # Stored as soon as a router has the session.
+        shown = next((message for message in messages if message["messageId"] == sent.message_id), None)
+        if shown is None:
+            return ""
+        return "taken" if shown["turn"] else "waits" if int(shown["queueAgeMs"]) > 1000 else ""
+
+    return await eventually(decided, 20.0, f"message {sent.message_id} waits or is taken") == "waits"
