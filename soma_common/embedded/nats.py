@@ -114,31 +114,47 @@ class NatsServer:
             await asyncio.sleep(0.03)
 
     async def check(self) -> None:
-        """Connect as a client does and ask JetStream for its state.
+        """Connect as a client does and ask JetStream for its state; with monitoring pages, ask for its health too.
+
+        A stream that could not be written once (the disk was full) is not written again before the server is started
+        anew, whatever space there is by then: only the health page knows.
 
         Speaks the protocol itself: the client library leaves its connection open when it is interrupted in `connect`,
         and a check is what gets interrupted.
 
         Raises:
             OSError, TimeoutError: it does not answer.
-            ConnectionError: it answers, but refuses us or has no JetStream; the message says which.
+            ConnectionError: it answers, but refuses us, has no JetStream or cannot write; the message says which.
         """
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(HOST, self._port)
-            try:
-                login = {"verbose": False, "auth_token": self.token, "headers": True, "no_responders": True}
-                inbox = f"_INBOX.check.{secrets.token_hex(8)}"
-                writer.write(
-                    f"CONNECT {json.dumps(login)}\r\nSUB {inbox} 1\r\nPUB $JS.API.INFO {inbox} 0\r\n\r\n".encode()
-                )
-                while line := await reader.readline():
-                    if line.startswith(b"MSG "):
-                        return
-                    if line.startswith((b"HMSG ", b"-ERR")):
-                        raise ConnectionError(f"NATS refuses: {line.decode().strip()}")
-                raise ConnectionError("NATS closed the connection")
-            finally:
-                writer.transport.abort()
+            await self._check_client_port()
+            if self._config.monitor_port is not None:
+                await self._check_health(self._config.monitor_port)
+
+    async def _check_client_port(self) -> None:
+        reader, writer = await asyncio.open_connection(HOST, self._port)
+        try:
+            login = {"verbose": False, "auth_token": self.token, "headers": True, "no_responders": True}
+            inbox = f"_INBOX.check.{secrets.token_hex(8)}"
+            writer.write(f"CONNECT {json.dumps(login)}\r\nSUB {inbox} 1\r\nPUB $JS.API.INFO {inbox} 0\r\n\r\n".encode())
+            while line := await reader.readline():
+                if line.startswith(b"MSG "):
+                    return
+                if line.startswith((b"HMSG ", b"-ERR")):
+                    raise ConnectionError(f"NATS refuses: {line.decode().strip()}")
+            raise ConnectionError("NATS closed the connection")
+        finally:
+            writer.transport.abort()
+
+    async def _check_health(self, port: int) -> None:
+        reader, writer = await asyncio.open_connection(HOST, port)
+        try:
+            writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.transport.abort()
+        if b" 200 " not in head.partition(b"\r\n")[0]:
+            raise ConnectionError(f"NATS is not well: {body.decode(errors='replace').strip()}")
 
     async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Stop the server: it writes what it holds and closes its streams; killed after `timeout_s`."""

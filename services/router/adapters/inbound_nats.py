@@ -233,12 +233,14 @@ class LaneReader:
         start = last + 1
         for partition in self.partitions():
             cursor = partition.cursor
-            # A partition that has read nothing begins with the lane's first message, if that is there.
-            fits = cursor.seq == 0 and cursor.stream in ("", self._created) and first <= 1
-            if not fits and cursor.stream == self._created and cursor.seq <= last:
-                if cursor.seq not in found:
+            if not cursor.batch:
+                # It has read nothing: of a lane that has its first message, or that began there after a gap.
+                fits = cursor.stream in ("", self._created) and max(first, 1) == cursor.seq + 1
+            else:
+                fits = cursor.stream == self._created and cursor.seq <= last
+                if fits and cursor.seq not in found:
                     found[cursor.seq] = await self._batch_at(cursor.seq)
-                fits = found[cursor.seq] == cursor.batch
+                fits = fits and found[cursor.seq] == cursor.batch
             if not fits:
                 GAPS.inc()
                 facts = {"lane": self._lane, "partition": partition.id, "first": first, "last": last}
@@ -246,7 +248,7 @@ class LaneReader:
                 # Everything that is there is read again: what is known already is dropped by its message id. The
                 # store is told too: a cursor that counts what is gone would let others purge what is not read yet.
                 partition.read_seq = min(partition.read_seq, first - 1)
-                self.committer.put(CursorItem(partition, Cursor(self._created, 0, "")))
+                self.committer.put(CursorItem(partition, Cursor(self._created, max(first - 1, 0), "")))
             # What was read beyond the end is on its way to the mailbox; its sequences are given to other messages now.
             partition.read_seq = min(partition.read_seq, last)
             start = min(start, partition.read_seq + 1)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 from uuid import uuid4
 
@@ -29,6 +30,7 @@ from soma_common.nats.connection import connect_nats
 from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.embedded import FaultyNats
 from tests.unit.router.builders import PARTITIONS, a_partition, inbound
+from tests.unit.router.engine import Directory
 
 LAYOUT = LaneLayout(PARTITIONS, 1)
 
@@ -129,8 +131,8 @@ async def running_lane(server: FaultyNats, backlog: int = 512) -> AsyncIterator[
     js = client.jetstream(timeout=2.0)
     await ensure_lanes(js, LAYOUT, 100_000)
     mailbox = Mailbox()
-    state = RouterState(LAYOUT, cast(Any, None), 10, 10)
-    ingest = Ingest(state, cast(Any, None), lambda *_: None)
+    state = RouterState(LAYOUT, cast(Any, Directory()), 10, 10)
+    ingest = Ingest(state, cast(Any, SimpleNamespace(starter=None, arrivals=None, controls=None)))
     reader = LaneReader(client, js, state, ingest, 0, backlog, LaneWindow(0.0, 1000, 1024**3), 100_000)
     mailbox.ingest = ingest
     ingest.committer = reader.committer = cast(Any, mailbox)

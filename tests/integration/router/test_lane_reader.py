@@ -243,6 +243,21 @@ async def test_a_new_database_under_a_lane_that_was_purged_is_told(lane: Lane) -
     assert gaps() == before + 1
 
 
+async def test_a_lane_that_was_emptied_is_told_once_and_read_on(lane: Lane) -> None:
+    """Its sequences go on where they were, and no message of it is there to compare a cursor with."""
+    places = await lane.send_many(A, 0, 10)
+    await lane.js.purge_stream(stream_name(0))
+    before = gaps()
+    lane.attach(lane.own(0, places[3]))
+    await eventually(lambda: gaps() == before + 1)
+    await eventually(lambda: lane.state.partitions[0].cursor == Cursor(places[0].stream, 10, ""))
+    lane.attach(lane.own(0, lane.state.partitions[0].cursor))  # a new owner, before anything came
+    await eventually(lambda: lane.reader._consumer is not None)
+    await lane.send_many(A, 10, 5)
+    await eventually(lambda: lane.mailbox.got[0] == numbers(10, 5))
+    assert gaps() == before + 1
+
+
 async def test_a_stream_that_is_gone_is_made_anew_by_its_reader(lane: Lane) -> None:
     lane.attach(lane.own(0))
     await lane.send_many(A, 0, 5)
