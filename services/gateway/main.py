@@ -10,7 +10,7 @@ from soma.gateway.v1.channel_service_pb2_grpc import add_ChannelServiceServicer_
 from services.gateway.adapters.channel_grpc import ChannelServicer
 from services.gateway.adapters.directory_feed import FeedDirectory
 from services.gateway.adapters.lanes_nats import NatsLanes
-from services.gateway.adapters.loads_nats import listen_to_loads
+from services.gateway.adapters.loads_nats import listen_to_loads, listen_to_progress
 from services.gateway.adapters.metrics import observe_batch, observe_state
 from services.gateway.adapters.routers_nats import NatsRouters
 from services.gateway.adapters.watches_nats import NatsWatches
@@ -19,6 +19,7 @@ from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.application.serve_streams import ServeStreams
 from services.gateway.application.stream_turn import SendMessage, StreamTurn
 from services.gateway.application.write_lanes import LaneWriters
+from services.gateway.domain.ingest_window import LaneProgress
 from services.gateway.domain.mailbox_bounds import MailboxBounds
 from services.gateway.domain.stream_number import StreamNumbers
 from services.gateway.settings import GatewaySettings
@@ -69,7 +70,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     # Another id after each start: routers must see a restart as a new gateway, whose streams are new ones.
     gateway = f"{settings.service_instance}-{secrets.token_hex(4)}"
     routers = NatsRouters(nc, gateway)
-    writers = LaneWriters(lanes, settings.lane_bounds, observe=observe_batch)
+    writers = LaneWriters(lanes, settings.lane_bounds, LaneProgress(clock.monotonic), observe=observe_batch)
     directory = FeedDirectory(feed)
     mailboxes = MailboxBounds(
         per_tenant=settings.max_queued_per_tenant, per_session=settings.max_queued_per_session, clock=clock.monotonic
@@ -118,6 +119,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     lifecycle.spawn("acks", acks.run())
     await routers.listen(streams.hand_over)
     await listen_to_loads(nc, mailboxes.on_load)
+    await listen_to_progress(nc, writers.on_progress)
     port = await server.start()
     lifecycle.on_stop("stop grpc", lambda: server.stop(0.5))
     await feed.ready.wait()

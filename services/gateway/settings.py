@@ -33,6 +33,9 @@ class GatewaySettings(ServiceSettings):
     """Messages of a session that may wait for their turn; counted by the routers, whose setting must be the same."""
     max_queued_per_tenant: int = Field(default=100_000, ge=1)
     """Messages of a tenant that may wait for their turn, over all routers; over it they are refused with QUEUE_FULL."""
+    ingest_window: int = Field(default=256, ge=1)
+    """Items of a tenant in one lane that are stored and not yet taken in by the routers; beyond it further ones wait
+    here, so that they delay nobody else's in the lane."""
     stream_unanswered_items: int = Field(default=4096, ge=1, le=65536)
     """Most items of one stream without receipt or refusal."""
     stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)
@@ -62,6 +65,7 @@ class GatewaySettings(ServiceSettings):
             batch_bytes=self.max_batch_bytes,
             tenant_items=self.tenant_queue_items,
             tenant_bytes=self.tenant_queue_bytes,
+            ingest_window=self.ingest_window,
             attempt_s=self.publish_attempt_s,
             deadline_s=self.publish_deadline_s,
         )

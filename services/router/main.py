@@ -28,6 +28,7 @@ from services.router.application.group import StoreLost
 from services.router.application.ingest_messages import Ingest
 from services.router.application.own_partitions import OwnPartitions
 from services.router.application.report_load import ReportLoad
+from services.router.application.report_progress import ReportProgress
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
 from services.router.application.watch_turns import LiveDesk
@@ -215,10 +216,10 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     for reader in readers:
         lifecycle.spawn("lane reader", reader.run())
     lifecycle.spawn("ownership", ownership.run())
-    loads = ReportLoad(
-        state, router, NatsLoads(client, router).send, may_speak, tenant_bound=settings.max_queued_per_tenant
-    )
+    news = NatsLoads(client, router)
+    loads = ReportLoad(state, router, news.send, may_speak, tenant_bound=settings.max_queued_per_tenant)
     lifecycle.spawn("load", loads.run())
+    lifecycle.spawn("progress", ReportProgress(readers, router, news.send_progress, may_speak).run())
     lifecycle.spawn("sweep", _sweep(desk, live, runner))
     lifecycle.spawn("lanes", _tend_lanes(history, readers, layout, settings.purge_every_s))
     admin = await serve_admin(settings, lambda: {"leases": ownership.in_time, "bus": client.is_connected})

@@ -41,6 +41,13 @@ def load(tenant: str, router: str) -> str:
     return f"soma.{tenant}.load.{router}"
 
 
+def progress(lane: int | str) -> str:
+    """Core: how far a router has taken a lane in, as LaneProgress (router -> gateways). `_` is no tenant: the news is
+    about all of them.
+    """
+    return f"soma._.progress.{lane}"
+
+
 def tenant_of(subject: str) -> str:
     """The tenant of any subject above."""
     return subject.split(".", 2)[1]

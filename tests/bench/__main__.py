@@ -1,6 +1,8 @@
 """`make bench`: turns per second, latencies, CPU and memory of the echo turn, beside what the machine's parts can do.
 
     python -m tests.bench [--quick] [--json FILE]
+    python -m tests.bench fairness [--model echo/delay-20-60] [--brain-turns 32] [--rounds 3] [--turns 2000]
+    python -m tests.bench frozen [--messages 100000]
 
 The load client runs in this process, on the same two cores as the stack, and its CPU is in the table.
 """
@@ -12,6 +14,7 @@ import asyncio
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import limits, load, processes, stack
+from tests.bench import fairness, frozen_brain, limits, load, processes, stack
 
 console = Console(width=150)
 
 
 def main() -> None:
     """Runs the benchmark and prints its tables."""
+    others = {"fairness": fairness.main, "frozen": frozen_brain.main}
+    if len(sys.argv) > 1 and sys.argv[1] in others:
+        sys.exit(0 if others[sys.argv[1]](sys.argv[2:], console.print) else 1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two minutes instead of ten")
     parser.add_argument("--json", type=Path, help="also write the results to this file")

@@ -35,6 +35,20 @@ def cpu_s(pid: int) -> float:
     return total
 
 
+def memory(pid: int) -> tuple[int, int]:
+    """Proportional set size of the process tree in bytes: (without shared memory, the shared memory)."""
+    own = shared = 0
+    for member in tree(pid):
+        try:
+            rows = [line.split() for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()]
+        except OSError:
+            continue
+        sizes = {row[0]: int(row[1]) * 1024 for row in rows if row[0].startswith("Pss")}
+        shared += sizes["Pss_Shmem:"]
+        own += sizes["Pss:"] - sizes["Pss_Shmem:"]
+    return own, shared
+
+
 def pss_mb(pid: int) -> float:
     """Proportional set size of the process tree in MB: shared pages are counted once over all who share them."""
     total = 0

@@ -52,4 +52,4 @@ class _Placeholder(str):
 
 def _documented() -> set[str]:
     """Return the subjects of the tables that describe them; the table of permissions uses wildcards."""
-    return set(re.findall(r"`(soma\.<tenant>\.[^`]+)`", PAGE.read_text()))
+    return set(re.findall(r"`(soma\.(?:<tenant>|_)\.[^`*]+)`", PAGE.read_text()))

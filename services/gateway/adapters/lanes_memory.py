@@ -33,7 +33,7 @@ class MemoryLanes:
         self.tries: list[str] = []
         """The batch ids of all calls."""
 
-    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> None:
+    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> int:
         """As the port says."""
         key = (tenant, lane)
         self.in_flight[key] += 1
@@ -48,6 +48,7 @@ class MemoryLanes:
                 await asyncio.sleep(timeout_s)
                 raise BusSilent
             self._keep(key, batch_id, items)
+            return len(self.batches[key])
         finally:
             self.in_flight[key] -= 1
 

@@ -43,9 +43,9 @@ class NatsLanes:
         """
         await ensure_lanes(self._js, self._layout, self._tenant_bound)
 
-    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> None:
-        """Returns when the batch is on disk. The server knows the batch id for two minutes: a batch sent twice is
-        stored once.
+    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> int:
+        """Returns the batch's sequence in its stream when it is on disk. The server knows the batch id for two minutes:
+        a batch sent twice is stored once.
 
         Raises:
             BusSilent, LaneFull, BatchUnacceptable: as the port says.
@@ -55,9 +55,10 @@ class NatsLanes:
             raise BusSilent
         payload = InBatch(format=BATCH_FORMAT, tenant=tenant, items=items).SerializeToString()
         try:
-            await self._js.publish(
+            stored = await self._js.publish(
                 subjects.inbound(tenant, lane), payload, timeout=timeout_s, headers={Header.MSG_ID: batch_id}
             )
+            return stored.seq
         except NoStreamResponseError:
             await self._make_lanes()
             raise BusSilent from None

@@ -42,8 +42,9 @@ class Directory(Protocol):
 class Lanes(Protocol):
     """The durable inbound lanes."""
 
-    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> None:
-        """Returns when the batch is durable. Sent again with the same id within two minutes it is stored once.
+    async def store(self, tenant: str, lane: int, batch_id: str, items: Sequence[Inbound], timeout_s: float) -> int:
+        """Returns the batch's place in the lane when it is durable; places grow. Sent again with the same id within
+        two minutes it is stored once.
 
         Raises:
             BusSilent: no answer; send again with the same id.

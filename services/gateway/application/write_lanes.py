@@ -4,7 +4,8 @@ Order: nothing later of a (tenant, lane) is sent while an earlier batch is unres
 sent again under the same id; when that goes on too long, the batch and everything gathered behind it fail together
 as "not known", so that no item is stored before an older one of its session. Tenants do not wait for each other.
 
-Bounds: items and bytes per tenant. Over them an item is refused at once, before anything is stored.
+Bounds: items and bytes per tenant. Over them an item is refused at once, before anything is stored. What is stored and
+not taken in by the routers is bounded per (tenant, lane) by a window: the next batch waits for it, a little.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.router.v1.inbound_pb2 import Inbound
 
 from services.gateway.application.ports import BatchUnacceptable, BusSilent, LaneFull, Lanes, Sink
+from services.gateway.domain.ingest_window import IngestWindow, LaneProgress
 from services.gateway.domain.refusal import Refused, bus_unavailable, queue_full
 from soma_common.failpoints import failpoint_async
 
@@ -35,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 FIRST_PAUSE_S: Final = 0.02
 LONGEST_PAUSE_S: Final = 0.25
+LONGEST_WINDOW_WAIT_S: Final = 1.0
+"""A batch waits no longer for the routers: they may be alive and held up by their store, and accepting goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class LaneBounds:
     """Must leave room for one item below the bus's largest payload."""
     tenant_items: int = 16384
     tenant_bytes: int = 64 * 1024 * 1024
+    ingest_window: int = 256
+    """Items of a (tenant, lane) that may be stored and not taken in."""
     attempt_s: float = 1.0
     """How long one try waits for its answer."""
     deadline_s: float = 5.0
@@ -68,14 +74,19 @@ class WaitingItem:
 class LaneWriters:
     """All lanes of all tenants."""
 
-    def __init__(self, lanes: Lanes, bounds: LaneBounds, *, observe: Callable[[int, float], None]) -> None:
+    def __init__(
+        self, lanes: Lanes, bounds: LaneBounds, progress: LaneProgress, *, observe: Callable[[int, float], None]
+    ) -> None:
         """`observe` is told of each stored batch: its number of items and the seconds from its first try to its
         receipt.
         """
+        self._progress = progress
         self._lanes = lanes
         self._bounds = bounds
         self._observe = observe
         self._tenants: dict[str, _TenantQueue] = {}
+        self._held_back: set[_LaneWriter] = set()
+        """Those whose next batch waits for the routers."""
 
     def put(self, tenant: str, lane: int, inbound: Inbound, sink: Sink, ref: int) -> int:
         """Queues an item; its sink is told later, once. Returns the bytes the item counts for. Never waits.
@@ -96,9 +107,17 @@ class LaneWriters:
         queue.bytes += size
         writer = queue.lanes.get(lane)
         if writer is None:
-            writer = queue.lanes[lane] = _LaneWriter(tenant, lane, queue, self._lanes, bounds, self._observe)
+            writer = queue.lanes[lane] = _LaneWriter(
+                tenant, lane, queue, self._lanes, bounds, self._progress, self._held_back, self._observe
+            )
         writer.put(WaitingItem(inbound, size, sink, ref))
         return size
+
+    def on_progress(self, lane: int, router: str, seq: int) -> None:
+        """A router has taken a lane in up to a place."""
+        self._progress.heard(lane, router, seq)
+        for writer in self._held_back:
+            writer.look_again()
 
     @property
     def waiting(self) -> int:
@@ -133,7 +152,10 @@ class _TenantQueue:
 class _LaneWriter:
     """One (tenant, lane): a list and, while it is not empty, a task that stores it batch by batch."""
 
-    __slots__ = ("_bounds", "_lane", "_lanes", "_observe", "_previous", "_queue", "_tenant", "_waiting", "task")
+    __slots__ = (
+        "_bounds", "_held_back", "_lane", "_lanes", "_observe", "_previous", "_progress", "_queue", "_room", "_tenant",
+        "_waiting", "_window", "task",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -142,6 +164,8 @@ class _LaneWriter:
         queue: _TenantQueue,
         lanes: Lanes,
         bounds: LaneBounds,
+        progress: LaneProgress,
+        held_back: set[_LaneWriter],
         observe: Callable[[int, float], None],
     ) -> None:
         self._tenant = tenant
@@ -149,7 +173,12 @@ class _LaneWriter:
         self._queue = queue
         self._lanes = lanes
         self._bounds = bounds
+        self._progress = progress
+        self._held_back = held_back
         self._observe = observe
+        self._window = IngestWindow()
+        self._room: asyncio.Event | None = None
+        """Set by news of the routers while a batch waits for them."""
         self._waiting: deque[WaitingItem] = deque()
         self._previous = 0
         self.task: asyncio.Task[None] | None = None
@@ -159,23 +188,53 @@ class _LaneWriter:
         if self.task is None:
             self.task = asyncio.get_running_loop().create_task(self._run())
 
+    def look_again(self) -> None:
+        """The routers have said something new."""
+        if self._room is not None:
+            self._room.set()
+
     async def _run(self) -> None:
         try:
             while self._waiting:
+                room = self._room_in_window()
+                if room <= 0:
+                    room = await self._until_room()
                 if self._previous >= LINGER_AFTER and len(self._waiting) < LINGER_BELOW:
                     await asyncio.sleep(LINGER_S)
-                batch = self._cut()
+                batch = self._cut(room)
                 self._previous = len(batch)
                 await self._store(batch)
         finally:
             self.task = None
 
-    def _cut(self) -> list[WaitingItem]:
+    def _room_in_window(self) -> int:
+        return self._bounds.ingest_window - self._window.ahead(self._progress.floor(self._lane))
+
+    async def _until_room(self) -> int:
+        """Waits until the routers have taken in enough, or do not speak any more, or a second is over; returns how
+        many items may go.
+        """
+        self._room = asyncio.Event()
+        self._held_back.add(self)
+        try:
+            async with asyncio.timeout(LONGEST_WINDOW_WAIT_S):
+                while (room := self._room_in_window()) <= 0:
+                    await self._room.wait()
+                    self._room.clear()
+                return room
+        except TimeoutError:
+            return self._bounds.ingest_window
+        finally:
+            self._held_back.discard(self)
+            self._room = None
+
+    def _cut(self, room_in_window: int) -> list[WaitingItem]:
         """The next batch: at most so many items and bytes, at least one item."""
         waiting, bounds = self._waiting, self._bounds
         batch = [waiting.popleft()]
         room = bounds.batch_bytes - batch[0].size
-        while waiting and len(batch) < bounds.batch_items and waiting[0].size <= room:
+        most = min(bounds.batch_items, room_in_window)
+        while waiting and len(batch) < most and waiting[0].size <= room:
             item = waiting.popleft()
             room -= item.size
             batch.append(item)
@@ -218,7 +277,8 @@ class _LaneWriter:
         while True:
             try:
                 left = deadline - loop.time()
-                await self._lanes.store(self._tenant, self._lane, batch_id, items, min(bounds.attempt_s, left))
+                seq = await self._lanes.store(self._tenant, self._lane, batch_id, items, min(bounds.attempt_s, left))
+                self._window.stored(seq, len(items))
                 return
             except BusSilent:
                 if loop.time() + pause >= deadline:

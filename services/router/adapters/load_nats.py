@@ -1,11 +1,11 @@
-"""Core NATS: what waits here, told to the gateways."""
+"""Core NATS: what waits here and how far the lanes are taken in, told to the gateways."""
 
 from __future__ import annotations
 
 import structlog
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from soma.router.v1.outbound_pb2 import MailboxLoad
+from soma.router.v1.outbound_pb2 import LaneProgress, MailboxLoad
 
 from soma_common.nats import subjects
 
@@ -21,9 +21,16 @@ class NatsLoads:
 
     async def send(self, tenant: str, load: MailboxLoad) -> None:
         """Tells all gateways what waits for a tenant."""
+        await self._publish(subjects.load(tenant, self._router), load.SerializeToString())
+
+    async def send_progress(self, progress: LaneProgress) -> None:
+        """Tells all gateways how far a lane is taken in."""
+        await self._publish(subjects.progress(progress.lane), progress.SerializeToString())
+
+    async def _publish(self, subject: str, payload: bytes) -> None:
         if not self._client.is_connected:
             return
         try:
-            await self._client.publish(subjects.load(tenant, self._router), load.SerializeToString())
+            await self._client.publish(subject, payload)
         except (NatsError, OSError) as error:
-            log.debug("router.load_lost", tenant=tenant, error=repr(error))
+            log.debug("router.load_lost", subject=subject, error=repr(error))

@@ -116,7 +116,7 @@ class SessionControls:
 
     def _stored(self, item: ControlItem) -> None:
         for position in item.positions:
-            item.partition.pending.pop(position, None)
+            item.partition.pending.discard(position)
         if item.turn is not None:
             self._stopper.stored(item.turn)
         session = item.partition.sessions.get(item.session_id)

@@ -161,6 +161,8 @@ class Ingest:
                     if start is not None:
                         items.append(start)
         items.extend(self._starter.start_waiting())
+        if self._starter.left_some:
+            self.committer.nudge()
 
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
@@ -177,7 +179,7 @@ class Ingest:
             new += 1
             if place in result.reused:
                 entry.message.fault = KEY_REUSED
-            partition.pending[entry.message.position] = None
+            partition.pending.add(entry.message.position)
             entry.message.ingested_at = now
             self._hand_over(partition, entry, result)
         INGESTED.inc(new)

@@ -14,7 +14,7 @@ before it says another word.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 from uuid import UUID, uuid4
@@ -23,7 +23,7 @@ import structlog
 
 from services.router.application.group import FenceLost, StoreLost
 from services.router.application.restore_sessions import restore_sessions
-from services.router.domain.partition import Cursor, Partition
+from services.router.domain.partition import Cursor, Partition, Pending
 from services.router.domain.spread import shares, turn_of
 from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
@@ -255,7 +255,7 @@ class OwnPartitions:
             cursor=Cursor(row.cursor_stream, row.cursor_seq, row.cursor_batch),
             read_seq=row.cursor_seq,
         )
-        partition.pending = OrderedDict((item.position, None) for item in pending)
+        partition.pending = Pending(item.position for item in pending)
         return partition
 
     # ---- letting go

@@ -274,7 +274,7 @@ class TurnRunner:
                 self._state.requeue(session, message)
         else:
             for message in turn.inputs:
-                session.partition.pending.pop(message.position, None)
+                session.partition.pending.discard(message.position)
             self._remember(turn, item)
         if turn.link is not None and not item.is_new:
             turn.link.confirm(turn.id, turn.dispatch, turn.step_count + len(item.steps))

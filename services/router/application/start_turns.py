@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 STEP_FORMAT: Final = 1
 _REVISIONS_KNOWN: Final = 4096
+_STARTS_PER_GROUP: Final = 64
+"""Most turns that one group starts. What a flood starts passes every hop as one crowd, and whoever comes in its midst
+takes as long as the crowd: small crowds cost a little throughput and keep a neighbour's latency."""
 AGENT_GRACE_S: Final = 2.0
 """How long an accepted message waits for an agent that this router does not know before it ends with AGENT_GONE."""
 _AGENT_LOOK_S: Final = 0.25
@@ -64,7 +67,7 @@ class Starter:
 
     def open_group(self) -> None:
         """Called before each group: turns started in it may not be more than the brains take."""
-        self._room = self._dispatcher.room
+        self._room = min(self._dispatcher.room, _STARTS_PER_GROUP)
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
@@ -86,6 +89,11 @@ class Starter:
             item = self._next_of(session)
             if item is not None:
                 yield item
+
+    @property
+    def left_some(self) -> bool:
+        """Whether more could be started than one group takes: they go with the next."""
+        return self._dispatcher.room > _STARTS_PER_GROUP and self._state.scheduler.startable
 
     def _next_of(self, session: Session) -> CommitItem | None:
         head = session.queue[0]

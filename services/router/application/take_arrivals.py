@@ -186,7 +186,7 @@ class Arrivals:
 
     def _was_refused(self, item: RefusalItem) -> None:
         REFUSED.inc()
-        item.partition.pending.pop(item.turn.inputs[0].position, None)
+        item.partition.pending.discard(item.turn.inputs[0].position)
         self._live.ended(item.turn, item.answer)
         self._refused(item)
 

@@ -92,10 +92,8 @@ class Scheduler:
 
     @property
     def startable(self) -> bool:
-        """Whether a session waits only for room in this router or its brains: then it is worth a look when there is
-        some.
-        """
-        return bool(self._active)
+        """Whether a session may wait only for room in a brain: then it is worth a look when there is some."""
+        return bool(self._active) and self.running < self._max_running
 
     def add(self, session: Session) -> None:
         """Makes a session ready. Adding it twice changes nothing."""

@@ -55,11 +55,11 @@ class Store:
         result = await (writer or self.writer).commit(group)
         group.settle()
         for number, position in sorted(result.inserted):
-            group.moves[number].partition.pending[position] = None
+            group.moves[number].partition.pending.add(position)
         for item in items:
             ended = [message.position for message in item.turn.inputs] if isinstance(item, EndItem) else []
             for position in item.positions if isinstance(item, ControlItem) else ended:
-                item.partition.pending.pop(position, None)
+                item.partition.pending.discard(position)
         return result
 
     async def started(

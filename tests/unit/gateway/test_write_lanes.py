@@ -8,8 +8,11 @@ from soma.common.v1.message_pb2 import Error
 from soma.router.v1.inbound_pb2 import Inbound
 
 from services.gateway.adapters.lanes_memory import MemoryLanes
+from services.gateway.application import write_lanes
 from services.gateway.application.write_lanes import LaneBounds, LaneWriters
+from services.gateway.domain.ingest_window import LaneProgress
 from services.gateway.domain.refusal import Refused
+from soma_common.clock import monotonic
 from soma_common.testing.eventually import eventually
 
 
@@ -29,7 +32,8 @@ class Answers:
 
 def writers_for(lanes: MemoryLanes, **bounds: object) -> LaneWriters:
     settings = {"attempt_s": 0.02, "deadline_s": 0.2, **bounds}
-    return LaneWriters(lanes, LaneBounds(**settings), observe=lambda items, seconds: None)  # type: ignore[arg-type]
+    progress = LaneProgress(monotonic)
+    return LaneWriters(lanes, LaneBounds(**settings), progress, observe=lambda *_: None)  # type: ignore[arg-type]
 
 
 def put(writers: LaneWriters, answers: Answers, *refs: int, tenant: str = "demo", size: int = 1) -> None:
@@ -159,3 +163,39 @@ async def test_the_queue_of_a_tenant_is_bounded(bounds: dict[str, int], taken: i
     put(writers, answers, taken, size=1000)
     await writers.drain(1.0)
     assert len(answers.order) == taken + 2
+
+
+async def test_what_the_routers_have_not_taken_in_holds_back_the_next_batch_of_the_same_tenant() -> None:
+    lanes, answers = MemoryLanes(), Answers()
+    writers = writers_for(lanes, ingest_window=10, batch_items=8)
+    writers.on_progress(0, "router-0", 0)
+    put(writers, answers, *range(100))
+    await eventually(lambda: sizes(lanes) == [8, 2], what="no more than the window")
+    put(writers, answers, 200, tenant="acme")
+    await eventually(lambda: 200 in answers.order, what="another tenant has a window of its own")
+    assert sizes(lanes) == [8, 2]
+    writers.on_progress(0, "router-1", 1)
+    assert sizes(lanes) == [8, 2], "the slower router counts"
+    writers.on_progress(0, "router-0", 1)
+    await eventually(lambda: sizes(lanes) == [8, 2, 8], what="room for the batch that was taken in")
+    writers.on_progress(0, "router-0", 3)
+    writers.on_progress(0, "router-1", 3)
+    await eventually(lambda: sizes(lanes)[3:] == [8, 2], what="room for all of the window")
+
+
+async def test_while_no_router_speaks_nothing_is_held_back() -> None:
+    lanes, answers = MemoryLanes(), Answers()
+    writers = writers_for(lanes, ingest_window=10)
+    put(writers, answers, *range(100))
+    await eventually(lambda: len(answers.order) == 100)
+
+
+async def test_a_router_that_takes_nothing_in_slows_a_tenant_down_and_does_not_stop_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(write_lanes, "LONGEST_WINDOW_WAIT_S", 0.02)
+    lanes, answers = MemoryLanes(), Answers()
+    writers = writers_for(lanes, ingest_window=1)
+    writers.on_progress(0, "router-0", 0)
+    put(writers, answers, *range(5))
+    await eventually(lambda: len(answers.order) == 5)

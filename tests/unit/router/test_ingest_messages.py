@@ -252,7 +252,7 @@ def test_what_is_abandoned_leaves_no_trace_and_no_backlog() -> None:
     world.message(5, inbound(A))
     world.mail[0].abandoned()
     assert world.ingest.backlog == 0
-    assert world.state.partitions[0].pending == {}
+    assert not list(world.state.partitions[0].pending)
 
 
 def test_a_cancel_comes_after_the_messages_before_it() -> None:

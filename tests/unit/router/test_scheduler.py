@@ -377,7 +377,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def whoever_could_start_will_be_looked_at(self) -> None:
         if self.told and self.startable():
-            assert self.scheduler.startable
+            assert self.scheduler.startable == (len(self.running) < self.MAX_RUNNING)
 
     def teardown(self) -> None:
         """Nobody starves: with open gates and turns that end, everybody gets a turn in a bounded number of rounds."""

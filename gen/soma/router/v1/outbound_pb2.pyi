@@ -454,3 +454,35 @@ class PartitionLoad(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PartitionLoad: _TypeAlias = PartitionLoad  # noqa: Y015
+
+@_typing.final
+class LaneProgress(_message.Message):
+    """Core NATS, subject `soma._.progress.<lane>`, up to a hundred times a second while the lane moves and four times a second else: how far
+    a router has taken a lane into its mailboxes. Gateways hold back what would lie too far ahead.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    LANE_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    router: _builtins.str
+    """The router."""
+    lane: _builtins.int
+    """The lane."""
+    seq: _builtins.int
+    """Everything up to this place in the lane's stream that is this router's is in the mailbox."""
+    def __init__(
+        self,
+        *,
+        router: _builtins.str = ...,
+        lane: _builtins.int = ...,
+        seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "router", b"router", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LaneProgress: _TypeAlias = LaneProgress  # noqa: Y015
