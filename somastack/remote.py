@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 class _PageRequest(Protocol):
+    page_size: int
     page_token: str
 
 
@@ -107,9 +108,15 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def every(
     call: Callable[[Asked], Awaitable[Page]], request: Asked, items: Callable[[Page], Iterable[T]]
 ) -> AsyncIterator[T]:
-    """Everything in a list, page after page."""
+    """Everything in a list, page after page; pages that are too large for one call are asked for in smaller ones."""
     while True:
-        page = await call(request)
+        try:
+            page = await call(request)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or request.page_size <= 1:
+                raise
+            request.page_size = max(1, request.page_size // 8)
+            continue
         for item in items(page):
             yield item
         if not page.next_page_token:
