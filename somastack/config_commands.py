@@ -27,6 +27,7 @@ from somastack.terminal import (
     TenantOption,
     console,
 )
+from somastack.turn_view import policy_name
 
 PAGE_SIZE = 200
 AGENT_COLUMNS = ("agent", "state", "model", "arrivals", "at once", "revision", "changed")
@@ -166,7 +167,7 @@ def _agent_row(agent: Agent) -> list[str]:
         last(agent.name),
         _state(suspended=agent.spec.suspended, paused=agent.paused),
         agent.spec.model,
-        ArrivalPolicy.Name(policy).removeprefix("ARRIVAL_POLICY_").lower(),
+        policy_name(policy),
         str(agent.spec.max_running_turns or NOTHING),
         agent.revision,
         since(agent.update_time),

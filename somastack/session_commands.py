@@ -34,12 +34,12 @@ from somastack.tables import (
     since,
 )
 from somastack.terminal import HomeOption, LimitOption, Output, OutputOption, RequestIdOption, TenantOption, console
-from somastack.turn_view import outcome_name, text_of
+from somastack.turn_view import outcome_name, policy_name, text_of
 from somastack.watch import SessionView, followed, until
 
 PAGE_SIZE = 200
 SESSION_COLUMNS = ("session", "state", "queue", "age", "running turn", "turns", "undelivered", "changed")
-MESSAGE_COLUMNS = ("message", "queue", "age", "turn", "outcome", "said")
+MESSAGE_COLUMNS = ("message", "policy", "queue", "age", "turn", "outcome", "said")
 
 sessions = typer.Typer(
     name="sessions", help="Look at conversations; hold them, stop what they do.", no_args_is_help=True
@@ -271,6 +271,7 @@ def _message_row(message: SessionMessage) -> list[str]:
     waits = message.queue_position > 0
     return [
         message.message_id,
+        policy_name(message.policy) if message.policy else NOTHING,
         str(message.queue_position) if waits else NOTHING,
         lasting(message.queue_age_ms) if waits else since(message.accept_time),
         last(message.turn) or NOTHING,

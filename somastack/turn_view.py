@@ -9,7 +9,7 @@ from google.protobuf import json_format, struct_pb2
 from rich.console import Console
 from rich.text import Text
 from soma.common.v1.message_pb2 import Message, Part
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome, TextDelta, ToolCall, ToolResult
+from soma.common.v1.turn_pb2 import ArrivalPolicy, Delivery, LiveEvent, Outcome, TextDelta, ToolCall, ToolResult
 
 from soma_common.errors import from_proto
 
@@ -131,6 +131,11 @@ class TurnView:
 def outcome_name(outcome: Outcome.ValueType) -> str:
     """For example `final`."""
     return Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
+
+
+def policy_name(policy: ArrivalPolicy.ValueType) -> str:
+    """For example `enqueue`."""
+    return ArrivalPolicy.Name(policy).removeprefix("ARRIVAL_POLICY_").lower()
 
 
 def text_of(message: Message) -> str:
