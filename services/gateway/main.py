@@ -17,7 +17,7 @@ from services.gateway.adapters.watches_nats import NatsWatches
 from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.application.serve_streams import ServeStreams
-from services.gateway.application.stream_turn import SendMessage, StreamTurn
+from services.gateway.application.stream_turn import DecideMessage, SendMessage, StreamTurn
 from services.gateway.application.write_lanes import LaneWriters
 from services.gateway.domain.ingest_window import LaneProgress
 from services.gateway.domain.mailbox_bounds import MailboxBounds
@@ -31,6 +31,7 @@ from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
 from soma_common.layout import LaneLayout
 from soma_common.lifecycle import Lifecycle, run_service
+from soma_common.live import LiveHub
 from soma_common.nats.connection import connect_nats
 from soma_common.patience import patiently
 from soma_common.settings import StartRefused, load_settings
@@ -96,10 +97,14 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
         clock=clock.monotonic,
     )
     send = SendMessage(accept)
+    hub = LiveHub(nc, settings.partitions, tenant_watches=settings.tenant_watches, bound="gateway.tenant_watches")
+    watches = NatsWatches(hub)
     servicer = ChannelServicer(
         streams,
         send,
-        StreamTurn(send, NatsWatches(nc, settings.partitions), settings.tenant_watches),
+        DecideMessage(watches),
+        StreamTurn(send, watches),
+        hub,
         max_content_bytes=settings.max_content_bytes,
     )
     server = GrpcServer(

@@ -43,7 +43,8 @@ class GatewaySettings(ServiceSettings):
     tenant_streams: int = Field(default=1024, ge=1)
     """Most adapter streams of one tenant at this gateway; over it a new one is refused with QUEUE_FULL."""
     tenant_watches: int = Field(default=1024, ge=1)
-    """Most calls of StreamTurn of one tenant at this gateway; over it a new one is refused with QUEUE_FULL."""
+    """Most watches (StreamTurn, WatchTurn, WatchSession) of one tenant at this gateway; over it a new one is refused
+    with QUEUE_FULL."""
     publish_attempt_s: float = Field(default=1.0, gt=0)
     """How long one try to store a batch waits for its answer."""
     publish_deadline_s: float = Field(default=5.0, gt=0)

@@ -42,6 +42,7 @@ from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
 from soma_common.layout import LaneLayout, LaneMismatch
 from soma_common.lifecycle import Lifecycle, run_service
+from soma_common.live import LiveHub
 from soma_common.nats.connection import connect_nats
 from soma_common.nats.lanes import ensure_lanes
 from soma_common.patience import patiently
@@ -129,7 +130,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         max_tries=settings.delivery_tries,
         retry_s=settings.delivery_retry_s,
     )
-    live = LiveDesk(state, history, outbox, desk.adapter_of)
+    # Connections of their own: however many watchers read journals, no turn waits for them.
+    watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches")
+    live = LiveDesk(state, watched_history, outbox, desk.adapter_of)
     desk.on_arrival = live.catch_up
     runner = TurnRunner(
         state,
@@ -175,18 +178,19 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     inbox = NatsInbox(client, router, desk, live.query)
 
     control_lane = ControlLane(js, layout)
+    hub = LiveHub(client, layout.partitions, tenant_watches=settings.tenant_watches, bound="router.tenant_watches")
     server = GrpcServer(
         settings,
         Authorizer.from_settings(settings),
         services=[
             (
                 session_service_pb2_grpc.add_SessionServiceServicer_to_server,
-                SessionApi(history, control_lane),
+                SessionApi(history, control_lane, hub),
                 "soma.router.v1.SessionService",
             ),
             (
                 turn_service_pb2_grpc.add_TurnServiceServicer_to_server,
-                TurnApi(history, client, control_lane, layout),
+                TurnApi(history, control_lane, hub),
                 "soma.router.v1.TurnService",
             ),
         ],
@@ -200,7 +204,14 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         await background.cancel()
 
     async def close_stores() -> None:
-        for closing in (leases.close(), writer.close(), history.close(), control_channel.close(), tool_channel.close()):
+        for closing in (
+            leases.close(),
+            writer.close(),
+            history.close(),
+            watched_history.close(),
+            control_channel.close(),
+            tool_channel.close(),
+        ):
             await closing
 
     lifecycle.on_stop("stores", close_stores)

@@ -32,6 +32,9 @@ class RouterSettings(ServiceSettings):
     spoken of."""
     max_idle_sessions: int = Field(default=1024, ge=0)
     """Idle sessions kept in memory, so that their next message costs one transaction less."""
+    tenant_watches: int = Field(default=1024, ge=1)
+    """Most watches (WatchTurn, WatchSession) of one tenant at this router; over it a new one is refused with
+    QUEUE_FULL."""
     max_strikes: int = Field(default=5, ge=3)
     """How often a turn's brain or router may die before the turn is set aside as a dead letter. From the second death
     on it runs while no other such turn does."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
@@ -13,11 +10,12 @@ from typing import Any, Final
 import grpc
 import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.common.v1.message_pb2 import SessionKey
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent
+from soma.common.v1.message_pb2 import Message, SessionKey
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome
 from soma.gateway.v1.channel_service_pb2 import (
     ConnectRequest,
     ConnectResponse,
+    Decision,
     Receipt,
     SendMessageRequest,
     SendMessageResponse,
@@ -28,31 +26,45 @@ from soma.gateway.v1.channel_service_pb2 import (
 from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceServicer
 
 from services.gateway.adapters.metrics import observe_refusal
+from services.gateway.adapters.watch_grpc import Watches
 from services.gateway.application.adapter_stream import AdapterStream
-from services.gateway.application.ports import SlowWatcher
 from services.gateway.application.serve_streams import PROTOCOL, ServeStreams
-from services.gateway.application.stream_turn import SendMessage, StreamTurn
+from services.gateway.application.stream_turn import DecideMessage, SendMessage, StreamTurn
 from services.gateway.domain.admission import Submission
 from services.gateway.domain.refusal import Refused, protocol_order
 from soma_common import errors, ids
 from soma_common.failpoints import failpoint_async
+from soma_common.grpc.token_life import token_seconds_left
+from soma_common.live import LiveHub
+from soma_common.live_merge import Fate
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-LONGEST_STREAM_S: Final = 30 * 24 * 3600.0
-"""A stream ends with UNAUTHENTICATED by then even if its token is good for longer."""
+DECISION_S: Final = 9.0
+"""How long `wait_for_decision` waits for a caller who sets no deadline."""
+_ANSWER_IN: Final = 0.9
+"""Part of a caller's time after which it is answered, so that the answer arrives."""
 
 _log = structlog.get_logger(__name__)
 
 
-class ChannelServicer(ChannelServiceServicer):
+class ChannelServicer(Watches, ChannelServiceServicer):
     """The handlers. Identity, tenant and request rules are checked before they run, items of a stream inside them."""
 
     def __init__(
-        self, streams: ServeStreams, send: SendMessage, stream_turn: StreamTurn, *, max_content_bytes: int
+        self,
+        streams: ServeStreams,
+        send: SendMessage,
+        decide: DecideMessage,
+        stream_turn: StreamTurn,
+        hub: LiveHub,
+        *,
+        max_content_bytes: int,
     ) -> None:
+        super().__init__(hub)
         self._streams = streams
         self._send = send
+        self._decide = decide
         self._stream_turn = stream_turn
         self._max_content_bytes = max_content_bytes
 
@@ -69,7 +81,7 @@ class ChannelServicer(ChannelServiceServicer):
             raise _told(refused) from None
         loop = asyncio.get_running_loop()
         reader = loop.create_task(_read(stream, first, request_iterator))
-        expiry = loop.call_later(_token_seconds_left(context), lambda: stream.end(_expired()))
+        expiry = loop.call_later(token_seconds_left(context), lambda: stream.end(_expired()))
         try:
             yield ConnectResponse(welcome=self._welcome())
             while (frame := await stream.next_frame()) is not None:
@@ -94,16 +106,40 @@ class ChannelServicer(ChannelServiceServicer):
         except Refused as refused:
             raise _told(refused) from None
         session = ids.SessionName(submission.tenant, submission.agent, submission.channel, submission.session)
-        return SendMessageResponse(
-            message_id=message_id.hex(),
-            session_name=str(session),
-            turn_name=str(ids.TurnName(session, ids.turn_id(session.id, message_id))),
-        )
+        answer = SendMessageResponse(message_id=message_id.hex(), session_name=str(session))
+        if not request.wait_for_decision:
+            answer.turn_name = str(ids.TurnName(session, ids.turn_id(session.id, message_id)))
+            return answer
+        fate = await self._decided(submission, request.message, message_id, context)
+        answer.turn_name = str(ids.TurnName(session, fate.turn_id)) if fate.turn_id else ""
+        answer.ahead = fate.ahead
+        if fate.ended is not None:
+            answer.decision = Decision.DECISION_ENDED
+        else:
+            answer.decision = Decision.DECISION_TAKEN if fate.turn_id else Decision.DECISION_QUEUED
+        return answer
+
+    async def _decided(self, submission: Submission, message: Message, message_id: bytes, context: Context) -> Fate:
+        """What became of a stored message. Raises the error of one that its policy refused, and DeadlineExceeded."""
+        left_s: float | None = context.time_remaining()
+        try:
+            async with asyncio.timeout(_ANSWER_IN * left_s if left_s is not None else DECISION_S):
+                fate = await self._decide(submission, message)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                ErrorReason.ERROR_REASON_DEADLINE_EXCEEDED,
+                "the message is stored; what becomes of it is not known yet: ask again with the same idempotency key",
+                {"message_id": message_id.hex()},
+            ) from None
+        if fate.ended is not None and fate.ended.outcome == Outcome.OUTCOME_REJECTED:
+            raise errors.from_proto(fate.ended.error)
+        return fate
 
     async def StreamTurn(self, request: StreamTurnRequest, context: Context) -> AsyncIterator[StreamTurnResponse]:
         """Accepts one message and shows its turn."""
         try:
-            shown = self._stream_turn(_submission(request, deliver=request.deliver), request.message)
+            submission = _submission(request, deliver=request.deliver)
+            shown = self._stream_turn(submission, request.message, token_seconds_left(context))
             async with aclosing(shown) as events:
                 async for event in events:
                     match event:
@@ -115,8 +151,6 @@ class ChannelServicer(ChannelServiceServicer):
                             yield StreamTurnResponse(outcome=event)
         except Refused as refused:
             raise _told(refused) from None
-        except SlowWatcher as slow:
-            raise errors.ResourceExhausted(ErrorReason.ERROR_REASON_QUEUE_FULL, str(slow), retry_delay_s=0.0) from None
 
     def _welcome(self) -> Welcome:
         bounds = self._streams.bounds
@@ -149,18 +183,6 @@ async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncItera
 def _told(refused: Refused) -> errors.SomaError:
     observe_refusal(refused.error)
     return errors.from_proto(refused.error)
-
-
-def _token_seconds_left(context: Context) -> float:
-    """How long the caller's token is still good. The guard has verified the token, so its claims are read as they
-    are.
-    """
-    for key, value in context.invocation_metadata() or ():
-        if key == "authorization" and isinstance(value, str):
-            claims = value.split(".")[1]
-            expires: float = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["exp"]
-            return min(max(expires - time.time(), 0.0), LONGEST_STREAM_S)
-    return LONGEST_STREAM_S
 
 
 def _submission(request: SendMessageRequest | StreamTurnRequest, *, deliver: bool) -> Submission:

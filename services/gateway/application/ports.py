@@ -11,6 +11,8 @@ from soma.common.v1.turn_pb2 import LiveEvent
 from soma.router.v1.inbound_pb2 import Inbound
 from soma.router.v1.outbound_pb2 import AckBatch, Presence
 
+from soma_common.live_merge import Fate
+
 
 class BusSilent(Exception):
     """The bus gave no answer in time: what was sent may or may not have happened."""
@@ -71,18 +73,18 @@ class Watches(Protocol):
     """Looking at running turns."""
 
     def watch(
-        self, key: SessionKey, message_id: bytes, content_hash: bytes
+        self, key: SessionKey, message_id: bytes, content_hash: bytes, lifetime_s: float
     ) -> AbstractAsyncContextManager[AsyncIterator[LiveEvent]]:
         """The events of the turn that answers a message, gap-free, last the one that says how it ended.
 
         `content_hash` tells the message from another one that was sent under its key. The message need not be stored
-        yet. Entering returns once the turn's owner knows of the interest, or a moment later. Iterating raises
-        SlowWatcher when the reader is too slow.
+        yet. A message that goes over to another turn is followed there. Entering returns once the turn's owner knows
+        of the interest, or a moment later, and raises ResourceExhausted at the tenant's bound. Iterating raises
+        ResourceExhausted when the reader is too slow and Unauthenticated after `lifetime_s`.
         """
 
-
-class SlowWatcher(Exception):
-    """A watcher does not read what it asked for: it has to watch anew."""
+    async def fate(self, key: SessionKey, message_id: bytes, content_hash: bytes) -> Fate:
+        """Waits until it is known what becomes of a stored message."""
 
 
 class Sink(Protocol):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
-from typing import Final, TypeAlias
+from collections.abc import AsyncGenerator
+from typing import TypeAlias
 
 from soma.common.v1.message_pb2 import Error, Message
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
@@ -14,10 +12,9 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.ports import Watches
 from services.gateway.domain.admission import Submission, stored_content
-from services.gateway.domain.refusal import Refused, queue_full
+from services.gateway.domain.refusal import Refused
 from soma_common import ids
-
-WATCHES_RETRY_MS: Final = 1000
+from soma_common.live_merge import Fate, is_answer
 
 TurnShown: TypeAlias = AsyncGenerator[bytes | LiveEvent | Delivery, None]
 """The message id, what the turn does, and its outcome. Whoever does not read to the end closes it."""
@@ -40,51 +37,47 @@ class SendMessage:
         return await answer.future
 
 
-class StreamTurn:
-    """Accepts one message and shows its turn."""
+class DecideMessage:
+    """Tells what became of a stored message."""
 
-    def __init__(self, send: SendMessage, watches: Watches, tenant_watches: int) -> None:
-        """`tenant_watches`: most turns of one tenant that are shown at once: each may hold megabytes for a caller who
-        does not read.
-        """
+    def __init__(self, watches: Watches) -> None:
+        self._watches = watches
+
+    async def __call__(self, submission: Submission, message: Message) -> Fate:
+        """Waits until it is known; the caller bounds the time."""
+        return await self._watches.fate(submission.key, *_ids_of(submission, message))
+
+
+class StreamTurn:
+    """Accepts one message and shows the turn that answers it."""
+
+    def __init__(self, send: SendMessage, watches: Watches) -> None:
         self._send = send
         self._watches = watches
-        self._tenant_watches = tenant_watches
-        self._watched: Counter[str] = Counter()
 
-    async def __call__(self, submission: Submission, message: Message) -> TurnShown:
+    async def __call__(self, submission: Submission, message: Message, lifetime_s: float) -> TurnShown:
         """Yields the message id once the message is stored, then live events, then the outcome.
 
-        The watch begins before the message is sent, so that nothing of the turn is missed.
+        The watch begins before the message is sent, so that nothing of the turn is missed. The end of a turn that
+        gave the message up to another one is a live event like others.
 
         Raises:
             Refused: not stored, or not known whether it is; the reason says which.
-            SlowWatcher: events are not read fast enough.
+            SomaError: the tenant has too many watches, events are not read fast enough, or `lifetime_s` is over.
         """
-        message_id = ids.message_id(
-            submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
-        )
-        content_hash = ids.content_hash(stored_content(message))
-        with self._counted(submission.tenant):
-            async with self._watches.watch(submission.key, message_id, content_hash) as events:
-                yield await self._send(submission, message)
-                async for event in events:
-                    if event.WhichOneof("event") == "ended":
-                        yield event.ended
-                        return
-                    yield event
+        message_id, content_hash = _ids_of(submission, message)
+        async with self._watches.watch(submission.key, message_id, content_hash, lifetime_s) as events:
+            yield await self._send(submission, message)
+            async for event in events:
+                yield event.ended if is_answer(event, message_id) else event
 
-    @contextmanager
-    def _counted(self, tenant: str) -> Iterator[None]:
-        if self._watched[tenant] >= self._tenant_watches:
-            raise queue_full("gateway.tenant_watches", self._tenant_watches, WATCHES_RETRY_MS)
-        self._watched[tenant] += 1
-        try:
-            yield
-        finally:
-            self._watched[tenant] -= 1
-            if not self._watched[tenant]:
-                del self._watched[tenant]
+
+def _ids_of(submission: Submission, message: Message) -> tuple[bytes, bytes]:
+    """The message's id, and the hash of its content."""
+    message_id = ids.message_id(
+        submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
+    )
+    return message_id, ids.content_hash(stored_content(message))
 
 
 class _Answer:

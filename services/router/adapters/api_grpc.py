@@ -8,7 +8,6 @@ from typing import Final
 
 import grpc
 from google.protobuf.message import DecodeError
-from nats.aio.client import Client
 from soma.router.v1 import session_service_pb2 as sessions
 from soma.router.v1 import turn_service_pb2 as turns
 from soma.router.v1.session_service_pb2_grpc import SessionServiceServicer
@@ -26,23 +25,24 @@ from services.router.adapters.api_messages import (
 )
 from services.router.adapters.control_grpc import SessionControls, TurnControls
 from services.router.adapters.control_lane import ControlLane
-from services.router.adapters.watch_grpc import TurnWatches
+from services.router.adapters.watch_grpc import SessionWatches, TurnWatches
 from services.router.application.group import StoreLost
 from services.router.application.read_sessions import SessionReader
 from soma_common.ids import TurnName
-from soma_common.layout import LaneLayout
+from soma_common.live import LiveHub
 from soma_common.paging import Page
 
 _CANCEL_WAIT_S: Final = 5.0
 _CANCEL_POLL_S: Final = 0.05
 
 
-class SessionApi(SessionControls, SessionServiceServicer):
-    """Reads sessions and their messages; controlling them is next door."""
+class SessionApi(SessionControls, SessionWatches, SessionServiceServicer):
+    """Reads sessions and their messages; controlling and watching them is next door."""
 
-    def __init__(self, reader: SessionReader, lane: ControlLane) -> None:
+    def __init__(self, reader: SessionReader, lane: ControlLane, hub: LiveHub) -> None:
         self._reader = reader
         self._lane = lane
+        self._hub = hub
 
     async def GetSession(
         self, request: sessions.GetSessionRequest, context: grpc.aio.ServicerContext[object, object]
@@ -109,11 +109,10 @@ class SessionApi(SessionControls, SessionServiceServicer):
 class TurnApi(TurnControls, TurnWatches, TurnServiceServicer):
     """Reads turns; watching and stopping them is next door."""
 
-    def __init__(self, reader: SessionReader, client: Client, lane: ControlLane, layout: LaneLayout) -> None:
+    def __init__(self, reader: SessionReader, lane: ControlLane, hub: LiveHub) -> None:
         self._reader = reader
-        self._client = client
         self._lane = lane
-        self._layout = layout
+        self._hub = hub
 
     async def GetTurn(
         self, request: turns.GetTurnRequest, context: grpc.aio.ServicerContext[object, object]

@@ -1,52 +1,60 @@
-"""The watches of the API: where a turn stands, then what happens."""
+"""The watches of the API: names into ids, events with their positions out."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
-from nats.aio.client import Client
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.router.v1 import turn_service_pb2 as turns
+from soma.common.v1.turn_pb2 import WatchPosition
+from soma.router.v1.session_service_pb2 import WatchSessionRequest, WatchSessionResponse
+from soma.router.v1.turn_service_pb2 import WatchTurnRequest, WatchTurnResponse
 
-from services.router.application.group import StoreLost
-from services.router.application.read_sessions import SessionReader
-from soma_common.errors import InvalidRequest, NotFound, Unavailable
-from soma_common.ids import InvalidName, TurnName
-from soma_common.layout import LaneLayout
-from soma_common.live import LiveWatcher
+from soma_common.errors import InvalidRequest
+from soma_common.grpc.token_life import token_seconds_left
+from soma_common.ids import InvalidName, SessionName, TurnName
+from soma_common.live import LiveHub, Subject
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TurnWatches:
     """The watch of `TurnService`, for the class that serves the rest of it."""
 
-    _reader: SessionReader
-    _client: Client
-    _layout: LaneLayout
+    _hub: LiveHub
 
-    async def WatchTurn(
-        self, request: turns.WatchTurnRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncIterator[turns.WatchTurnResponse]:
-        """Streams what a turn does: first where it stands, then what happens, last its outcome."""
-        name = await self._existing(request.name)
-        watcher = LiveWatcher(self._client, name.session, partitions=self._layout.partitions, turn_id=name.turn_id)
-        async with watcher as events:
-            async for event in events:
-                yield turns.WatchTurnResponse(event=event)
-
-    async def _existing(self, turn: str) -> TurnName:
-        """The turn of a resource name. Raises InvalidRequest, NotFound or Unavailable."""
+    async def WatchTurn(self, request: WatchTurnRequest, context: Context) -> AsyncIterator[WatchTurnResponse]:
+        """Streams what a turn does: first all of it so far, then what happens, last its outcome."""
         try:
-            name = TurnName.parse(turn)
-            row = await self._reader.turn(name.session.tenant, name.turn_id)
+            name = TurnName.parse(request.name)
         except InvalidName as error:
             raise InvalidRequest(ErrorReason.ERROR_REASON_INVALID_REQUEST, str(error)) from error
-        except StoreLost as error:
-            text = "the database does not answer; retry"
-            raise Unavailable(ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, text, retry_delay_s=1.0) from error
-        if row is None or row.session_id != name.session.id:
-            raise NotFound(
-                ErrorReason.ERROR_REASON_TURN_NOT_FOUND,
-                f"there is no turn {name}; it exists once its message is stored",
-            )
-        return name
+        after = _resumed(request)
+        if after is not None and after.turn_id != name.turn_id:
+            raise InvalidRequest(ErrorReason.ERROR_REASON_INVALID_REQUEST, "resume_from is a position of another turn")
+        subject = Subject(name.session, turn_id=name.turn_id)
+        async with self._hub.watch(subject, after=after, lifetime_s=token_seconds_left(context)) as events:
+            async for event, position in events:
+                yield WatchTurnResponse(event=event, position=position)
+
+
+class SessionWatches:
+    """The watch of `SessionService`, for the class that serves the rest of it."""
+
+    _hub: LiveHub
+
+    async def WatchSession(self, request: WatchSessionRequest, context: Context) -> AsyncIterator[WatchSessionResponse]:
+        """Streams what the turns of a session do, until the caller leaves."""
+        try:
+            name = SessionName.parse(request.name)
+        except InvalidName as error:
+            raise InvalidRequest(ErrorReason.ERROR_REASON_INVALID_REQUEST, str(error)) from error
+        lifetime_s = token_seconds_left(context)
+        async with self._hub.watch(Subject(name), after=_resumed(request), lifetime_s=lifetime_s) as events:
+            async for event, position in events:
+                yield WatchSessionResponse(event=event, position=position)
+
+
+def _resumed(request: WatchTurnRequest | WatchSessionRequest) -> WatchPosition | None:
+    return request.resume_from if request.HasField("resume_from") else None

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from google.protobuf.message import DecodeError
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent, StepBody, TextDelta, TurnRestarted
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, TextDelta, TurnRestarted
 from soma.router.v1.outbound_pb2 import WatchQuery, WatchSnapshot
 
 from services.router.application.group import StoreLost
+from services.router.application.step_events import StepContent
+from services.router.application.watch_pages import (
+    PAGE_BYTES,
+    WatchPages,
+    is_meant,
+    origin_of,
+    queue_event,
+    running_state,
+)
 from soma_common import ids
 from soma_common.clock import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.router.application.ports import HistoryStore, Outbox
+    from services.router.application.ports import Outbox
     from services.router.application.state import RouterState
-    from services.router.domain.session import QueuedMessage, Session, Turn
+    from services.router.application.watch_pages import WatchStore
+    from services.router.domain.partition import Partition
+    from services.router.domain.session import Session, Turn
 
 INTEREST_S: Final = 10.0
 _MAX_INTERESTS: Final = 100_000
 _SNAPSHOT_BYTES: Final = 512 * 1024
-"""About how much of a turn goes in one answer: the bus takes 1 MiB, the journal of a turn may hold more."""
+"""About how much of a turn goes in one answer that is not paged: the bus takes 1 MiB."""
 
 
 class LiveDesk:
@@ -39,25 +49,36 @@ class LiveDesk:
     def __init__(
         self,
         state: RouterState,
-        history: HistoryStore,
+        store: WatchStore,
         outbox: Outbox,
         adapter_of: Callable[[Session], tuple[str, int] | None],
+        page_bytes: int = PAGE_BYTES,
     ) -> None:
         self._state = state
-        self._history = history
+        self._store = store
+        self._pages = WatchPages(state, store, page_bytes)
         self._outbox = outbox
         self._adapter_of = adapter_of
         self._interest: dict[bytes, float] = {}
+        self._queues: dict[bytes, tuple[Partition, tuple[bytes, ...]]] = {}
+        """Watched sessions, and the waiting messages that were told of last."""
 
     # ---- events of running turns
 
     def state(self, turn: Turn) -> None:
-        """The turn is in a state."""
-        self._show(turn, lambda: self._state_event(turn))
+        """The turn is in a state, or has got further messages."""
+        targets = self._targets(turn)
+        if targets[0] or targets[1]:
+            self._send(turn, running_state(turn), targets)
 
     def restarted(self, turn: Turn) -> None:
-        """A new dispatch goes on from the journal: text shown beyond it never happened."""
-        self._show(turn, lambda: _event(turn, restarted=TurnRestarted(from_step=turn.step_count + 1)))
+        """A new dispatch goes on from the journal: text shown beyond it never happened.
+
+        Told even where no interest is known: watchers of a partition that changed its owner register it with the new
+        one by asking, and this has them ask at once.
+        """
+        event = _event(turn, restarted=TurnRestarted(from_step=turn.step_count + 1))
+        self._send(turn, event, (True, self._targets(turn)[1]))
 
     def text(self, turn: Turn, offset: int, text: str) -> None:
         """Text of the running step."""
@@ -73,14 +94,22 @@ class LiveDesk:
         """A step was journaled: its calls or results, and the state it leads to."""
         targets = self._targets(turn)
         if targets[0] or targets[1]:
-            for event in _step_events(turn, turn.step_count, body):
+            content, origin = StepContent.of(body), origin_of(turn)
+            for event in content.events(origin, turn.dispatch, turn.step_count):
                 self._send(turn, event, targets)
-            self._send(turn, self._state_event(turn), targets)
+            state = running_state(turn)
+            state.step_size = content.size
+            self._send(turn, state, targets)
 
     def ended(self, turn: Turn, delivery: Delivery) -> None:
         """The turn has ended: watchers get the outcome here, the channel's adapter gets it as a delivery."""
-        if self._watched(turn.session.id):
-            self._outbox.for_watchers(turn.session.key.tenant, turn.session.id).CopyFrom(_event(turn, ended=delivery))
+        session = turn.session
+        watched = self._watched(session.id) or turn.dispatch > 1
+        self._pages.note_rest(turn, watched)
+        if watched:
+            event = _event(turn, ended=delivery)
+            event.turn_number = max(turn.number, 0)
+            self._outbox.for_watchers(session.key.tenant, session.id).CopyFrom(event)
 
     def catch_up(self, tenant: str, channel: str, streams: set[int]) -> None:
         """Shows adapter streams that are new where the running turns of their sessions stand."""
@@ -93,19 +122,8 @@ class LiveDesk:
                 for event in self._so_far(turn):
                     self._outbox.for_adapter(tenant, *adapter).CopyFrom(event)
 
-    def _state_event(self, turn: Turn) -> LiveEvent:
-        event = _event(turn)
-        event.state = turn.state.value  # type: ignore[assignment]
-        event.message_ids.extend(message.message_id for message in turn.inputs)
-        return event
-
     def _targets(self, turn: Turn) -> tuple[bool, tuple[str, int] | None]:
         return self._watched(turn.session.id), self._adapter_of(turn.session) if turn.deliver else None
-
-    def _show(self, turn: Turn, make: Callable[[], LiveEvent]) -> None:
-        targets = self._targets(turn)
-        if targets[0] or targets[1]:
-            self._send(turn, make(), targets)
 
     def _send(self, turn: Turn, event: LiveEvent, targets: tuple[bool, tuple[str, int] | None]) -> None:
         tenant = turn.session.key.tenant
@@ -119,20 +137,35 @@ class LiveDesk:
         return until is not None and until > monotonic()
 
     def forget_old(self) -> None:
-        """Drops interest that was not renewed."""
+        """Drops interest that was not renewed, and tells watchers of sessions which messages wait now."""
         now = monotonic()
         for session_id in [key for key, until in self._interest.items() if until <= now]:
             del self._interest[session_id]
+            self._queues.pop(session_id, None)
+        for session_id, (partition, told) in self._queues.items():
+            session = partition.sessions.get(session_id)
+            waiting = tuple(message.message_id for message in session.queue) if session is not None else ()
+            if waiting != told and session is not None and not partition.lost:
+                self._queues[session_id] = partition, waiting
+                self._outbox.for_watchers(session.key.tenant, session_id).CopyFrom(queue_event(session))
 
     # ---- questions of watchers
 
     async def query(self, tenant: str, partition: int, query: WatchQuery) -> WatchSnapshot | None:
-        """Registers interest and says where the session stands; None if the partition is not ours."""
+        """Registers interest and says what the watcher has not seen; None if it is not ours to say, or not now."""
         held = self._state.partitions.get(partition)
         if held is None or held.lost:
             return None
         if len(self._interest) < _MAX_INTERESTS:
             self._interest[query.session_id] = monotonic() + INTEREST_S
+        if query.session and self._queues.get(query.session_id, (None,))[0] is not held:
+            self._queues[query.session_id] = held, ()
+        if query.HasField("after"):
+            return await self._pages.page(tenant, held, query)
+        return await self._whole(tenant, held, query)
+
+    async def _whole(self, tenant: str, held: Partition, query: WatchQuery) -> WatchSnapshot | None:
+        """As much of the turn as fits one answer, for gateways of the release before."""
         session = held.sessions.get(query.session_id)
         if session is not None and session.key.tenant != tenant:
             return WatchSnapshot()
@@ -147,9 +180,9 @@ class LiveDesk:
             running = self._state.running.get(turn_id)
             if running is not None and running.session.key.tenant == tenant:  # its content was not in memory
                 return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(running)))
-            ended = await self._history.ended_turn(tenant, turn_id)
+            ended = await self._store.ended_turn(tenant, turn_id)
         except StoreLost:
-            return WatchSnapshot()
+            return None
         if ended is None:
             return WatchSnapshot()
         delivery, dispatch, steps = ended
@@ -163,27 +196,28 @@ class LiveDesk:
         if query.turn_id or not query.message_id:
             return query.turn_id
         if query.content_hash:
-            return await self._history.turn_answering(tenant, query.message_id, query.content_hash)
+            return await self._store.turn_answering(tenant, query.message_id, query.content_hash)
         return ids.turn_id(query.session_id, query.message_id)
 
     def _in_memory(self, session: Session, query: WatchQuery) -> WatchSnapshot | None:
         turn = session.turn
         anything = not query.message_id and not query.turn_id
         if turn is not None and (
-            anything or turn.id == query.turn_id or any(_is_meant(message, query) for message in turn.inputs)
+            anything or turn.id == query.turn_id or any(is_meant(message, query) for message in turn.inputs)
         ):
             return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(turn)))
         for ahead, message in enumerate(session.queue):
-            if _is_meant(message, query) or ids.turn_id(session.id, message.message_id) == query.turn_id:
+            if is_meant(message, query) or ids.turn_id(session.id, message.message_id) == query.turn_id:
                 return WatchSnapshot(known=True, queued=True, ahead=ahead + (turn is not None))
         return None
 
     def _so_far(self, turn: Turn) -> list[LiveEvent]:
-        events = [self._state_event(turn)]
+        origin = origin_of(turn)
+        events = [running_state(turn)]
         for number, body in enumerate(turn.journal, 1):
-            events.extend(_step_events(turn, number, body))
+            events.extend(StepContent.of(body).events(origin, turn.dispatch, number))
         if turn.text:
-            events.append(_event(turn, text=TextDelta(offset=0, text="".join(turn.text))))
+            events.extend(origin.texts(turn.dispatch, turn.step_count + 1, "".join(turn.text)))
         return events
 
 
@@ -197,17 +231,6 @@ def _newest_that_fit(events: list[LiveEvent]) -> list[LiveEvent]:
             break
         fitting.append(event)
     return [*events[:1], *reversed(fitting)]
-
-
-def _is_meant(message: QueuedMessage, query: WatchQuery) -> bool:
-    """Whether a query asks for this message. One whose content memory does not hold is not told from another under
-    the same key: the store knows.
-    """
-    if message.message_id != query.message_id:
-        return False
-    if not query.content_hash:
-        return True
-    return message.content is not None and ids.content_hash(message.content) == query.content_hash
 
 
 def _event(
@@ -236,28 +259,3 @@ def _fill_text(event: LiveEvent, turn: Turn, offset: int, text: str) -> None:
     event.dispatch, event.step = turn.dispatch, turn.step_count + 1
     delta = event.text
     delta.offset, delta.text = offset, text
-
-
-def _step_events(turn: Turn, number: int, body: bytes) -> list[LiveEvent]:
-    """The calls or results of a journaled step; nothing for a body that this release cannot read."""
-    step = StepBody()
-    try:
-        step.ParseFromString(body)
-    except DecodeError:
-        return []
-    events = []
-    for call in step.model_reply.tool_calls:
-        event = _event(turn)
-        event.step = number
-        event.tool_call.CopyFrom(call)
-        events.append(event)
-    for result in step.tool_results.results:
-        event = _event(turn)
-        event.step = number
-        event.tool_result.CopyFrom(result)
-        events.append(event)
-    if step.model_reply.text:
-        event = _event(turn, text=TextDelta(offset=0, text=step.model_reply.text))
-        event.step = number
-        events.insert(0, event)
-    return events

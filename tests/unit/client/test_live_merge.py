@@ -1,207 +1,242 @@
-"""However live events and snapshots overlap, get lost or repeat, every watcher shows the same content."""
+"""However live events and pages overlap, get lost or repeat, every watcher shows the same content."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-
-from hypothesis import given
-from hypothesis import strategies as st
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent, TextDelta, ToolCall, ToolResult, TurnRestarted, TurnState
-
-from soma_common.live_merge import TurnMerge
-
-TURN, MESSAGE = b"t" * 16, b"m" * 16
-Place = tuple[int, str, int]
-
-
-@dataclass
-class Script:
-    """A turn as its router tells it: batches of events in order, and a snapshot after each. Batches are lost whole."""
-
-    batches: list[list[LiveEvent]] = field(default_factory=list)
-    snapshots: list[list[LiveEvent]] = field(default_factory=list)
-    journal: list[LiveEvent] = field(default_factory=list)
-    dispatch: int = 1
-    step: int = 1
-    text: str = ""
-
-    def begin(self) -> None:
-        self._tell(self._state())
-
-    def say(self, text: str) -> None:
-        self._tell(self._event(text=TextDelta(offset=len(self.text), text=text)), said=text)
-
-    def call_tools(self, count: int) -> None:
-        """Two steps: the calls, then their results; each followed by the next state."""
-        calls = [self._event(tool_call=ToolCall(index=n, tool="t")) for n in range(count)]
-        whole = self._event(text=TextDelta(text=self.text)) if self.text else None
-        self._journaled([*([whole] if whole else []), *calls])
-        self._journaled([self._event(tool_result=ToolResult(index=n, tool="t")) for n in range(count)])
-
-    def crash(self) -> None:
-        """The brain dies: a new dispatch goes on from the journal."""
-        self.dispatch += 1
-        self.text = ""
-        for event in self.journal:
-            event.dispatch = self.dispatch
-        self._tell(self._event(restarted=TurnRestarted(from_step=self.step)), self._state())
-
-    def end(self) -> None:
-        self.journal, self.text = [], ""
-        event = self._event(ended=Delivery(turn_id=TURN, message_ids=[MESSAGE]))
-        self.batches.append([event])
-        self.snapshots.append([event])
-
-    @property
-    def events(self) -> list[LiveEvent]:
-        return [event for batch in self.batches for event in batch]
-
-    def _journaled(self, events: list[LiveEvent]) -> None:
-        self.step += 1
-        self.text = ""
-        self.journal += events
-        self._tell(*events, self._state())
-
-    def _state(self) -> LiveEvent:
-        return self._event(state=TurnState.TURN_STATE_THINKING, message_ids=[MESSAGE])
-
-    def _event(self, **content: object) -> LiveEvent:
-        return LiveEvent(turn_id=TURN, dispatch=self.dispatch, step=self.step, **content)  # type: ignore[arg-type]
-
-    def _tell(self, *events: LiveEvent, said: str = "") -> None:
-        self.text += said
-        self.batches.append([_copy(event) for event in events])
-        so_far = [self._state(), *self.journal]
-        if self.text:
-            so_far.append(self._event(text=TextDelta(text=self.text)))
-        self.snapshots.append([_copy(e) for e in so_far])
-
-
-def _copy(event: LiveEvent) -> LiveEvent:
-    copy = LiveEvent()
-    copy.CopyFrom(event)
-    return copy
-
-
-def screen(events: Iterable[LiveEvent], *, strict: bool = True) -> tuple[dict[int, str], set[Place], bool]:
-    """What a watcher shows: the text of each step, tools by place, and whether the turn has ended."""
-    texts: dict[int, str] = {}
-    tools: set[Place] = set()
-    ended = False
-    for event in events:
-        assert not ended
-        match event.WhichOneof("event"):
-            case "text":
-                before = texts.get(event.step, "")
-                assert not strict or event.text.offset == len(before), "text with a gap or a repetition"
-                texts[event.step] = before[: event.text.offset] + event.text.text
-            case "tool_call" | "tool_result" as kind:
-                index = event.tool_call.index if kind == "tool_call" else event.tool_result.index
-                assert (event.step, kind, index) not in tools, "a tool shown twice"
-                tools.add((event.step, kind, index))
-            case "restarted":
-                texts = {step: text for step, text in texts.items() if step < event.restarted.from_step}
-                tools = {place for place in tools if place[0] < event.restarted.from_step}
-            case "ended":
-                ended = True
-    return texts, tools, ended
-
-
-moves = st.lists(
-    st.one_of(
-        st.text(alphabet="abcdé🎈", min_size=1, max_size=4).map(lambda text: ("say", text)),
-        st.integers(1, 3).map(lambda count: ("call_tools", count)),
-        st.just(("crash", None)),
-    ),
-    max_size=12,
+from soma.common.v1.message_pb2 import Message, Part
+from soma.common.v1.turn_pb2 import (
+    Delivery,
+    LiveEvent,
+    Outcome,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    TurnRestarted,
+    TurnState,
+    WatchPosition,
 )
+from soma.router.v1.outbound_pb2 import WatchSnapshot
+
+from soma_common.live_merge import MAX_HELD, Watched, WatchMerge
+
+TURN, OTHER, MESSAGE = b"t" * 16, b"o" * 16, b"m" * 16
 
 
-def script_of(steps: list[tuple[str, object]]) -> Script:
-    script = Script()
-    script.begin()
-    for name, argument in steps:
-        getattr(script, name)(*([] if argument is None else [argument]))
-    script.end()
-    return script
+def event(step: int = 1, dispatch: int = 1, turn: bytes = TURN, number: int = 1, **content: object) -> LiveEvent:
+    return LiveEvent(turn_id=turn, turn_number=number, dispatch=dispatch, step=step, **content)  # type: ignore[arg-type]
 
 
-@given(moves, st.data())
-def test_lossy_live_events_and_snapshots_give_what_a_perfect_watcher_sees(
-    steps: list[tuple[str, object]], data: st.DataObject
-) -> None:
-    script = script_of(steps)
-    perfect = screen(script.events[:-1], strict=False)
-    merge = TurnMerge(message_id=MESSAGE)
-    shown: list[LiveEvent] = []
-    last = len(script.batches) - 1
-    joined = data.draw(st.integers(0, last), label="joined")
-    for at in range(joined, last):
-        fate = data.draw(st.sampled_from(["seen", "seen", "seen", "lost", "twice"]), label="fate")
-        for _ in range({"seen": 1, "lost": 0, "twice": 2}[fate]):
-            shown += merge.live(script.batches[at])
-        if merge.gap or at == joined or data.draw(st.booleans(), label="asked"):
-            behind = data.draw(st.integers(max(at - 1, joined), at), label="answer as of")
-            shown += merge.snapshot(script.snapshots[behind])
-    shown += merge.snapshot(script.snapshots[-2])
-    assert screen(shown) == perfect
-    shown += merge.live(script.batches[-1])
-    assert screen(shown)[2]
-    assert merge.live(script.events) == []
+def begun(turn: bytes = TURN, number: int = 1, dispatch: int = 1, step: int = 1) -> LiveEvent:
+    return event(step, dispatch, turn, number, state=TurnState.TURN_STATE_THINKING, message_ids=[MESSAGE])
+
+
+def text(offset: int, said: str, step: int = 1, dispatch: int = 1, turn: bytes = TURN) -> LiveEvent:
+    return event(step, dispatch, turn, text=TextDelta(offset=offset, text=said))
+
+
+def journaled(step: int, size: int, dispatch: int = 1) -> LiveEvent:
+    """The state behind a step, which says how large the step was."""
+    return event(step + 1, dispatch, state=TurnState.TURN_STATE_REFLECTING, step_size=size, message_ids=[MESSAGE])
+
+
+def final(said: str, step: int = 1, dispatch: int = 1, turn: bytes = TURN, number: int = 1) -> LiveEvent:
+    message = Message(parts=[Part(text=said)])
+    delivery = Delivery(turn_id=turn, outcome=Outcome.OUTCOME_FINAL, message_ids=[MESSAGE], message=message)
+    return event(step, dispatch, turn, number, ended=delivery)
+
+
+def ended(outcome: Outcome.ValueType, step: int = 1, size: int = 0, turn: bytes = TURN, number: int = 1) -> LiveEvent:
+    delivery = Delivery(turn_id=turn, outcome=outcome, message_ids=[MESSAGE])
+    return event(step, 1, turn, number, ended=delivery, step_size=size)
+
+
+def page(*events: LiveEvent, more: bool = False) -> WatchSnapshot:
+    return WatchSnapshot(known=True, events=events, more=more)
+
+
+def kinds(shown: list[Watched]) -> list[str]:
+    return [watched.event.WhichOneof("event") or "" for watched in shown]
+
+
+def said(shown: list[Watched]) -> str:
+    return "".join(watched.event.text.text for watched in shown)
+
+
+def of_turn() -> WatchMerge:
+    merge = WatchMerge(turn_id=TURN)
+    merge.page(page(begun()))
+    return merge
 
 
 def test_without_loss_nothing_is_asked_for() -> None:
-    script = script_of([("say", "a"), ("call_tools", 2), ("say", "b"), ("crash", None), ("say", "c")])
-    merge = TurnMerge(message_id=MESSAGE)
-    shown = merge.live(script.events)
+    merge = of_turn()
+    shown = merge.live(
+        [text(0, "a"), event(tool_call=ToolCall(tool="t"), next_offset=2), journaled(1, 2)]
+        + [event(2, tool_result=ToolResult(tool="t"), next_offset=1), journaled(2, 1), text(0, "b", 3), final("b", 3)]
+    )
     assert not merge.gap
-    assert screen(shown) == screen(script.events, strict=False)
-
-
-def test_other_turns_are_not_shown_and_do_not_ask() -> None:
-    merge = TurnMerge(message_id=MESSAGE)
-    other = LiveEvent(turn_id=b"o" * 16, dispatch=1, step=1, text=TextDelta(text="x"), message_ids=[b"x" * 16])
-    assert merge.live([other] * 3) == []
-    assert not merge.gap
-    merge.unknown()
-    assert merge.snapshot(script_of([]).snapshots[0])
-
-
-def test_a_zombies_older_dispatch_is_ignored() -> None:
-    merge = TurnMerge(turn_id=TURN)
-    merge.snapshot([LiveEvent(turn_id=TURN, dispatch=2, step=1, text=TextDelta(text="new"))])
-    assert merge.live([LiveEvent(turn_id=TURN, dispatch=1, step=1, text=TextDelta(offset=3, text="old"))]) == []
-
-
-def test_a_lost_restart_is_announced_by_the_watcher() -> None:
-    merge = TurnMerge(turn_id=TURN)
-    merge.snapshot([LiveEvent(turn_id=TURN, dispatch=1, step=2, text=TextDelta(text="wrong"))])
-    assert merge.live([LiveEvent(turn_id=TURN, dispatch=2, step=2, text=TextDelta(offset=1, text="ight"))]) == []
-    assert merge.gap
-    shown = merge.snapshot([LiveEvent(turn_id=TURN, dispatch=2, step=2, text=TextDelta(text="right"))])
-    assert [event.WhichOneof("event") for event in shown] == ["restarted", "text"]
-    assert shown[0].restarted.from_step == 2
-    assert screen(shown)[0] == {2: "right"}
-
-
-def test_a_turn_that_names_the_message_is_ours_only_once_a_snapshot_says_so() -> None:
-    """The key was used before for other content, whose turn still runs: what it does is not shown."""
-    merge = TurnMerge(message_id=MESSAGE, by_snapshot=True)
-    others = script_of([("say", "not ours")])
-    assert merge.live(others.events[:2]) == []
-    assert merge.named
-    assert merge.snapshot([]) == []
-    refusal = LiveEvent(turn_id=b"r" * 16, dispatch=1, step=1, ended=Delivery(turn_id=b"r" * 16, message_ids=[MESSAGE]))
-    assert merge.live([*others.events[2:], refusal]) == []
-    assert merge.snapshot([refusal]) == [refusal]
+    assert kinds(shown) == ["text", "tool_call", "state", "tool_result", "state", "text", "ended"]
     assert merge.ended
 
 
-def test_what_happens_while_a_snapshot_is_asked_for_is_shown_after_it() -> None:
-    script = script_of([("say", "a"), ("say", "b")])
-    merge = TurnMerge(message_id=MESSAGE, by_snapshot=True)
-    assert merge.live(script.events) == []
+def test_a_step_of_which_a_part_was_lost_is_asked_for() -> None:
+    merge = of_turn()
+    assert kinds(merge.live([event(tool_call=ToolCall(tool="t"), next_offset=1), journaled(1, 2)])) == ["tool_call"]
+    assert merge.gap
+    missing = event(tool_call=ToolCall(index=1, tool="u"), next_offset=2)
+    assert kinds(merge.page(page(missing, journaled(1, 2), begun(step=2)))) == ["tool_call", "state"]
+    assert not merge.gap
+
+
+def test_the_rest_of_an_answer_comes_with_its_end() -> None:
+    merge = of_turn()
+    shown = merge.live([text(0, "hel"), final("hello")])
+    assert (said(shown), kinds(shown)) == ("hello", ["text", "text", "ended"])
+
+
+def test_an_answer_that_repeats_interim_replies_shows_what_is_new() -> None:
+    merge = of_turn()
+    end = final("last", 2)
+    end.ended.message.parts.insert(0, Part(text="first"))
+    assert said(merge.live([text(0, "first"), journaled(1, 5), text(0, "la", 2), end])) == "firstlast"
+
+
+def test_a_zombies_older_dispatch_is_ignored() -> None:
+    merge = WatchMerge(turn_id=TURN)
+    merge.page(page(begun(dispatch=2), text(0, "new", dispatch=2)))
+    assert merge.live([text(3, "old", dispatch=1), final("old", dispatch=1)]) == []
+    assert not merge.gap
+
+
+def test_the_answer_of_an_owner_that_is_one_no_more_is_asked_again() -> None:
+    merge = of_turn()
+    merge.live([event(1, 2, restarted=TurnRestarted(from_step=1))])
+    assert merge.page(page(begun(), text(0, "old"))) == []
+    assert merge.gap
+
+
+def test_a_lost_restart_is_announced_by_the_watcher() -> None:
+    merge = of_turn()
+    merge.live([text(0, "wrong")])
+    assert merge.live([text(1, "ight", dispatch=2)]) == []
+    assert merge.gap
+    shown = merge.page(page(begun(dispatch=2), text(0, "right", dispatch=2)))
+    assert kinds(shown) == ["restarted", "state", "text"]
+    assert (shown[0].event.restarted.from_step, said(shown)) == (1, "right")
+
+
+def test_text_that_was_never_journaled_is_taken_back_before_the_end() -> None:
+    merge = of_turn()
+    merge.live([text(0, "half a th"), ended(Outcome.OUTCOME_CANCELLED)])
+    assert merge.gap
+    shown = merge.page(page(ended(Outcome.OUTCOME_CANCELLED)))
+    assert kinds(shown) == ["restarted", "ended"]
+
+
+def test_a_resumed_step_goes_on_where_it_was_left() -> None:
+    merge = WatchMerge(turn_id=TURN, after=WatchPosition(turn_id=TURN, dispatch=1, step=2, offset=3))
+    shown = merge.page(page(text(3, "lo", 2), journaled(2, 5), begun(step=3)))
+    assert kinds(shown) == ["text", "state"]
+
+
+def test_a_resumed_step_that_another_dispatch_did_is_taken_back_and_shown_whole() -> None:
+    merge = WatchMerge(turn_id=TURN, after=WatchPosition(turn_id=TURN, dispatch=1, step=2, offset=3))
+    shown = merge.page(page(text(0, "hello", 2, 2), journaled(2, 5, 2), begun(step=3, dispatch=2)))
+    assert kinds(shown) == ["restarted", "text", "state"]
+    assert said(shown) == "hello"
+
+
+def test_a_position_names_what_was_shown_and_no_more() -> None:
+    merge = of_turn()
+    positions = [watched.position for watched in merge.live([text(0, "ab"), journaled(1, 2), text(0, "c", 2)])]
+    assert [(p.step, p.offset) for p in positions] == [(1, 2), (2, 0), (2, 1)]
+
+
+def test_more_than_is_held_while_a_page_is_asked_for_is_asked_again() -> None:
+    merge = WatchMerge(turn_id=TURN)
+    merge.live([text(at, "x") for at in range(MAX_HELD + 5)])
+    shown = merge.page(page(begun()))
+    assert merge.gap
+    assert said(shown) == ""
+    assert len(said(merge.page(page(begun(), text(0, "x" * (MAX_HELD + 5)))))) == MAX_HELD + 5
+
+
+# ---- by message
+
+
+def test_other_turns_are_not_shown_and_do_not_ask() -> None:
+    merge = WatchMerge(message_id=MESSAGE)
+    merge.unknown()
+    other = event(turn=OTHER, text=TextDelta(text="x"), message_ids=[b"x" * 16])
+    assert merge.live([other] * 3) == []
+    assert not merge.gap
+    assert kinds(merge.live([begun(), text(0, "a")])) == ["state", "text"]
+
+
+def test_a_turn_that_names_the_message_is_ours_only_once_a_page_says_so() -> None:
+    """The key was used before for other content, whose turn still runs: what it does is not shown."""
+    merge = WatchMerge(message_id=MESSAGE, by_snapshot=True)
+    merge.unknown()
+    assert merge.live([begun(OTHER), text(0, "not ours", turn=OTHER)]) == []
+    assert merge.named
+    assert merge.gap
+    assert kinds(merge.page(page(ended(Outcome.OUTCOME_ERROR)))) == ["ended"]
+    assert merge.ended
+
+
+def test_what_happens_while_a_page_is_asked_for_is_shown_after_it() -> None:
+    merge = WatchMerge(message_id=MESSAGE, by_snapshot=True)
+    assert merge.live([begun(), text(0, "a"), text(1, "b")]) == []
     merge.unknown()  # an answer from before the event that named our message
-    shown = merge.snapshot(script.snapshots[0])
-    assert screen(shown) == screen(script.events, strict=False)
+    assert said(merge.page(page(begun(), text(0, "a")))) == "ab"
+
+
+def test_a_message_that_goes_over_to_another_turn_is_followed_there() -> None:
+    merge = WatchMerge(message_id=MESSAGE)
+    merge.page(page(begun()))
+    shown = merge.live([ended(Outcome.OUTCOME_ABSORBED), begun(OTHER, 2), text(0, "b", turn=OTHER)])
+    assert kinds(shown) == ["ended"]
+    assert not merge.ended
+    assert merge.about_message
+    shown = merge.page(page(ended(Outcome.OUTCOME_ABSORBED)))  # the store knows of no other turn yet, the bus does
+    assert kinds(shown) == ["state", "text"]
+    assert kinds(merge.live([final("b", turn=OTHER, number=2)])) == ["ended"]
+    assert merge.ended
+
+
+# ---- of a session
+
+
+def test_a_session_goes_from_turn_to_turn_without_asking() -> None:
+    merge = WatchMerge(session=True)
+    merge.page(WatchSnapshot(known=True, idle_at=WatchPosition(turn_id=b"l" * 16, step=2, ended=True), idle_number=4))
+    shown = merge.live([begun(TURN, 5), text(0, "a"), final("a", number=5), begun(OTHER, 6)])
+    assert kinds(shown) == ["state", "text", "ended", "state"]
+    assert not merge.gap
+    assert shown[2].position.ended
+
+
+def test_a_session_that_missed_a_turn_asks_for_it() -> None:
+    merge = WatchMerge(session=True)
+    merge.page(WatchSnapshot(known=True, idle_at=WatchPosition(ended=True), idle_number=0))
+    assert merge.live([begun(OTHER, 2)]) == []
+    assert merge.gap
+    shown = merge.page(page(text(0, "one"), final("one"), more=True))
+    assert merge.gap
+    assert merge.position.ended
+    shown += merge.page(page(begun(OTHER, 2)))
+    assert kinds(shown) == ["text", "ended", "state"]
+    assert not merge.gap
+
+
+def test_a_rejected_message_is_no_turn_of_the_session() -> None:
+    merge = WatchMerge(session=True)
+    merge.page(WatchSnapshot(known=True, idle_at=WatchPosition(ended=True), idle_number=0))
+    merge.live([begun()])
+    assert merge.live([ended(Outcome.OUTCOME_REJECTED, turn=OTHER, number=0), text(0, "a")])[0].event.text.text == "a"
+    assert not merge.gap
+
+
+def test_a_place_of_no_turn_is_said_to_be_unknown() -> None:
+    merge = WatchMerge(session=True, after=WatchPosition(turn_id=OTHER, step=1))
+    assert merge.page(WatchSnapshot(position_unknown=True)) == []
+    assert merge.position_unknown
