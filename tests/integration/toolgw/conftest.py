@@ -100,12 +100,13 @@ class Gateway:
         session: SessionKey = DEMO,
         timeout: float = 20.0,
         step: int = 2,
+        turn_id: str = TURN,
     ) -> InvokeToolResponse:
         """InvokeTool."""
         struct = Struct()
         struct.update(dict(arguments or {}))
         request = InvokeToolRequest(
-            session=session, tool=tool, arguments=struct, idempotency_key=key, turn_id=TURN, step=step
+            session=session, tool=tool, arguments=struct, idempotency_key=key, turn_id=turn_id, step=step
         )
         return await self.stub.InvokeTool(request, timeout=timeout)
 

@@ -8,16 +8,20 @@ import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import pytest
-from soma.toolgw.v1.tool_service_pb2 import InvocationState
+from soma.common.v1.message_pb2 import SessionKey
+from soma.toolgw.v1.tool_service_pb2 import InvocationState, Reversal, RevertTurnResponse
 
 from soma_common.errors import from_rpc_error, reason_name
 from soma_common.testing.eventually import eventually
+from soma_common.testing.tool_server import Give, RecordedToolCall, ToolServer, WitnessTool
 from tests.integration.toolgw.conftest import Gateway, Surroundings, failure_of, result_of, running_process
 
 KEYS = 60
+TURNS = 24
 KILLS = 4
 STORM_S = 6.0
 SETTLED = {"TOOL_CANCELLED": "cancelled", "TOOL_OUTCOME_UNKNOWN": "unknown"}
@@ -99,7 +103,8 @@ async def test_whatever_dies_every_call_has_one_end(surroundings: Surroundings, 
             return "done"
 
         async def cancel(work: Work) -> str:
-            return STATES[(await fleet.any().cancel(work.key, timeout=5.0)).state]
+            patience_ms = chance.choice([0, 50, 300])
+            return STATES[(await fleet.any().cancel(work.key, timeout=5.0, timeout_ms=patience_ms)).state]
 
         async def storm(work: Work) -> None:
             await asyncio.sleep(chance.uniform(0, STORM_S))
@@ -119,6 +124,107 @@ async def test_whatever_dies_every_call_has_one_end(surroundings: Surroundings, 
     check(works, {key: next(iter(ends)) for key, ends in seen.items()}, surroundings.http.calls, notes)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A turn whose calls are to be taken back."""
+
+    number: int
+    seed: int
+
+    @property
+    def turn_id(self) -> str:
+        """Its id."""
+        return f"{self.seed:016x}{self.number:016x}"
+
+    @property
+    def session(self) -> SessionKey:
+        """A session of its own."""
+        return SessionKey(tenant="demo", agent="helper", channel="chat", session=f"s-{self.number}")
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """Of its three calls."""
+        return f"{self.turn_id}/1/0", f"{self.turn_id}/2/0", f"{self.turn_id}/3/0"
+
+
+async def work(gateway: Gateway, turn: Turn) -> None:
+    """Two calls of an endpoint with a note between them."""
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("put", {}),
+        ("remember_note", {"note": turn.turn_id}),
+        ("pay", {}),
+    )
+    for step, (key, (tool, arguments)) in enumerate(zip(turn.keys, calls, strict=True), 1):
+        result_of(await gateway.invoke(tool, key, arguments, turn.session, step=step, turn_id=turn.turn_id))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_whatever_dies_a_turn_is_taken_back_once(surroundings: Surroundings, seed: int) -> None:
+    def slow(call: RecordedToolCall) -> Give:
+        return Give(None, delay_s=0.2 if call.tool.startswith("un") else 0.0)
+
+    takes = {"type": "object", "properties": {"arguments": {}, "result": {}}}
+    tools = (
+        WitnessTool("put", "idempotent", compensation="unput"),
+        WitnessTool("pay", "side_effectful", compensation="unpay"),
+        WitnessTool("unput", "idempotent", takes),
+        WitnessTool("unpay", "side_effectful", takes),
+    )
+    chance = random.Random(seed)
+    turns = [Turn(number, seed) for number in range(TURNS)]
+    answers: dict[str, list[RevertTurnResponse]] = {turn.turn_id: [] for turn in turns}
+    async with AsyncExitStack() as scope, ToolServer(tools, slow) as server:
+        server.write_tools_file(surroundings.folder / "tools.json")
+        fleet = Fleet(surroundings, scope, chance)
+        await asyncio.gather(fleet.start("toolgw-0"), fleet.start("toolgw-1"))
+        for turn in turns:
+            await work(fleet.any(), turn)
+
+        async def revert(turn: Turn) -> None:
+            await asyncio.sleep(chance.uniform(0, STORM_S))
+            while True:
+                try:
+                    answer = await fleet.any().revert(turn.session, turn.turn_id, timeout=5.0)
+                except grpc.aio.AioRpcError as error:
+                    if reason_name(from_rpc_error(error).reason) not in AGAIN:
+                        raise
+                    await asyncio.sleep(0.1)
+                else:
+                    answers[turn.turn_id].append(answer)
+                    return
+
+        async def kills() -> None:
+            for _ in range(KILLS):
+                await asyncio.sleep(STORM_S / (KILLS + 1))
+                await fleet.kill_one()
+
+        await asyncio.gather(kills(), *(revert(turn) for turn in turns for _ in range(3)))
+        notes = {
+            turn.turn_id: result_of(await fleet.any().invoke("recall_notes", f"{n}-recall", session=turn.session))[
+                "notes"
+            ]
+            for n, turn in enumerate(turns)
+        }
+    for turn in turns:
+        check_reverted(turn, answers[turn.turn_id], server, notes[turn.turn_id])
+    assert any(answer[0].reversal == Reversal.REVERSAL_REVERTED for answer in answers.values())
+
+
+def check_reverted(turn: Turn, answers: list[RevertTurnResponse], server: ToolServer, notes: list[str]) -> None:
+    """What must hold of one turn: everybody was told the same, and it is true."""
+    first, calls, (put, note, pay) = answers[0], server.calls_by_key(), turn.keys
+    assert all(answer == first for answer in answers), answers
+    assert calls[f"{pay}/compensation"] <= 1
+    if first.reversal == Reversal.REVERSAL_REVERTED:
+        assert calls[f"{pay}/compensation"] == 1
+        assert calls[f"{put}/compensation"] >= 1
+        assert notes == []
+    else:  # Its process died with the payment's compensation, whose end nobody knows.
+        assert list(first.kept) == [pay, note, put]
+        assert calls[f"{put}/compensation"] == 0
+        assert notes == [turn.turn_id]
+
+
 def check(works: list[Work], ends: dict[str, str], calls: dict[str, int], notes: list[str]) -> None:
     """What must hold of each call, by its end."""
     for work in works:
@@ -131,7 +237,6 @@ def check(works: list[Work], ends: dict[str, str], calls: dict[str, int], notes:
                 assert (called > 0) or end != "done", f"{work}: {end}, ran {called} times"
                 assert end != "cancelled" or called == 0, f"{work}: {end}, ran {called} times"
             case _:
-                assert end != "unknown"
                 assert notes.count(work.key) == (1 if end == "done" else 0), f"{work}: {end}, {notes}"
     assert {"done", "cancelled"} <= set(ends.values())  # Else the storm has shown nothing.
     assert any(called > 1 for called in calls.values()) or "unknown" in ends.values()
