@@ -48,9 +48,9 @@ proto-check: setup ## Fail when gen/ is not what proto/ generates
 model: setup ## Check the turn protocol's model over its interleavings (quick bounds)
 	$(GATES) model
 
-LEVELS := unit contract integration e2e chaos
+LEVELS := unit contract integration e2e chaos upgrade
 .PHONY: $(LEVELS)
-unit: ## One level of tests; also contract, integration, e2e, chaos (ARGS="-k name" goes to pytest)
+unit: ## One level of tests; also contract, integration, e2e, chaos, upgrade (ARGS="-k name" goes to pytest)
 $(LEVELS): setup
 	$(GATES) $@ -- $(ARGS)
 

@@ -7,7 +7,7 @@ import pytest
 pytest_plugins = ["soma_common.testing.embedded"]
 
 TESTS = Path(__file__).parent
-LEVELS = frozenset({"unit", "contract", "integration", "e2e", "chaos", "bench", "model"})
+LEVELS = frozenset({"unit", "contract", "integration", "e2e", "chaos", "upgrade", "bench", "model"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

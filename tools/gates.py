@@ -28,9 +28,9 @@ DEFAULT_LIMIT_S = 24 * 60
 STOP_GRACE_S = 15
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 
-# e2e and chaos measure recovery times of the running stack: instrumented code would be another, slower product.
+# The others measure times of the running stack: instrumented code would be another, slower product.
 MEASURED_LEVELS = ("unit", "contract", "integration")
-LEVELS = (*MEASURED_LEVELS, "e2e", "chaos")
+LEVELS = (*MEASURED_LEVELS, "e2e", "chaos", "upgrade")
 TYPED = ("soma_common", "services", "somastack", "examples", "tests", "tools")
 
 

@@ -112,7 +112,8 @@ class ToolServer:
                 "side_effect": tool.side_effect,
                 "timeout_ms": tool.timeout_ms,
                 "url": f"http://127.0.0.1:{self._port}/tools/{tool.name}",
-                "compensation": tool.compensation,
+                # What a tool does not need is not said: an older release refuses what it does not know.
+                **({"compensation": tool.compensation} if tool.compensation is not None else {}),
             }
             for tool in self.tools
         ]

@@ -229,6 +229,10 @@ class FaultyStack:
         async with asyncio.timeout(READY_TIMEOUT_S):
             await self._up[part].wait()
 
+    def next_life(self, part: str) -> dict[str, str]:
+        """The environment variables with which a service starts the next time; to be changed."""
+        return self._environment[part]
+
     async def arm(self, part: str, failpoints: str) -> None:
         """Start a service anew with failpoints armed; they hold for this one life."""
         self._environment[part][FAILPOINTS] = failpoints
