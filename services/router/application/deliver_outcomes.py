@@ -7,7 +7,7 @@ costs nothing but rows.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -37,6 +37,12 @@ GATEWAY_GRACE_S: Final = 3.0
 """The same when its whole gateway is silent: the instance has to find another, or to wait for that one's restart."""
 _PAGE: Final = 256
 _IN_MEMORY: Final = 20_000
+"""Most deliveries in memory, over all channels; the others wait in the table."""
+_OF_ONE_CHANNEL: Final = 4096
+_SHARES: Final = 64
+"""A channel that holds less than one in so many of them gets in although others have filled the memory: adapters that
+acknowledge nothing cost nobody else's theirs.
+"""
 """Most deliveries of all channels held in memory."""
 _RECENT_PROCESSED: Final = 100_000
 _CHOICES: Final = 100_000
@@ -116,6 +122,8 @@ class DeliveryDesk:
         """(gateway, tenant) -> how often it had lost the bus by then, and how often this router had."""
         self._lines: dict[bytes, _Line] = {}
         self._by_id: dict[bytes, _Pending] = {}
+        self._held: Counter[ChannelKey] = Counter()
+        """Deliveries in memory by channel."""
         self._backlogs: dict[tuple[int, ChannelKey], _Backlog] = {}
         self._paged: dict[tuple[int, ChannelKey], int] = {}
         """Position up to which a channel of a partition was read from the table."""
@@ -142,7 +150,7 @@ class DeliveryDesk:
         if backlog is not None:
             backlog.grown += 1
             return
-        if key not in self._streams or len(self._by_id) >= _IN_MEMORY:
+        if key not in self._streams or not self._has_room(key):
             self._backlogs[item.partition.id, key] = _Backlog(item.position - 1, 1)
             return
         self._append(_Pending(item.partition, item.position, item.answer, key, session.id))
@@ -166,7 +174,7 @@ class DeliveryDesk:
                 if line.items[0].stream is not None:
                     had.append(line.items[0].stream)
                 for pending in line.items:
-                    self._by_id.pop(pending.delivery.delivery_id, None)
+                    self._forget(pending)
                     self._take_back(pending)
         for stream in had:
             self._fill(stream)
@@ -186,9 +194,24 @@ class DeliveryDesk:
         if line is None:
             line = self._lines[pending.session_id] = _Line()
         line.items.append(pending)
+        self._held[pending.key] += pending.delivery.delivery_id not in self._by_id
         self._by_id[pending.delivery.delivery_id] = pending
         if len(line.items) == 1:
             self._send(line)
+
+    def _forget(self, pending: _Pending) -> None:
+        if self._by_id.pop(pending.delivery.delivery_id, None) is None:
+            return
+        self._held[pending.key] -= 1
+        if not self._held[pending.key]:
+            del self._held[pending.key]
+
+    def _has_room(self, key: ChannelKey, more: int = 1) -> bool:
+        """Whether so many more deliveries of a channel fit in memory."""
+        held = self._held[key]
+        if held + more <= _IN_MEMORY // _SHARES:
+            return True
+        return held + more <= _OF_ONE_CHANNEL and len(self._by_id) + more <= _IN_MEMORY
 
     def _send(self, line: _Line) -> None:
         """Hands the first delivery of a session over, if somebody can take it."""
@@ -252,7 +275,7 @@ class DeliveryDesk:
                 self._delay(pending, returned.delay_ms / 1000 or self._retry_s)
 
     def _settle(self, pending: _Pending, item: AckItem) -> None:
-        self._by_id.pop(pending.delivery.delivery_id, None)
+        self._forget(pending)
         stream = pending.stream
         self._take_back(pending)
         line = self._lines.get(pending.session_id)
@@ -437,7 +460,7 @@ class DeliveryDesk:
     def _page(self, partition: Partition, key: ChannelKey) -> None:
         """Brings the next deliveries of a channel into memory, if there is an adapter and room."""
         backlog = self._backlogs.get((partition.id, key))
-        if backlog is None or backlog.loading or key not in self._streams or len(self._by_id) >= _IN_MEMORY - _PAGE:
+        if backlog is None or backlog.loading or key not in self._streams or not self._has_room(key, _PAGE):
             return
         backlog.loading = True
         self._spawn(self._load(partition, key, backlog))

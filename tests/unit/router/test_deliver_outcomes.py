@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
-from soma.router.v1.outbound_pb2 import AckBatch, Presence, Return
+from soma.router.v1.outbound_pb2 import AckBatch, AdapterStream, Presence, Return
 
 from services.router.application import deliver_outcomes
 from services.router.application.deliver_outcomes import DeliveryDesk
@@ -15,7 +15,7 @@ from services.router.application.items import AckItem, EndItem
 from services.router.application.ports import StoredDelivery
 from services.router.application.state import RouterState
 from services.router.domain.partition import Partition
-from services.router.domain.session import QueuedMessage, Session
+from services.router.domain.session import QueuedMessage, Session, SessionKey
 from services.router.domain.turn import Outcome
 from soma_common import ids
 from soma_common.layout import LaneLayout
@@ -519,6 +519,33 @@ async def test_memory_is_bounded_while_an_adapter_acknowledges_nothing(
         await world.settle()
     assert len(world.desk._by_id) <= 20
     assert len(world.sent) == 3
+
+
+async def test_a_channel_whose_adapter_acknowledges_nothing_costs_no_other_channel_its_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
+    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 640)
+    monkeypatch.setattr(deliver_outcomes, "_OF_ONE_CHANNEL", 400)
+    world.adapter(window=3)
+    world.desk.on_presence(TENANT, Presence(gateway="g2", streams=[AdapterStream(stream=9, channel="c2", window=1)]))
+    for n in range(1000):
+        world.outcome(world.session(f"s{n}"))
+    assert len(world.desk._by_id) == 400, "a bound of its own"
+    stuck = [world.session(f"t{n}") for n in range(500)]
+    for session in stuck:
+        session.key = SessionKey(TENANT, "echo", "c2", session.key.session)
+        world.outcome(session)
+    assert len(world.desk._by_id) == 640, "and one of all"
+    world.desk.on_presence(TENANT, Presence(gateway="g3", streams=[AdapterStream(stream=5, channel="c3", window=99)]))
+    good = world.session("good")
+    good.key = SessionKey(TENANT, "echo", "c3", "good")
+    for _ in range(20):
+        delivery = world.outcome(good)
+        world.ack(delivery)
+    assert [stream for stream, _, _ in world.sent].count(5) == 20, "memory that others fill is no bound for it"
+    world.desk.drop(world.partitions[0])
+    assert not world.desk._held
 
 
 async def test_outcomes_that_come_while_the_backlog_is_read_keep_their_order(world: World) -> None:
