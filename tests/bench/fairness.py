@@ -85,12 +85,12 @@ async def measure(scene: Scene, say: Callable[[str], None]) -> dict[str, Any]:
             quiet = await _sample(stack, scene, 0.0)
             noisy = await _sample(stack, scene, TIMES_ITS_SHARE * share)
             rounds.append({"quiet": quiet, "noisy": noisy})
+            say(f"round {number + 1}: quiet {_told(quiet)}")
+            say(f"         noisy {_told(noisy)}")
             say(
-                f"round {number + 1}: quiet p50 {quiet['p50_ms']:.1f} p99 {quiet['p99_ms']:.1f} ms,"
-                f" noisy p50 {noisy['p50_ms']:.1f} p99 {noisy['p99_ms']:.1f} ms"
-                f" (flood: {noisy['flood']['offered_per_s']:.0f}/s offered,"
+                f"         flood: {noisy['flood']['offered_per_s']:.0f}/s offered,"
                 f" {noisy['flood']['accepted_per_s']:.0f} accepted, {noisy['flood']['answered_per_s']:.0f} answered,"
-                f" CPU {noisy['flood']['cpu']:.2f} of a core)"
+                f" CPU {noisy['flood']['cpu']:.2f} of a core"
             )
             await _until_quiet(stack)
         weights = await _weights(stack, scene, say)
@@ -110,6 +110,14 @@ async def measure(scene: Scene, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
+def _told(sample: dict[str, Any]) -> str:
+    return (
+        f"p50 {sample['p50_ms']:.1f} p99 {sample['p99_ms']:.1f} ms of {sample['turns']} turns,"
+        f" accept p50 {sample['accept_p50_ms']:.1f} p99 {sample['accept_p99_ms']:.1f} ms,"
+        f" {sample['groups_per_s']:.0f} groups/s of {sample['group_items']:.1f} items in {sample['group_ms']:.1f} ms"
+    )
+
+
 class _Loops:
     """Closed loops of one tenant: each session sends when it is answered."""
 
@@ -127,6 +135,7 @@ class _Loops:
         self.sessions = sessions
         self.sent_at: dict[str, float] = {}
         self.latencies: list[float] = []
+        self.accepts: list[float] = []
         self.errors = 0
         self.stopping = False
 
@@ -148,7 +157,9 @@ class _Loops:
         self.client.post(_message(session), lambda _, error: self._answered(session, error))
 
     def _answered(self, session: str, error: Error | None) -> None:
-        if error is not None:
+        if error is None:
+            self.accepts.append(monotonic() - self.sent_at.get(session, monotonic()))
+        else:
             self.errors += 1
             if not self.stopping:
                 asyncio.get_running_loop().call_later(0.2, self._send, session)
@@ -188,12 +199,15 @@ async def _sample(stack: FaultyStack, scene: Scene, flood_per_s: float) -> dict[
         async with _Loops(stack, VICTIM, scene.victim_sessions) as loops:
             await asyncio.sleep(1.0)
             loops.latencies.clear()
+            loops.accepts.clear()
+            groups = await _groups(stack)
             before = {name: processes.cpu_s(pid) for name, pid in pids.items()}
             own, began = process_time(), monotonic()
             while len(loops.latencies) < scene.victim_turns and monotonic() < began + 120:
                 await asyncio.sleep(0.05)
             seconds = monotonic() - began
-            taken = list(loops.latencies)
+            taken, accepts = list(loops.latencies), list(loops.accepts)
+            written = {name: count - groups[name] for name, count in (await _groups(stack)).items()}
             cpu = {name: (processes.cpu_s(pid) - before[name]) / seconds for name, pid in pids.items()}
             cpu["victim's client"] = (process_time() - own) / seconds
     finally:
@@ -203,9 +217,24 @@ async def _sample(stack: FaultyStack, scene: Scene, flood_per_s: float) -> dict[
         "turns_per_s": len(taken) / seconds,
         "p50_ms": percentile(taken, 50),
         "p99_ms": percentile(taken, 99),
+        "accept_p50_ms": percentile(accepts, 50),
+        "accept_p99_ms": percentile(accepts, 99),
+        "groups_per_s": written["count"] / seconds,
+        "group_ms": written["seconds"] / max(written["count"], 1) * 1000,
+        "group_items": written["items"] / max(written["count"], 1),
         "errors": loops.errors,
         "cpu": cpu,
         "flood": flooded,
+    }
+
+
+async def _groups(stack: FaultyStack) -> dict[str, float]:
+    """The router's group commits so far."""
+    metrics = await stack.metrics("router-0")
+    return {
+        "count": metrics["soma_router_group_seconds_count"],
+        "seconds": metrics["soma_router_group_seconds_sum"],
+        "items": metrics["soma_router_group_items_sum"],
     }
 
 
