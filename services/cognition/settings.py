@@ -23,7 +23,8 @@ class CognitionSettings(ServiceSettings):
     text_linger_ms: int = Field(default=20, ge=0, le=1000)
     """Shortest time between two pieces of live text of a turn, in milliseconds. The first piece goes at once."""
     max_reply_bytes: int = Field(default=256 * 1024, ge=1024)
-    """Longest reply of a model, its tool calls included; a longer one ends the turn with MODEL_REJECTED."""
+    """Longest reply of a model, its tool calls included, and longest answer of a turn, its interim replies included; a
+    longer one ends the turn with MODEL_REJECTED."""
     max_result_bytes: int = Field(default=256 * 1024, ge=1024)
     """Largest result of a tool; the model is told of a larger one that it was too large."""
     max_turn_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
