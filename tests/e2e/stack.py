@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import grpc
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import SessionKey
-from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome
+from soma.common.v1.turn_pb2 import ArrivalPolicy, Delivery, LiveEvent, Outcome
 from soma.controlplane.v1.agent_service_pb2 import AgentSpec, DeleteAgentRequest
 from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceStub
 from soma.gateway.v1.channel_service_pb2 import StreamTurnRequest
@@ -115,9 +115,11 @@ class Stack:
         async with self._open(self.layout.targets("router"), "router", self.token(tenant)) as channel:
             yield TurnServiceStub(channel)
 
-    async def add_agent(self, tenant: str, agent: str, model: str, tools: Sequence[str] = ()) -> None:
-        """Create an agent, or the tenant too, as an administrator does."""
-        spec = AgentSpec(instructions="Answer in one sentence.", model=model, tools=tools)
+    async def add_agent(
+        self, tenant: str, agent: str, model: str, tools: Sequence[str] = (), **more: int | ArrivalPolicy.ValueType
+    ) -> None:
+        """Create an agent, or the tenant too, as an administrator does; `more` are further fields of its spec."""
+        spec = AgentSpec(instructions="Answer in one sentence.", model=model, tools=tools, **more)  # type: ignore[arg-type]
         await provision(self.layout.targets("controlplane"), self.admin_token, tenant, agent, spec)
 
     async def agent_is_known(self, tenant: str, agent: str) -> None:
