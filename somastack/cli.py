@@ -20,6 +20,7 @@ from somastack.auth_material import AuthMaterial
 from somastack.chat import Chat, ask_once, converse, token_for
 from somastack.config_commands import agents, tenants
 from somastack.control import end_stack, needed_state, running_state
+from somastack.control import restart as restart_services
 from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate
 from somastack.doctor import Verdict, diagnose
 from somastack.home import AlreadyRunning, Home
@@ -83,6 +84,21 @@ def down(home: HomeOption = None) -> None:
         console.print(f"stopped {chosen.path} in {time.monotonic() - began:.1f} s")
     else:
         console.print(f"nothing is running in {chosen.path}")
+
+
+@app.command()
+def restart(
+    component: Annotated[
+        str | None, typer.Argument(help="For example router, router-0.", show_default="every service")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Restart services one after the other, each when the one before is ready again.
+
+    With several of a service (`up --replicas`) nobody outside notices. New code on the disk is then what runs.
+    """
+    chosen = Home.chosen(home)
+    asyncio.run(restart_services(chosen, component, lambda name, took_s: console.print(f"{name} in {took_s:.1f} s")))
 
 
 @app.command()

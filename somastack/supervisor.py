@@ -269,6 +269,8 @@ async def _all(events: Iterable[asyncio.Event]) -> None:
 
 
 def _end_described(exit_code: int) -> str:
+    if exit_code == 0:
+        return "it was asked to end"
     if exit_code >= 0:
         return f"it ended with exit code {exit_code}"
     return f"it was ended by {signal.Signals(-exit_code).name}"

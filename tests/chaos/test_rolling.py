@@ -115,16 +115,26 @@ async def test_a_model_call_under_way_is_repeated_once_and_announced(fleet: Faul
 @pytest.mark.timeout(300)
 async def test_every_replica_of_every_service_in_turn(fleet: FaultyStack) -> None:
     """Under load: nothing fails, nothing is lost, nothing comes twice, every shutdown is in order and in time."""
+    await _roll(fleet, ERRANDS, rounds=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+async def test_round_after_round(fleet: FaultyStack) -> None:
+    await _roll(fleet, Mix(echo=8, slow=4, clerk=4), rounds=10)
+
+
+async def _roll(fleet: FaultyStack, mix: Mix, rounds: int) -> None:
     shutdowns: dict[str, float] = {}
     await _spread(fleet, ROUTERS)
-    async with Load(fleet, ERRANDS) as load:
+    async with Load(fleet, mix) as load:
         await load.flows()
-        for instance in fleet.layout.instances():
-            asked_at, shutdowns[instance.name] = await fleet.terminate(instance.name)
+        for instance in fleet.layout.instances() * rounds:
+            asked_at, stop_s = await fleet.terminate(instance.name)
             await fleet.is_up(instance.name)
             await load.flows(each=1)
-            stop_s, silence_s = shutdowns[instance.name], load.silence(asked_at)
-            print(f"{instance.name}: stopped in {stop_s:.2f} s, longest silence {silence_s:.2f} s")
+            shutdowns[instance.name] = max(stop_s, shutdowns.get(instance.name, 0.0))
+            print(f"{instance.name}: stopped in {stop_s:.2f} s, longest silence {load.silence(asked_at):.2f} s")
         streams = [load.client(tenant).streams for tenant in load.tenants]
         counts = await load.finish()
     slowest = max(shutdowns, key=lambda name: shutdowns[name])

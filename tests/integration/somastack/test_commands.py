@@ -148,6 +148,30 @@ def test_a_service_that_cannot_start_tells_the_whole_reason(tmp_path: Path) -> N
     assert "Traceback" not in failed.stderr
 
 
+def test_restart_replaces_services_one_after_the_other(home: Path) -> None:
+    before = {part["name"]: part["pid"] for part in status(home)["components"]}
+    done = run("restart", "--home", home)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "controlplane-0",
+        "toolgw-0",
+        "cognition-0",
+        "router-0",
+        "gateway-0",
+    ]
+    shown = status(home)
+    assert shown["state"] == "ready"
+    for part in shown["components"]:
+        servers = part["name"] in ("nats", "postgres")
+        assert (part["pid"] == before[part["name"]]) == servers
+        assert part["restarts"] == (0 if servers else 1)
+    talk = run("chat", "--home", home, "--message", "what is 17*23?")
+    assert "391" in talk.stdout
+    nothing = run("restart", "nats", "--home", home)
+    assert nothing.returncode == 1
+    assert "no service nats runs" in nothing.stderr
+
+
 def test_logs_tell_one_story(home: Path) -> None:
     router = run("logs", "router", "--home", home)
     assert "service.ready" in router.stdout
