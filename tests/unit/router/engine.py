@@ -13,7 +13,7 @@ from typing import Any, cast
 from google.protobuf.message import Message as ProtoMessage
 from soma.cognition.v1.cognition_service_pb2 import Proposal, StartTurn
 from soma.common.v1.message_pb2 import Message, Part
-from soma.common.v1.turn_pb2 import Delivery, StepBody
+from soma.common.v1.turn_pb2 import Delivery, FinalMessage, StepBody
 from soma.controlplane.v1.agent_service_pb2 import Agent, AgentSpec
 from soma.controlplane.v1.tenant_service_pb2 import Tenant
 from soma.router.v1.inbound_pb2 import InBatch, Inbound
@@ -238,7 +238,7 @@ class Engine:
 
     def propose(
         self, start: StartTurn, kind: StepKind, step: int, *, answer: ProtoMessage | None = None,
-        brain: Brain | None = None, inputs_seen: int = 1,
+        brain: Brain | None = None, inputs_seen: int = 1, body: bytes = b"",
     ) -> None:  # fmt: skip
         """The brain proposes a step of a turn it was told to start."""
         proposal = Proposal(
@@ -246,7 +246,7 @@ class Engine:
             dispatch=start.dispatch,
             step=step,
             kind=cast(Any, int(kind)),
-            body=StepBody(format=1).SerializeToString(),
+            body=body or StepBody(format=1, final=FinalMessage()).SerializeToString(),
             inputs_seen=inputs_seen,
             answer=answer.SerializeToString() if answer is not None else b"",
         )

@@ -24,7 +24,7 @@ class World:
     """A router's state and what it has said."""
 
     def __init__(self) -> None:
-        self.state = RouterState(LaneLayout(8, 1), cast(Any, None), 100, 100, SESSION_BOUND)
+        self.state = RouterState(LaneLayout(8, 1), cast(Any, None), 100, 100, SESSION_BOUND, TENANT_BOUND)
         self.said: list[tuple[str, MailboxLoad]] = []
         self.in_time = True
         self.partitions = [a_partition(0), a_partition(1)]
@@ -79,6 +79,18 @@ async def test_a_session_at_its_bound_is_named_at_once_and_when_it_is_not_any_mo
     named = [[list(said.full_sessions) for said in load.partitions] for _, load in world.said]
     assert named == [[[], [session.id]], [[], []]]
     assert world.said[0][1].partitions[1].epoch == world.partitions[1].epoch
+
+
+async def test_a_tenant_that_comes_closer_to_its_bound_is_spoken_of_at_once() -> None:
+    world = World()
+    sessions = [a_session(world.partitions[0], f"s{n}") for n in range(100)]
+    for session in sessions[:49]:
+        world.waits(session)
+    assert not world.state.mailbox.crossed
+    world.waits(sessions[49])
+    await world.reports.report_crossed()
+    assert [waiting(load)[0] for _, load in world.said] == [50]
+    assert not world.state.mailbox.crossed
 
 
 async def test_a_router_whose_lease_is_overdue_says_nothing() -> None:
