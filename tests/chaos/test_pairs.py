@@ -12,6 +12,7 @@ from tests.chaos.witness import commit_witness, speech_witness, terms_that_came_
 HEARTBEATS_S = 0.5 * 4
 ERRANDS = Mix(echo=8, slow=4, clerk=4)
 OWNED = "soma_router_partitions_owned"
+_OWNERS = "SELECT array_agg((id, owner)::text ORDER BY id) FROM router.partitions"
 
 
 async def test_brain_killed(pairs: FaultyStack) -> None:
@@ -112,7 +113,8 @@ async def test_postgres_frozen_under_two_routers(pairs: FaultyStack) -> None:
     async with Load(pairs, ERRANDS) as load:
         await _both_own(pairs)
         await load.flows()
-        before = await _taken_over(pairs)
+        database = await pairs.database()
+        before, owners = await _taken_over(pairs), await database.fetchval(_OWNERS)
         pairs.freeze("postgres")
         await asyncio.sleep(5.0)
         woken_at = pairs.thaw("postgres")
@@ -120,6 +122,8 @@ async def test_postgres_frozen_under_two_routers(pairs: FaultyStack) -> None:
         recoveries.add(load, woken_at)
         await _both_own(pairs)
         assert await _taken_over(pairs) == before
+        assert await database.fetchval(_OWNERS) == owners
+        await database.close()
         await recoveries.hold(load)
     assert not pairs.deaths
 
