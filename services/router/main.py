@@ -112,7 +112,12 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     writer = PostgresGroupWriter(settings.postgres_dsn, router)
 
     state = RouterState(
-        layout, feed, settings.max_running_turns, settings.max_idle_sessions, settings.max_queued_per_session
+        layout,
+        feed,
+        settings.max_running_turns,
+        settings.max_idle_sessions,
+        settings.max_queued_per_session,
+        settings.max_queued_per_tenant,
     )
     brains = BrainPool()
     ownership: OwnPartitions

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 REPORT_S: Final = 0.5
 LOOK_S: Final = 0.05
-"""How soon a session that reaches its bound is spoken of."""
+"""How soon a session that reaches its bound is spoken of, or a tenant that comes closer to its own."""
 SMALL: Final = 100
 """A tenant with less than one in so many of its bound in this router is not worth a report."""
 LAST_WORDS: Final = 2
@@ -80,7 +80,7 @@ class ReportLoad:
                     del self._told[tenant]
 
     async def report_crossed(self) -> None:
-        """Speaks of tenants of which a session has reached or left its bound."""
+        """Speaks of tenants for which a bound has come closer."""
         if not self._may_speak():
             return
         crossed = list(self._state.mailbox.crossed)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_TENANT_RUNNING: Final = 4096
 DEFAULT_WEIGHT: Final = 100
 DEFAULT_SESSION_QUEUE: Final = 1000
+DEFAULT_TENANT_QUEUE: Final = 100_000
 QUEUED_CONTENT_BYTES: Final = 4 * 1024 * 1024
 """Most content of waiting messages kept in memory; beyond it content is read from the store when its turn comes."""
 
@@ -37,13 +38,14 @@ class RouterState:
         max_running: int,
         max_idle: int,
         max_queued_per_session: int = DEFAULT_SESSION_QUEUE,
+        max_queued_per_tenant: int = DEFAULT_TENANT_QUEUE,
     ) -> None:
         self.layout = layout
         self.directory = directory
         self.partitions: dict[int, Partition] = {}
         self.running: dict[bytes, Turn] = {}
         self.scheduler = Scheduler(max_running, self._limits, self._agent_limit)
-        self.mailbox = Mailbox(max_queued_per_session)
+        self.mailbox = Mailbox(max_queued_per_session, max_queued_per_tenant)
         self._idle: OrderedDict[bytes, Session] = OrderedDict()
         self._max_idle = max_idle
         self._queued_bytes = 0

@@ -14,6 +14,9 @@ from services.router.domain.session import Session
 FULL_SESSIONS: Final = 4096
 """Most sessions of a tenant that are named as being at their bound: beyond it the tenant's own bound has to do."""
 
+STEPS: Final = 20
+"""A tenant comes closer to its bound in so many steps, each worth a word at once."""
+
 
 @dataclass(slots=True)
 class TenantMail:
@@ -29,12 +32,15 @@ class TenantMail:
 class Mailbox:
     """The waiting messages of this router, counted."""
 
-    def __init__(self, session_bound: int) -> None:
+    def __init__(self, session_bound: int, tenant_bound: int) -> None:
         self.session_bound = session_bound
+        self._tenant_step = max(tenant_bound // STEPS, 1)
         self.waiting = 0
         self._tenants: dict[str, TenantMail] = {}
         self.crossed: set[str] = set()
-        """Tenants of which a session has reached its bound, or left it, since somebody last looked."""
+        """Tenants that have come a step closer to their bound, or of which a session has reached its own or left it,
+        since somebody last looked.
+        """
 
     def added(self, session: Session) -> None:
         """A message was put into the session's queue."""
@@ -46,6 +52,8 @@ class Mailbox:
         self.waiting += 1
         mail.waiting += 1
         mail.partitions[number] = mail.partitions.get(number, 0) + 1
+        if mail.waiting % self._tenant_step == 0:
+            self.crossed.add(tenant)
         if len(session.queue) >= self.session_bound and session.id not in mail.full and len(mail.full) < FULL_SESSIONS:
             mail.full[session.id] = number
             self.crossed.add(tenant)
