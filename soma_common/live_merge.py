@@ -107,7 +107,7 @@ class WatchMerge:
         """Whether something is missing, so that only a page lets it go on."""
         self.named = False
         """Whether a live event named our message in a turn not known to be ours, so that a page is to tell."""
-        self.ended = False
+        self.ended = bool(turn_id) and self._turn_ended
         """Whether the event that ends the watch was given out."""
         self.position_unknown = False
         """Whether the place to go on from is of no turn that is known."""

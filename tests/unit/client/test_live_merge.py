@@ -145,6 +145,10 @@ def test_a_resumed_step_that_another_dispatch_did_is_taken_back_and_shown_whole(
     assert said(shown) == "hello"
 
 
+def test_nothing_follows_the_end_of_a_turn() -> None:
+    assert WatchMerge(turn_id=TURN, after=WatchPosition(turn_id=TURN, dispatch=1, step=2, ended=True)).ended
+
+
 def test_a_position_names_what_was_shown_and_no_more() -> None:
     merge = of_turn()
     positions = [watched.position for watched in merge.live([text(0, "ab"), journaled(1, 2), text(0, "c", 2)])]
