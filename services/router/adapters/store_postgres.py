@@ -22,8 +22,10 @@ _T = TypeVar("_T")
 FENCED: Final = "SM001"
 CONFLICT: Final = "SM002"
 
-_TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
-"""Connection, rollback, resources, lock or shutdown: nothing is wrong with the group itself."""
+_TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58", "XX"})
+"""Connection, rollback, resources, lock, shutdown or the server's own trouble (a quota that is used up is `XX000`):
+nothing is wrong with the group itself.
+"""
 
 _PARAMETERS: Final = 94
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
