@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from soma.common.v1.message_pb2 import SessionKey
 from soma.toolgw.v1.tool_service_pb2 import InvocationState, InvokeToolResponse
+from structlog.testing import capture_logs
 
 from soma_common.failpoints import arm_failpoints
 from soma_common.testing.eventually import eventually
@@ -142,10 +143,11 @@ async def test_a_note_and_its_result_are_one(gateway: Gateway, surroundings: Sur
     """A result that cannot be stored leaves no note: the insert of the note fails, the whole transaction with it."""
     connection = await asyncpg.connect(surroundings.database.superuser_dsn)
     await connection.execute("ALTER TABLE toolgw.notes ADD CONSTRAINT no_notes CHECK (note <> 'bad')")
-    call = asyncio.create_task(gateway.invoke("remember_note", "k1", {"note": "bad"}))
-    await eventually(
-        lambda: connection.fetchval("SELECT true FROM toolgw.invocations WHERE state = 'running' AND runner IS NULL")
-    )
+    with capture_logs() as logs:  # Not written: to draw the traceback takes long on a busy machine.
+        call = asyncio.create_task(gateway.invoke("remember_note", "k1", {"note": "bad"}))
+        left = "SELECT true FROM toolgw.invocations WHERE state = 'running' AND runner IS NULL"
+        await eventually(lambda: connection.fetchval(left))
+    assert "toolgw.run.broken" in {line["event"] for line in logs}
     assert await connection.fetchval("SELECT count(*) FROM toolgw.notes") == 0
     await connection.execute("ALTER TABLE toolgw.notes DROP CONSTRAINT no_notes")
     await connection.close()
