@@ -9,14 +9,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeAlias
+from hashlib import blake2b
+from typing import Any, Final, Literal, TypeAlias
 
 import asyncpg
 import orjson
 from soma.common.v1.message_pb2 import Error
 
 from services.toolgw.application.hold_lease import LEASE_S
-from services.toolgw.application.ports import Finish, Note
+from services.toolgw.application.ports import Finish, Look, Note
 from services.toolgw.domain.invocation import Call, Invocation, Runner, State, is_compensation
 from services.toolgw.domain.outcome import Failure, Outcome
 from services.toolgw.domain.reversal import PastCall, Reversal, StoppedTurn, Undoing
@@ -52,13 +53,20 @@ class PostgresToolStore:
     async def claim(self, call: Call, tool: ToolDefinition, claim: str, dead: Invocation | None) -> Invocation:
         """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards."""
         compensation = tool.compensation if tool.compensation and not call.compensates else None
-        async with self._transaction(call.tenant) as connection:
+        may_change = tool.effect is not Effect.NONE and not call.compensates
+        lock = _turn_lock(call.session_id, call.turn_id) if may_change and call.turn_id else None
+        async with self._transaction(call.tenant, lock, "shared") as connection:
             if dead is None:
                 await connection.execute(
                     "INSERT INTO toolgw.invocations"
                     " (tenant, key, session_id, tool, digest, effect, state, claim, runner, attempt, turn_id, step,"
-                    " compensation, arguments)"
-                    " VALUES ($1, $2, $3, $4, $5, $6, 'running', $7, $8, 1, $9, $10, $11, $12) ON CONFLICT DO NOTHING",
+                    " compensation, arguments, end_time)"
+                    " SELECT $1, $2, $3, $4, $5, $6, CASE WHEN late THEN 'cancelled' ELSE 'running' END,"
+                    " CASE WHEN NOT late THEN $7::uuid END, $8, 1, $9, $10, $11, $12,"
+                    " CASE WHEN late THEN clock_timestamp() END"
+                    " FROM (SELECT $13 AND EXISTS (SELECT FROM toolgw.reversals"
+                    " WHERE tenant = $1 AND session_id = $3 AND turn_id = $9) AS late) AS turn"
+                    " ON CONFLICT DO NOTHING",
                     call.tenant,
                     call.key,
                     call.session_id,
@@ -71,6 +79,7 @@ class PostgresToolStore:
                     call.step,
                     compensation,
                     orjson.dumps(call.arguments) if compensation is not None else None,
+                    lock is not None,
                 )
             else:
                 await connection.execute(
@@ -195,23 +204,19 @@ class PostgresToolStore:
     async def calls_of(self, turn: StoppedTurn) -> Sequence[PastCall]:
         """The calls of a turn that may have changed something, the last first; no compensations."""
         async with self._transaction(turn.tenant) as connection:
-            rows = await connection.fetch(
-                "SELECT * FROM toolgw.invocations"
-                " WHERE tenant = $1 AND turn_id = $2 AND turn_id <> '' AND session_id = $3 AND effect <> 'none'"
-                " ORDER BY step DESC, create_time DESC, key DESC",
-                turn.tenant,
-                turn.turn_id,
-                turn.session_id,
-            )
-        return [_past_call(row) for row in rows if not is_compensation(row["key"])]
+            return await _calls_of(connection, turn)
 
-    async def begin_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
-        """Decide, unless somebody has; return what is decided."""
-        async with self._transaction(turn.tenant) as connection:
+    async def begin_reversal(self, turn: StoppedTurn, look: Look) -> Undoing:
+        """Decide by a look at the calls of a turn, unless somebody has; return what is decided. No call of the turn
+        that may change something begins between the look and the decision, or later."""
+        async with self._transaction(turn.tenant, _turn_lock(turn.session_id, turn.turn_id), "") as connection:
+            decided = await _reversal(connection, turn)
+            if decided is not None:
+                return decided
+            undoing = look(await _calls_of(connection, turn))
             await connection.execute(
                 "INSERT INTO toolgw.reversals (tenant, session_id, turn_id, state, effects, kept, end_time)"
-                " VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $4 <> 'undoing' THEN clock_timestamp() END)"
-                " ON CONFLICT DO NOTHING",
+                " VALUES ($1, $2, $3, $4, $5, $6, CASE WHEN $4 <> 'undoing' THEN clock_timestamp() END)",
                 turn.tenant,
                 turn.session_id,
                 turn.turn_id,
@@ -219,7 +224,7 @@ class PostgresToolStore:
                 undoing.effects,
                 undoing.kept,
             )
-            return await _reversal(connection, turn) or undoing
+        return undoing
 
     async def end_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
         """Store how the compensations ended, unless somebody has; return what is stored."""
@@ -287,10 +292,16 @@ class PostgresToolStore:
             )
 
     @asynccontextmanager
-    async def _transaction(self, tenants: str) -> AsyncIterator[PooledConnection]:
-        """A transaction that row-level security lets see `tenants` only."""
+    async def _transaction(
+        self, tenants: str, lock: int | None = None, mode: Literal["", "shared"] = ""
+    ) -> AsyncIterator[PooledConnection]:
+        """A transaction that row-level security lets see `tenants` only; it holds an advisory lock, if one is given."""
         async with store_errors(), self._pool.acquire() as connection, connection.transaction():
-            await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
+            if lock is None:
+                await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
+            else:
+                function = "pg_advisory_xact_lock_shared" if mode else "pg_advisory_xact_lock"
+                await connection.execute(f"SELECT set_config('soma.tenants', $1, true), {function}($2)", tenants, lock)
             yield connection
 
 
@@ -322,6 +333,24 @@ def _past_call(row: asyncpg.Record) -> PastCall:
         compensation=row["compensation"] or "",
         arguments=None if row["arguments"] is None else orjson.loads(row["arguments"]),
     )
+
+
+def _turn_lock(session_id: bytes, turn_id: str) -> int:
+    """The lock that the claims of a turn share, and that the look at its calls has alone."""
+    digest = blake2b(session_id + turn_id.encode(), digest_size=8, person=b"soma-turn-lock").digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+async def _calls_of(connection: PooledConnection, turn: StoppedTurn) -> Sequence[PastCall]:
+    rows = await connection.fetch(
+        "SELECT * FROM toolgw.invocations"
+        " WHERE tenant = $1 AND turn_id = $2 AND turn_id <> '' AND session_id = $3 AND effect <> 'none'"
+        " ORDER BY step DESC, create_time DESC, key DESC",
+        turn.tenant,
+        turn.turn_id,
+        turn.session_id,
+    )
+    return [_past_call(row) for row in rows if not is_compensation(row["key"])]
 
 
 async def _reversal(connection: PooledConnection, turn: StoppedTurn) -> Undoing | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from services.toolgw.domain.invocation import Call, Invocation, State
 from services.toolgw.domain.outcome import Outcome
@@ -101,6 +101,10 @@ class InvocationStore(Protocol):
         ...
 
 
+Look: TypeAlias = Callable[[Sequence[PastCall]], Undoing]
+"""What is to be done about the calls of a turn."""
+
+
 class ReversalStore(Protocol):
     """What was decided about the calls of stopped turns, durable. Every method raises Unavailable as above."""
 
@@ -112,8 +116,9 @@ class ReversalStore(Protocol):
         """The calls of a turn that may have changed something, the last first; no compensations."""
         ...
 
-    async def begin_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:
-        """Decide, unless somebody has; return what is decided."""
+    async def begin_reversal(self, turn: StoppedTurn, look: Look) -> Undoing:
+        """Decide by a look at the calls of a turn, unless somebody has; return what is decided. No call of the turn
+        that may change something begins between the look and the decision, or later: it counts as cancelled."""
         ...
 
     async def end_reversal(self, turn: StoppedTurn, undoing: Undoing) -> Undoing:

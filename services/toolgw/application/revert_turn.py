@@ -3,6 +3,8 @@ retry, here or at another instance, goes on where the work was left and gets the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import structlog
 
 from services.toolgw.application.cancel_invocation import CancelInvocation
@@ -50,12 +52,11 @@ class RevertTurn:
         found = await self._reversals.find_reversal(turn)
         if found is not None and found.state is not Reversal.UNDOING:
             return found
-        calls = await self._reversals.calls_of(turn)
         if found is None:
-            look = first_look(calls, lambda name: self._catalog.compensation(turn.tenant, name) is not None)
-            found = await self._reversals.begin_reversal(turn, look)
+            found = await self._reversals.begin_reversal(turn, lambda calls: self._look(turn, calls))
         if found.state is Reversal.UNDOING:
             await failpoint_async("toolgw.after_first_look_before_compensation")
+            calls = await self._reversals.calls_of(turn)
             kept = await self._undo(turn, found, {call.key: call for call in calls})
             await failpoint_async("toolgw.after_compensations_before_record")
             found = await self._reversals.end_reversal(turn, found.ended(kept))
@@ -64,6 +65,9 @@ class RevertTurn:
         )
         _REVERSALS.labels(found.state.name).inc()
         return found
+
+    def _look(self, turn: StoppedTurn, calls: Sequence[PastCall]) -> Undoing:
+        return first_look(calls, lambda name: self._catalog.compensation(turn.tenant, name) is not None)
 
     async def _undo(self, turn: StoppedTurn, undoing: Undoing, calls: dict[str, PastCall]) -> tuple[str, ...]:
         """The calls whose effect stays: the first one whose compensation fails, and all before it."""

@@ -257,13 +257,42 @@ async def test_a_caller_that_leaves_and_comes_back(surroundings: Surroundings) -
         assert set(server.calls_by_key().values()) == {1}
 
 
-async def test_a_call_that_comes_after_the_first_look_changes_nothing(surroundings: Surroundings) -> None:
+async def test_after_the_first_look_no_call_of_the_turn_begins(surroundings: Surroundings) -> None:
+    """A brain that was held dead wakes and goes on with a turn that was taken back."""
     async with witness(surroundings) as server, running_gateway(surroundings) as gateway:
         await work(gateway)
         assert await gateway.revert() == REVERTED
-        result_of(await gateway.invoke("pay", "t/9", step=9))
+        for _ in range(2):
+            for tool, key in (("pay", "t/9"), ("put", "t/10"), ("remember_note", "t/11")):
+                async with refused("TOOL_CANCELLED"):
+                    await gateway.invoke(tool, key, {"note": "late"} if tool == "remember_note" else {})
+        result_of(await gateway.invoke("look", "t/12"))
+        result_of(await gateway.invoke("put", "u/1", turn_id="f" * 32))
+        result_of(await gateway.invoke("put", "u/2", session=OTHER))
+        assert (await gateway.cancel("t/9")).state == InvocationState.INVOCATION_STATE_CANCELLED
         assert await gateway.revert() == REVERTED
         assert [tool for tool, _ in compensated(server)] == ["unpay", "unput"]
+        assert {"t/9", "t/10"}.isdisjoint(server.calls_by_key())
+        assert await notes(gateway, "n1") == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_of_a_call_and_the_first_look_one_is_first(surroundings: Surroundings, seed: int) -> None:
+    """A call that races the first look is seen by it, or never runs."""
+    turns = [f"{seed:016x}{n:016x}" for n in range(12)]
+    async with (
+        witness(surroundings) as server,
+        running_gateway(surroundings, "toolgw-0") as one,
+        running_gateway(surroundings, "toolgw-1") as two,
+    ):
+        calls = [asyncio.create_task(one.invoke("pay", f"{turn}/1/0", turn_id=turn)) for turn in turns]
+        told = await asyncio.gather(*(two.revert(turn_id=turn) for turn in turns))
+        await asyncio.gather(*calls, return_exceptions=True)
+    ran = server.calls_by_key()
+    for turn, answer in zip(turns, told, strict=True):
+        key = f"{turn}/1/0"
+        is_left = ran[key] > ran[f"{key}/compensation"]
+        assert answer == (kept(key) if is_left else REVERTED)
 
 
 async def test_other_sessions_and_tenants_are_not_touched(surroundings: Surroundings) -> None:

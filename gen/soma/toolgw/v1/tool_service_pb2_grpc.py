@@ -90,7 +90,8 @@ class ToolServiceServicer:
         """Undoes what the calls of a turn did, if everything can be undone. Called when every call of the turn has an end
         (CancelInvocation). Each call that may have left an effect is compensated by its tool's `compensation`, the last call first,
         each compensation at most once under the key `<key of the call>/compensation`. Nothing is undone where the first look shows an
-        effect that cannot be; and nothing more after a compensation that failed. The same answer however often and wherever it is
+        effect that cannot be; and nothing more after a compensation that failed. From the first look on no call of the turn begins
+        that may change something: it counts as cancelled. The same answer however often and wherever it is
         asked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
