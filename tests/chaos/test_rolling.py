@@ -24,7 +24,7 @@ from tests.chaos.stack import CLERK, FaultyStack, errand, faulty_stack
 
 REPLICAS = {"gateway": 2, "router": 3, "cognition": 2, "toolgw": 2}
 ROUTERS = ("router-0", "router-1", "router-2")
-ERRANDS = Mix(echo=4, slow=3, clerk=3, pause_s=0.3)
+ERRANDS = Mix(echo=4, slow=3, clerk=3, pause_s=0.3, watch=0.3)
 HANDOVER_S = 1.0
 SHUTDOWN_S = 30.0
 LONG_ANSWER = " ".join(f"word{number}" for number in range(12))

@@ -46,7 +46,7 @@ _BLIND_S: Final = 1.5
 SETTLED_S: Final = LEASE_S
 """A router that has been seen for so long without a break is given partitions that others hold."""
 GIVE_UP_EVERY_S: Final = 0.5
-"""All routers that hold too many together give up so often one of them."""
+"""While partitions are moved to routers that have fewer, one moves so often."""
 _LAST_TAKE_S: Final = 1.0
 """How long the shutdown waits for a partition that is just being taken, to free that too."""
 
@@ -96,7 +96,9 @@ class OwnPartitions:
         """The last renewal of each lease that was seen, and since when it has been the last."""
         self._routers: dict[str, float] = {}
         """The routers that live, and since when each has been seen without a break."""
-        self._gave_up_at = 0.0
+        self._owners: dict[int, str | None] = {}
+        self._moved_at = 0.0
+        """When a partition was last seen with another owner than before."""
         self._releasing = False
         self._looking = asyncio.Lock()
         self._news = asyncio.Event()
@@ -172,6 +174,9 @@ class OwnPartitions:
             self._routers.clear()
         self._looked_at = now
         self._routers = {router: self._routers.get(router, now) for router in routers}
+        owners = {lease.partition: lease.owner for lease in leases}
+        if owners != self._owners:
+            self._owners, self._moved_at = owners, now
         for lease in leases:
             seen = self._seen.get(lease.partition)
             if seen is None or seen[0] != (lease.term, lease.mark):
@@ -190,17 +195,20 @@ class OwnPartitions:
                 await self._take(lease)
 
     async def _give_up(self, leases: Sequence[LeaseRow], now: float) -> None:
-        """Lets one partition go if routers that are here to stay have fewer, and nothing is on its way already."""
+        """Lets one partition go if routers that are here to stay have fewer, nothing is on its way already, and no
+        other router is to let one go before.
+        """
         held = _held(leases, self._routers)
         if sum(held.values()) < len(leases):
             return
         settled = {r for r, since in self._routers.items() if now - since >= SETTLED_S} | {self._router}
         newcomers = sum(held.pop(router) for router in set(held) - settled)
         share = shares(held, len(leases) - newcomers)
-        surplus = [router for router, count in held.items() if count > share[router]]
-        if self._router not in surplus or now - self._gave_up_at < GIVE_UP_EVERY_S * len(surplus):
+        too_many = [router for router, count in held.items() if count > share[router]]
+        if not too_many or now - self._moved_at < GIVE_UP_EVERY_S:
             return
-        self._gave_up_at = now
+        if min(too_many, key=lambda router: (share[router] - held[router], router)) != self._router:
+            return
         # The one whose move costs the fewest turns a step.
         partition = min(self._state.partitions.values(), key=lambda each: each.running_turns, default=None)
         if partition is not None:

@@ -236,6 +236,20 @@ async def test_nothing_is_given_up_while_something_waits_to_be_taken(world: Worl
     assert len(world.owned) == 7, "what it gave up was not taken"
 
 
+async def test_of_two_that_hold_too_many_one_gives_up_at_a_time(world: World) -> None:
+    world.routers = 2
+    world.held_by("router-1", 0, 1, 2, 3, for_s=1e6)
+    await world.rounds(20)
+    await settled(world, 3)
+    world.held_by("router-1", 0, 1, 2, 3, for_s=1e6)
+    await world.rounds(4)
+    assert len(world.owned) == 3, "router-0 is the first"
+    taken = next(number for number, row in enumerate(world.rows) if row.owner is None)
+    world.held_by("router-2", taken, for_s=1e6)
+    await world.rounds(20)
+    assert len(world.owned) == 3, "the next one is router-1's"
+
+
 async def test_the_partition_that_costs_least_is_given_up(world: World) -> None:
     for number in range(8):
         if number != 5:
@@ -478,7 +492,8 @@ def pending(position: int, session: str, turn: tuple[bytes, int, int] | None = N
     message = (position, b"m%d" % position, kind, True, 0, None, "")
     running = (turn[0], TurnStatus.RUNNING, 2, 0, turn[1], turn[2], "r1") if turn else (None,) * 7
     later = (1, 0, 0, 1000, False, None, None, False, False)
-    return PendingRow(*message, session_id, TENANT, AGENT, CHANNEL, session, 4, 3, *running, *later)
+    fields: list[Any] = [*message, session_id, TENANT, AGENT, CHANNEL, session, 4, 3, *running, *later]
+    return PendingRow(*fields)
 
 
 async def test_turns_queues_and_cancels_are_as_they_were(world: World) -> None:
