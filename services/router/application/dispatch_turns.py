@@ -201,6 +201,7 @@ class Dispatcher:
             key.session,
         )
         turn.inputs_told = len(turn.inputs)
+        turn.progress_at = monotonic()
         if turn.dispatch > 1:
             self._live.restarted(turn)
         self._live.state(turn)

@@ -172,6 +172,7 @@ class TurnRunner:
         turn = item.turn
         failpoint("router.after_step_before_confirm")
         turn.in_flight = False
+        turn.progress_at = monotonic()  # the time that the commit took was not the brain's
         turn.state = after(turn.state, item.kind)
         turn.journal.append(item.body)
         turn.text.clear()
@@ -202,11 +203,11 @@ class TurnRunner:
         for item in declined:
             turn = self._state.running.get(item.turn_id)
             if turn is not None and turn.link is link and turn.dispatch == item.dispatch:
-                self._spawn(self._redispatch_after(turn, link, item.error.retry_delay_ms / 1000))
+                self._spawn(self._redispatch_after(turn, link, item.dispatch, item.error.retry_delay_ms / 1000))
 
-    async def _redispatch_after(self, turn: Turn, link: BrainLink, delay_s: float) -> None:
+    async def _redispatch_after(self, turn: Turn, link: BrainLink, dispatch: int, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
-        if self._state.runs(turn) and turn.link is link:
+        if self._state.runs(turn) and turn.link is link and turn.dispatch == dispatch:
             self._redispatch(turn, 0)
 
     def on_link_down(self, link: BrainLink) -> None:
