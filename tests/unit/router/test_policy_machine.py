@@ -14,7 +14,7 @@ from typing import Any, cast
 from google.protobuf.message import Message as ProtoMessage
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.common.v1.message_pb2 import Message, Part
 from soma.common.v1.turn_pb2 import Delivery, ModelReply, StepBody, ToolCall, ToolResult, ToolResults
@@ -95,7 +95,7 @@ class DurableStore(MemoryStore):
         for row in zip(*group.messages, strict=True):
             if (row[0], row[1]) in result.inserted:
                 kept = (row[1], row[3], row[6], row[7], row[8], row[11], row[13], row[17], row[18], self.groups)
-                self.mail[cast(int, row[1])] = MessageRow(*kept)  # type: ignore[arg-type]
+                self.mail[cast(int, row[1])] = MessageRow(*cast(Any, kept))
         self._turns(group, result)
         self.deliveries += [Delivery.FromString(cast(bytes, payload)) for payload in group.deliveries[5]]
         facts = SessionFacts(self.turn_count, self.delivery_count, self.done, self.is_paused)
@@ -156,34 +156,13 @@ class DurableStore(MemoryStore):
             turn: Sequence[Any] = (None,) * 7
             if running is not None:
                 turn = (running.turn_id, running.status, running.dispatch, 0, running.first, running.last, "r1")
-            rows.append(
-                PendingRow(
-                    row.position,
-                    row.message_id,
-                    row.kind,
-                    row.deliver,
-                    0,
-                    row.target,
-                    "",
-                    ID,
-                    TENANT,
-                    AGENT,
-                    CHANNEL,
-                    SESSION,
-                    self.turn_count,
-                    self.delivery_count,
-                    *turn,
-                    row.policy,
-                    row.debounce_ms,
-                    row.debounce_max_ms,
-                    0,
-                    self.is_paused,
-                    running.stop if running else None,
-                    0,
-                    dropped,
-                    running is not None and row.at >= running.at,
-                )
-            )
+            later = running is not None and row.at >= running.at
+            message = (row.position, row.message_id, row.kind, row.deliver, 0, row.target, "")
+            session = (ID, TENANT, AGENT, CHANNEL, SESSION, self.turn_count, self.delivery_count)
+            policy = (row.policy, row.debounce_ms, row.debounce_max_ms, 0)
+            stop = (self.is_paused, running.stop if running else None, 0, dropped, later)
+            columns: tuple[Any, ...] = (*message, *session, *turn, *policy, *stop)
+            rows.append(PendingRow(*columns))
         return rows
 
 
@@ -295,7 +274,6 @@ class Policies(RuleBasedStateMachine):
 
         self.run(work())
 
-    @precondition(lambda self: self._running() is not None)
     @rule(
         kind=st.sampled_from([StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.TOOL_RESULTS, StepKind.INTERIM_REPLY]),
         blind=st.booleans(),
@@ -385,8 +363,8 @@ class Policies(RuleBasedStateMachine):
         in_order = []
         for delivery in self.store.deliveries:
             assert 1 <= len(delivery.message_ids) <= MAX_INPUTS
-            assert delivery.outcome != Outcome.ABSORBED
-            if delivery.outcome == Outcome.REJECTED:
+            assert int(delivery.outcome) != Outcome.ABSORBED
+            if int(delivery.outcome) == Outcome.REJECTED:
                 assert [self.policies[id_] for id_ in delivery.message_ids] == [Policy.REJECT]
             else:
                 in_order += list(delivery.message_ids)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from soma.router.v1.outbound_pb2 import MailboxLoad
 
 from services.router.application.report_load import LAST_WORDS, ReportLoad
-from services.router.application.state import RouterState
+from services.router.application.state import QUEUED_CONTENT_BYTES, RouterState
 from services.router.domain.session import QueuedMessage, Session
 from soma_common.layout import LaneLayout
 from tests.unit.router.builders import a_partition, a_session
@@ -113,6 +113,25 @@ async def test_what_left_with_a_partition_is_not_counted_any_more() -> None:
     assert world.state.mailbox.waiting == 2
     await world.reports.report_all()
     assert not world.said
+
+
+def test_content_of_a_tenant_that_has_little_waiting_stays_in_memory_beside_a_flood() -> None:
+    world = World()
+    flood = a_session(world.partitions[0], "flood", tenant="flood")
+    quiet = a_session(world.partitions[0], "quiet", tenant="quiet")
+    size = 16 * 1024
+    for _ in range(2 * QUEUED_CONTENT_BYTES // size):
+        world.state.enqueue(flood, QueuedMessage(1, b"m" * 16, True, 0, "", b"x" * size))
+    for _ in range(8):
+        world.state.enqueue(quiet, QueuedMessage(1, b"m" * 16, True, 0, "", b"x" * size))
+    kept = QUEUED_CONTENT_BYTES // size
+    assert sum(message.content is not None for message in flood.queue) == kept
+    assert sum(message.content is not None for message in quiet.queue) == 4, "its share, a 64th"
+    for session in (flood, quiet):
+        while session.queue:
+            world.state.dequeue(session)
+    assert world.state._queued_bytes == 0
+    assert not world.state._tenant_bytes
 
 
 class AnyOrder(RuleBasedStateMachine):
