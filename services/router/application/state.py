@@ -4,7 +4,7 @@ time.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
 from services.router.domain.mailbox import Mailbox
@@ -23,6 +23,8 @@ DEFAULT_SESSION_QUEUE: Final = 1000
 DEFAULT_TENANT_QUEUE: Final = 100_000
 QUEUED_CONTENT_BYTES: Final = 4 * 1024 * 1024
 """Most content of waiting messages kept in memory; beyond it content is read from the store when its turn comes."""
+CONTENT_SHARES: Final = 64
+"""A tenant with less than one in so many of it keeps its own although others have filled it."""
 
 
 class RouterState:
@@ -49,6 +51,8 @@ class RouterState:
         self._idle: OrderedDict[bytes, Session] = OrderedDict()
         self._max_idle = max_idle
         self._queued_bytes = 0
+        self._tenant_bytes: Counter[str] = Counter()
+        """Content of waiting messages in memory, of all and by tenant."""
 
     def session(self, partition: Partition, session_id: bytes) -> Session | None:
         """A session that is in memory."""
@@ -81,10 +85,10 @@ class RouterState:
         """Has a message wait for its turn; its content stays in memory only while there is room for it."""
         content = message.content
         if content is not None:
-            if self._queued_bytes + len(content) > QUEUED_CONTENT_BYTES:
-                message.content = None
+            if self._has_room(session.key.tenant, len(content)):
+                self._hold(session, len(content))
             else:
-                self._queued_bytes += len(content)
+                message.content = None
         session.queue.append(message)
         self.mailbox.added(session)
 
@@ -92,14 +96,29 @@ class RouterState:
         """Takes the session's first waiting message."""
         message = session.queue.popleft()
         self.mailbox.taken(session)
-        self._queued_bytes -= len(message.content or b"")
+        self._hold(session, -len(message.content or b""))
         return message
 
     def requeue(self, session: Session, message: QueuedMessage) -> None:
         """Puts a message back that was taken and cannot be answered yet."""
-        self._queued_bytes += len(message.content or b"")
+        self._hold(session, len(message.content or b""))
         session.queue.appendleft(message)
         self.mailbox.added(session)
+
+    def _has_room(self, tenant: str, size: int) -> bool:
+        """A tenant that has little in memory keeps it there although others have filled it: what they wait for is not
+        read from the store.
+        """
+        if self._queued_bytes + size <= QUEUED_CONTENT_BYTES:
+            return True
+        return self._tenant_bytes[tenant] + size <= QUEUED_CONTENT_BYTES // CONTENT_SHARES
+
+    def _hold(self, session: Session, size: int) -> None:
+        tenant = session.key.tenant
+        self._queued_bytes += size
+        self._tenant_bytes[tenant] += size
+        if not self._tenant_bytes[tenant]:
+            del self._tenant_bytes[tenant]
 
     def runs(self, turn: Turn) -> bool:
         """Whether a turn is this router's to go on with."""
@@ -115,7 +134,7 @@ class RouterState:
             self._idle.pop(session.id, None)
             if session.timer is not None:
                 session.timer.cancel()
-            self._queued_bytes -= sum(len(message.content or b"") for message in session.queue)
+            self._hold(session, -sum(len(message.content or b"") for message in session.queue))
             self.mailbox.forget(session)
             if session.turn is not None:
                 turns.append(session.turn)
