@@ -151,15 +151,21 @@ class Ingest:
         sessions.
         """
         self._starter.open_group()
+        # Sessions of which something in this group has to wait: what comes after it there waits behind it.
+        passed_over: set[bytes] = set()
         for item in list(items):
             if isinstance(item, IngestItem) and not item.partition.lost:
                 for entry in item.entries:
-                    if entry.is_control:
+                    session_id = entry.inbound.session_id
+                    if entry.is_control or session_id in passed_over:
+                        passed_over.add(session_id)
                         continue
-                    session = self._state.session(item.partition, entry.inbound.session_id)
+                    session = self._state.session(item.partition, session_id)
                     start = self._starter.start_now(session, entry.message)
                     if start is not None:
                         items.append(start)
+                    else:
+                        passed_over.add(session_id)
         items.extend(self._starter.start_waiting())
         if self._starter.left_some:
             self.committer.nudge()

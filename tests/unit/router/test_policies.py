@@ -324,6 +324,21 @@ async def test_a_message_of_another_policy_closes_the_group(engine: Engine) -> N
     assert texts(list(start.inputs)) == ["1", "2"]
 
 
+async def test_nothing_of_a_batch_overtakes_what_waits_in_it(engine: Engine) -> None:
+    """The session is known and idle, so that what comes with a message could start a turn in the same group."""
+    engine.directory.spec = AgentSpec(debounce_ms=600_000, debounce_max_ms=600_000)
+    engine.accept(message("0"))
+    [first] = await engine.started(1)
+    engine.answer(first, "zero")
+    await engine.outcomes(1)
+    engine.accept(message("1", Policy.ACCUMULATE), message("2", Policy.ENQUEUE))
+    [_, second] = await engine.started(2)
+    assert texts(list(second.inputs)) == ["1"]
+    engine.answer(second, "one")
+    [_, _, third] = await engine.started(3)
+    assert texts(list(third.inputs)) == ["2"]
+
+
 async def test_a_full_group_is_not_waited_for(engine: Engine) -> None:
     engine.directory.spec = AgentSpec(debounce_ms=600_000, debounce_max_ms=600_000)
     engine.accept(*(message(str(n), Policy.ACCUMULATE) for n in range(MAX_INPUTS)))
