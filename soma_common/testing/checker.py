@@ -48,7 +48,9 @@ class SentMessage:
 
     text: str
     expected: str | None
-    """Text of the right answer, where it is the last input of its turn; None: any."""
+    """Text of the right answer, where it is the only input of its turn; None: any."""
+    ending: str | None = None
+    """How the right answer ends, where it is the last input of a turn of several."""
     policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE
     position: int = 0
     """Its place among the accepted messages of its session, from 1; 0 while there is no receipt."""
@@ -89,10 +91,11 @@ class Story:
         text: str,
         expected: str | None = None,
         policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_ENQUEUE,
+        ending: str | None = None,
     ) -> bytes:
         """A message is about to be sent; returns the id that it must get."""
         message_id = ids.message_id(name.tenant, name.agent, name.channel, name.session, key)
-        self._threads[name].sent[message_id] = SentMessage(text, expected, policy=policy)
+        self._threads[name].sent[message_id] = SentMessage(text, expected, ending, policy)
         return message_id
 
     def accepted(self, name: SessionName, key: str, message_id: bytes) -> None:
@@ -125,13 +128,15 @@ class Story:
         self._threads[name].deliveries.append(delivery)
         self._answered.update(delivery.message_ids)
 
-    def live(self, event: LiveEvent, adapter: str = "") -> None:
-        """An adapter was shown a live event. Another instance may be behind it: its gateway or its line is slower."""
-        newest = self._dispatches.get((adapter, event.turn_id), 0)
+    def live(self, event: LiveEvent, stream: str = "") -> None:
+        """A live event was shown on a stream of an adapter. Another stream may be behind it: its gateway or its line is
+        slower.
+        """
+        newest = self._dispatches.get((stream, event.turn_id), 0)
         if event.dispatch < newest:
             self.stale_live.append((newest, event))
         else:
-            self._dispatches[adapter, event.turn_id] = event.dispatch
+            self._dispatches[stream, event.turn_id] = event.dispatch
 
     # ---- what it comes to
 
@@ -192,10 +197,21 @@ class Story:
                 yield f"message {message_id.hex()} without receipt has {times} outcomes"
         for message_id in counted:
             yield f"an outcome names message {message_id.hex()}, which was not sent in this session"
-        in_turn = [m for d in thread.deliveries if d.outcome != Outcome.OUTCOME_REJECTED for m in d.message_ids]
-        places = [thread.sent[m].position for m in in_turn if m in thread.sent and thread.sent[m].position]
-        if places != sorted(places):
-            yield f"accepted in order 1..{thread.accepted}, answered in order {places}"
+        places = [
+            (thread.sent[m].position, thread.sent[m].policy, delivery)
+            for delivery in thread.deliveries
+            if delivery.outcome != Outcome.OUTCOME_REJECTED
+            for m in delivery.message_ids
+            if m in thread.sent and thread.sent[m].position
+        ]
+        late = next((n for n in range(1, len(places)) if places[n][0] <= places[n - 1][0]), 0)
+        if late:
+            around = "; ".join(
+                f"{place} {ArrivalPolicy.Name(policy)[15:].lower()}, {Outcome.Name(delivery.outcome)[8:].lower()} of "
+                f"turn {delivery.turn_id.hex()}"
+                for place, policy, delivery in places[max(late - 3, 0) : late + 2]
+            )
+            yield f"accepted in order 1..{thread.accepted}, answered in order {[p[0] for p in places]}: {around}"
         repeated = [i for i, times in Counter(d.delivery_id for d in thread.deliveries).items() if times > 1]
         if repeated:
             yield f"deliveries shown more than once: {[delivery_id.hex() for delivery_id in repeated]}"
@@ -232,10 +248,11 @@ class Story:
         elif delivery.outcome != Outcome.OUTCOME_FINAL:
             yield f"turn {delivery.turn_id.hex()} ended as {Outcome.Name(delivery.outcome)}"
         else:
-            message = inputs[-1] if inputs else None
             said = "".join(part.text for part in delivery.message.parts)
-            if message is not None and message.expected is not None and said != message.expected:
-                yield f"{message.text!r} was answered with {said!r} instead of {message.expected!r}"
+            last = inputs[-1] if inputs else SentMessage("", None)
+            right = last.expected if len(inputs) == 1 else last.ending
+            if right is not None and said != right and not (len(inputs) > 1 and said.endswith(right)):
+                yield f"{last.text!r} was answered with {said!r} instead of {right!r}"
 
 
 def journal_violations(
@@ -261,11 +278,11 @@ def journal_violations(
             found.append(f"turn {turn}: the journal's steps are {numbers}")
         for step, after in zip_longest(journal, journal[1:]):
             kind = step.body.WhichOneof("body")
-            if kind in ("model_reply", "final") and (turn, step.number) not in model_saw:
+            if _is_of_model(step) and (turn, step.number) not in model_saw:
                 found.append(f"turn {turn}: the model was never called for step {step.number}")
             if kind != "model_reply":
                 continue
-            if after is None:
+            if after is None and step.body.model_reply.tool_calls:
                 found.append(f"turn {turn}: it ended with open calls")
             for call in step.body.model_reply.tool_calls:
                 key = ids.call_key(bytes.fromhex(turn), step.number, call.index)
@@ -275,6 +292,20 @@ def journal_violations(
         if calls_by_key[key] and key.partition("/")[0] in journals:
             found.append(f"{key}: called, but no journaled step asks for it")
     return found
+
+
+def effects_out_of_turn(
+    tool_calls: Iterable[RecordedToolCall], once_only: frozenset[str], answered: Iterable[str]
+) -> list[str]:
+    """Effects that nobody may have twice, in turns that nobody was answered: what was dropped for a new try must have
+    had none. `answered` are turns in hex.
+    """
+    known = set(answered)
+    return [
+        f"{call.key}: {call.tool} was called in a turn that nobody was answered"
+        for call in tool_calls
+        if call.tool in once_only and call.turn not in known
+    ]
 
 
 def unread_inputs(
@@ -316,6 +347,14 @@ def mixed_up(model_read: Iterable[tuple[str, Sequence[str]]], owner: Mapping[str
         for text in texts
         if not text.startswith(owner[turn])
     ]
+
+
+def _is_of_model(step: Step) -> bool:
+    """Whether a model said it, and not the router of what it kept of an interrupted turn."""
+    body = step.body
+    return body.HasField("model_reply") or (
+        body.HasField("final") and not body.final.message.metadata.get("interrupted")
+    )
 
 
 def _of_call(

@@ -25,7 +25,9 @@ Place = tuple[str, int, int]
 
 @dataclass
 class Watched:
-    """What one watcher was shown. `stale` are events of a dispatch after one of a newer one."""
+    """What one watcher was shown. `stale` are events of a dispatch after one of a newer one on the same stream: another
+    stream may be at a gateway that is behind, and whoever changes it compares dispatches itself.
+    """
 
     name: str
     texts: dict[Place, list[tuple[int, str]]] = field(default_factory=dict)
@@ -42,6 +44,10 @@ class Watched:
     events: int = 0
     _newest: dict[str, int] = field(default_factory=dict)
     _length: dict[Place, int] = field(default_factory=dict)
+
+    def came_back(self) -> None:
+        """It has another stream."""
+        self._newest.clear()
 
     def saw(self, event: LiveEvent) -> None:
         """It was shown a live event."""
@@ -133,8 +139,9 @@ def _text_of(step: Step) -> str | None:
     match step.body.WhichOneof("body"):
         case "model_reply":
             return step.body.model_reply.text
-        case "final":
-            return "".join(part.text for part in step.body.final.message.parts)
+        case "final" if not step.body.final.message.metadata.get("interrupted"):
+            # Before it are the interim replies, which have steps of their own.
+            return "".join(part.text for part in step.body.final.message.parts[-1:])
         case _:
             return None
 

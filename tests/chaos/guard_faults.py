@@ -102,11 +102,14 @@ async def _gateway_dies(stack: FaultyStack, load: Load, drawn: random.Random) ->
 
 
 async def _routers_die_far_from_the_store(stack: FaultyStack, load: Load, drawn: random.Random) -> None:
+    """What they have sent to the database and not heard of is lost with them."""
     for router in ("router-0", "router-1"):
-        stack.link(router, "postgres").delay(120)
-    for router in ("router-0", "router-1"):
+        link = stack.link(router, "postgres")
+        link.delay(120)
         await asyncio.sleep(drawn.uniform(1.0, 1.5))
+        link.cut(refuse=True)
         await stack.kill9(router)
+        link.heal()
         await stack.is_up(router)
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
-from soma.common.v1.turn_pb2 import Delivery, Outcome
+from soma.common.v1.turn_pb2 import Delivery, LiveEvent, Outcome
 from soma.gateway.v1.channel_service_pb2 import Receipt
 from soma.router.v1.turn_service_pb2 import ListStepsRequest
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
@@ -30,7 +30,14 @@ from soma_common.client.channel_client import ChannelClient, ClientClosed
 from soma_common.errors import ResourceExhausted, Unavailable
 from soma_common.grpc.channel import open_channel
 from soma_common.ids import SessionName
-from soma_common.testing.checker import Journal, Story, journal_violations, mixed_up, unread_inputs
+from soma_common.testing.checker import (
+    Journal,
+    Story,
+    effects_out_of_turn,
+    journal_violations,
+    mixed_up,
+    unread_inputs,
+)
 from soma_common.testing.eventually import eventually
 from soma_common.testing.model_server import RecordedCall
 from soma_common.testing.watched import watched_violations
@@ -154,18 +161,21 @@ class Load:
 
     async def _new_client(self, tenant: str, credit: int) -> ChannelClient:
         instance = f"{tenant}-{uuid.uuid4().hex[:8]}"
-        return await self._exit.enter_async_context(
-            ChannelClient(
-                self.stack.gateways,
-                token=self.stack.token(tenant),
-                tenant=tenant,
-                channel=self.channel,
-                instance=instance,
-                credit=credit,
-                on_delivery=lambda delivery: self._arrived(tenant, instance, delivery),
-                on_live=lambda event: self.story.live(event, instance),
-            )
+
+        def on_live(event: LiveEvent) -> None:
+            self.story.live(event, f"{instance} stream {client.streams}")
+
+        client = ChannelClient(
+            self.stack.gateways,
+            token=self.stack.token(tenant),
+            tenant=tenant,
+            channel=self.channel,
+            instance=instance,
+            credit=credit,
+            on_delivery=lambda delivery: self._arrived(tenant, instance, delivery),
+            on_live=on_live,
         )
+        return await self._exit.enter_async_context(client)
 
     # ---- watching
 
@@ -265,6 +275,9 @@ class Load:
         problems = journal_violations(
             journals, [(call.turn, call.step) for call in calls], tool_calls, frozenset({CHARGE.name})
         )
+        ours = [call for call in self.stack.tools.calls if call.session.get("channel") == self.channel]
+        answered = [name.turn_id.hex() for name, _ in self.story.turns()]
+        problems += effects_out_of_turn(ours, frozenset({CHARGE.name}), answered)
         finals = [
             (name.turn_id.hex(), self.story.texts(delivery, name.session))
             for name, delivery in self.story.turns()
@@ -302,7 +315,9 @@ class Load:
     async def _say(self, name: SessionName, key: str, text: str) -> asyncio.Event:
         """Send one message; returns what is set when it is answered."""
         policy = self._random.choice(self.mix.policies)
-        message_id = self.story.sent(name, key, text, _right_answer(name.agent, text), policy or ENQUEUE)
+        right = _right_answer(name.agent, text)
+        ending = None if name.agent == SLOW else right
+        message_id = self.story.sent(name, key, text, right, policy or ENQUEUE, ending)
         answered = self._waiting[message_id] = asyncio.Event()
         try:
             receipt = await self._send(name, key, text, policy)

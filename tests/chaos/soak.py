@@ -138,6 +138,7 @@ async def soak(rounds: Sequence[Round], seed: int) -> Tally:
             logs = REPORTS / f"soak-{seed}"
             shutil.rmtree(logs, ignore_errors=True)
             shutil.copytree(stack.home.logs, logs)
+            (logs / "violations.txt").write_text("\n".join(tally.violations) + "\n")
             print(f"logs: {logs}")
     return tally
 
@@ -180,12 +181,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=int, default=DEFAULT_MINUTES, help="about; a round takes one")
     parser.add_argument("--seed", "--replay", type=int, default=None, help="default: a new one, which is printed")
     parser.add_argument("--policies", default=",".join(DEFAULT_POLICIES), help=f"of {','.join(POLICIES)}; or all")
+    parser.add_argument("--seconds", type=float, default=ROUND_S, help="of faults, in each round")
     parser.add_argument("--round", type=int, default=0, help="only this one of them, from 1")
     parser.add_argument("--plan", action="store_true", help="only print the faults and their times")
     given = parser.parse_args()
     seed = random.randrange(10**6) if given.seed is None else given.seed
     policies = list(POLICIES) if given.policies == "all" else given.policies.split(",")
-    rounds = rounds_of(seed, max(1, given.minutes), ROUND_S, policies)
+    rounds = rounds_of(seed, max(1, given.minutes), given.seconds, policies)
     if given.round:
         rounds = rounds[given.round - 1 : given.round]
     if given.plan:

@@ -16,7 +16,7 @@ import os
 import random
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, Final
 
@@ -375,8 +375,11 @@ def unguard_service(names: Iterable[str], service: str) -> None:
 async def unguard_database(names: Iterable[str], connection: asyncpg.Connection[asyncpg.Record]) -> None:
     """Takes guards away that the router's functions keep."""
     for name in names:
+        changes: dict[str, list[tuple[str, str]]] = {}
         for function, there, instead in IN_DATABASE.get(name, ()):
-            await rewrite(connection, function, there, instead)
+            changes.setdefault(function, []).append((there, instead))
+        for function, of_function in changes.items():
+            await rewrite(connection, function, of_function)
         if name in ALSO_IN_DATABASE:
             await connection.execute(ALSO_IN_DATABASE[name])
 
@@ -388,24 +391,26 @@ async def make_commits_slow(connection: asyncpg.Connection[asyncpg.Record]) -> N
         " GRANT USAGE ON SCHEMA witness TO soma_router; GRANT SELECT ON witness.slow TO soma_router"
     )
     checked = "IF coalesce(cardinality(held), 0) <> cardinality(f_id) THEN"
-    await rewrite(
-        connection,
-        "commit_group",
-        checked,
+    slow = (
         "IF EXISTS (SELECT FROM witness.slow s WHERE current_setting('application_name') LIKE s.writer) THEN"
-        f" PERFORM pg_sleep({SLOW_COMMIT_S}); END IF;\n    {checked}",
+        f" PERFORM pg_sleep({SLOW_COMMIT_S}); END IF;\n    {checked}"
     )
+    await rewrite(connection, "commit_group", [(checked, slow)])
 
 
-async def rewrite(connection: asyncpg.Connection[asyncpg.Record], function: str, there: str, instead: str) -> None:
-    """Puts another text into the newest function of this name in the router's schema."""
+async def rewrite(
+    connection: asyncpg.Connection[asyncpg.Record], function: str, changes: Sequence[tuple[str, str]]
+) -> None:
+    """Puts other texts into the newest function of this name in the router's schema: each (what is there, instead)."""
     text = await connection.fetchval(
         "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'router'::regnamespace AND proname = $1"
         " ORDER BY pronargs DESC LIMIT 1",
         function,
     )
-    assert there in text, f"router.{function} has no {there!r}"
-    await connection.execute(text.replace(there, instead))
+    for there, instead in changes:
+        assert there in text, f"router.{function} has no {there!r}"
+        text = text.replace(there, instead)
+    await connection.execute(text)
 
 
 def main() -> None:

@@ -86,6 +86,7 @@ class Watchers:
 
     async def _look(self, watched: Watched, request: StreamTurnRequest, tenant: str, gateway: str) -> bool:
         """One stream; True if it showed the end."""
+        watched.came_back()
         call: Any = ChannelServiceStub(self._channel_to(gateway, tenant)).StreamTurn(request, timeout=30)
         try:
             async for response in call:
