@@ -44,7 +44,7 @@ def test_a_session_is_shown_as_it_is_journaled(steps: list[tuple[str, object]], 
     for name, argument in [*steps, ("answer", None)]:
         apply(world, name, argument)
         heard = world.outbox.take()
-        match data.draw(st.sampled_from(["heard", "heard", "heard", "lost", "twice", "cut", "away"]), label="fate"):
+        match data.draw(st.sampled_from(["heard", "heard", "heard", "lost", "twice", "cut", "holed", "away"]), label="fate"):
             case "heard":
                 client.hear(heard)
             case "twice":
@@ -52,6 +52,9 @@ def test_a_session_is_shown_as_it_is_journaled(steps: list[tuple[str, object]], 
                 client.hear(heard)
             case "cut":
                 client.hear(heard[: data.draw(st.integers(0, len(heard)), label="cut at")])
+            case "holed":
+                hole = data.draw(st.integers(0, max(len(heard) - 1, 0)), label="hole at")
+                client.hear(heard[:hole] + heard[hole + 1 :])
             case "away":
                 client.reconnect()
         if late is not None:
