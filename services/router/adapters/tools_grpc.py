@@ -23,8 +23,8 @@ from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 from soma_common.ids import call_key
 
 _FORMAT: Final = 1
-_ANSWER_S: Final = 5.0
-"""How long an answer may take beside what the tool gateway is to wait."""
+_ASK_S: Final = 10.0
+"""Longest wait of one question. The tool gateway counts from the first, so that asking again does not begin anew."""
 _UNDO_S: Final = 60.0
 
 
@@ -67,7 +67,7 @@ class GrpcToolCanceller:
 
     async def _cancel(self, session: SessionKey, key: str, wait_s: float) -> CancelInvocationResponse:
         request = CancelInvocationRequest(session=session, idempotency_key=key, timeout_ms=max(1, round(wait_s * 1000)))
-        answer: CancelInvocationResponse = await self._stub.CancelInvocation(request, timeout=wait_s + _ANSWER_S)
+        answer: CancelInvocationResponse = await self._stub.CancelInvocation(request, timeout=_ASK_S)
         return answer
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_WAIT_S: Final = 10.0
-"""Longest wait of one question to the tool gateway: it is asked again until the time is up."""
+_MARGIN_S: Final = 5.0
+"""How much longer than the tool gateway itself this router waits before it closes calls without its word."""
 
 STOPS = counter("soma_router_stops_total", "Turns stopped before their own end, by what they end with.", ["outcome"])
 UNCONVERGED = counter(
@@ -106,7 +106,11 @@ class Stopper:
             steps.append((StepKind.TOOL_RESULTS, results))
         journal = [*turn.journal, *(body for _, body in steps)]
         outcome = turn.stop_as
-        if outcome is Outcome.ABSORBED and has_calls(journal) and not await self._undone(turn):
+        if (
+            outcome is Outcome.ABSORBED
+            and has_calls(journal)
+            and not (self._in_time(turn) and await self._undone(turn))
+        ):
             outcome = Outcome.INTERRUPTED
         if turn.stop_as is Outcome.CANCELLED:
             outcome = Outcome.CANCELLED  # it came while the calls were undone
@@ -129,19 +133,22 @@ class Stopper:
         key = turn.session.key
         where = (key.agent, key.channel, key.session)
         while self._state.runs(turn):
-            left_s = turn.stopped_at + self._give_up_s - monotonic()
-            if left_s <= 0:
+            if not self._in_time(turn):
                 log.error("router.calls_given_up", turn=turn.id.hex(), tenant=key.tenant)
                 UNCONVERGED.inc()
                 return self._tools.unknown(turn.journal[-1])
             try:
                 return await self._tools.settle(
-                    key.tenant, turn.id, turn.step_count, turn.journal[-1], where, min(left_s, _LONGEST_WAIT_S)
+                    key.tenant, turn.id, turn.step_count, turn.journal[-1], where, self._give_up_s
                 )
             except ConnectionError as error:
                 log.warning("router.converge_waits", turn=turn.id.hex(), error=str(error))
                 await asyncio.sleep(RETRY_S)
         return None
+
+    def _in_time(self, turn: Turn) -> bool:
+        """Whether the tool gateway is still waited for."""
+        return monotonic() < turn.stopped_at + self._give_up_s + _MARGIN_S
 
     async def _undone(self, turn: Turn) -> bool:
         """Whether the work of a turn may be dropped: nothing is left of what its calls did."""
@@ -150,7 +157,7 @@ class Stopper:
             try:
                 return await self._tools.undo(key.tenant, turn.id, (key.agent, key.channel, key.session))
             except ConnectionError as error:
-                if monotonic() > turn.stopped_at + self._give_up_s:
+                if not self._in_time(turn):
                     log.error("router.undo_given_up", turn=turn.id.hex(), tenant=key.tenant, error=str(error))
                     return False
                 await asyncio.sleep(RETRY_S)

@@ -223,7 +223,7 @@ async def test_calls_in_flight_are_closed_before_the_next_turn(engine: Engine) -
 
 async def test_a_turn_that_cannot_converge_ends_with_outcomes_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_engine() as engine:
-        engine.runner._stopper._give_up_s = 0.3
+        engine.runner._stopper._give_up_s = -4.7
         engine.accept(message("1"))
         [start] = await engine.started(1)
         engine.propose(start, StepKind.MODEL_REPLY, 1)
