@@ -35,6 +35,8 @@ SESSION = "s"
 ID = ids.session_id(TENANT, AGENT, CHANNEL, SESSION)
 PARTITION = ids.partition_of(ID, 8)
 DEBOUNCE_MS = 20
+ROUNDS = st.sampled_from([0, 1, 2, 3, 4, 30])
+"""Of the event loop that pass before the next thing happens: a group is written in a few."""
 CONTROLS = (
     InboundKind.INBOUND_KIND_CANCEL, InboundKind.INBOUND_KIND_INTERRUPT, InboundKind.INBOUND_KIND_CANCEL_ALL,
     InboundKind.INBOUND_KIND_PAUSE, InboundKind.INBOUND_KIND_RESUME,
@@ -244,8 +246,8 @@ class Policies(RuleBasedStateMachine):
 
         self.run(work())
 
-    @rule(policies=st.lists(st.sampled_from(Policy), min_size=1, max_size=4), hurry=st.booleans())
-    def messages_come(self, policies: list[Policy], hurry: bool) -> None:
+    @rule(policies=st.lists(st.sampled_from(Policy), min_size=1, max_size=4), rounds=ROUNDS)
+    def messages_come(self, policies: list[Policy], rounds: int) -> None:
         batch = []
         for policy in policies:
             key = str(len(self.policies))
@@ -253,33 +255,33 @@ class Policies(RuleBasedStateMachine):
             item.policy = policy.value  # type: ignore[assignment]
             self.policies[item.message_id] = policy
             batch.append(item)
-        self._accept(batch, hurry)
+        self._accept(batch, rounds)
 
-    @rule(kind=st.sampled_from(CONTROLS), named=st.booleans(), hurry=st.booleans())
-    def somebody_controls(self, kind: InboundKind.ValueType, named: bool, hurry: bool) -> None:
+    @rule(kind=st.sampled_from(CONTROLS), named=st.booleans(), rounds=ROUNDS)
+    def somebody_controls(self, kind: InboundKind.ValueType, named: bool, rounds: int) -> None:
         item = inbound(SESSION, f"control {len(self.sent)}", b"")
         item.kind = kind
         if named and self.accepted:
             item.cancel_turn_id = ids.turn_id(ID, self.accepted[-1].message_id)
-        self._accept([item], hurry)
+        self._accept([item], rounds)
 
-    def _accept(self, batch: list[Inbound], hurry: bool) -> None:
+    def _accept(self, batch: list[Inbound], rounds: int) -> None:
         self.sent.append(batch)
         self.accepted += [item for item in batch if item.kind == InboundKind.INBOUND_KIND_MESSAGE]
 
         async def work() -> None:
             self.owner.seq = len(self.sent) - 1
             self.owner.accept(*batch)
-            await self._pass(2 if hurry else 30)
+            await self._pass(rounds)
 
         self.run(work())
 
     @rule(
         kind=st.sampled_from([StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.TOOL_RESULTS, StepKind.INTERIM_REPLY]),
         blind=st.booleans(),
-        hurry=st.booleans(),
+        rounds=ROUNDS,
     )
-    def the_brain_goes_on(self, kind: StepKind, blind: bool, hurry: bool) -> None:
+    def the_brain_goes_on(self, kind: StepKind, blind: bool, rounds: int) -> None:
         async def work() -> None:
             start, turn = self._running(), None
             if start is not None:
@@ -287,7 +289,7 @@ class Policies(RuleBasedStateMachine):
             if start is not None and turn is not None:
                 # A final may be proposed by a brain that has not heard of the newest inputs.
                 self._propose(start, kind, turn.step_count + 1, len(start.inputs) if blind else len(turn.inputs))
-            await self._pass(2 if hurry else 30)
+            await self._pass(rounds)
 
         self.run(work())
 
