@@ -13,8 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from soma.common.v1.message_pb2 import Message, Part, Role, SessionKey
+from soma.common.v1.turn_pb2 import Outcome
 from soma.gateway.v1.channel_service_pb2 import SendMessageRequest, SendMessageResponse
+from soma.router.v1.session_service_pb2 import ListMessagesRequest, SessionMessage
+from soma.router.v1.turn_service_pb2 import GetTurnRequest, Turn, TurnStatus
 
 from soma_common.testing.eventually import eventually
 from tests.e2e.stack import ECHO, OFFLINE, WITNESS, Stack
@@ -92,38 +96,48 @@ async def say(
         return await gateway.SendMessage(request, timeout=10)
 
 
-async def session_of(stack: Stack, name: str) -> dict[str, Any]:
-    """The session and its messages, as the command tells them."""
-    shown: dict[str, Any] = (await soma(stack, "sessions", "get", name, "--messages", "-o", "json")).json
-    return shown
+async def messages_of(stack: Stack, session: str, tenant: str = "demo") -> list[SessionMessage]:
+    """The messages of a session; none while no router has it."""
+    async with stack.sessions(tenant) as sessions:
+        try:
+            page = await sessions.ListMessages(ListMessagesRequest(parent=session, page_size=1000), timeout=10)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            return []
+    return list(page.messages)
 
 
-async def running_turn(stack: Stack, name: str) -> str:
-    """Wait until a turn runs in a session; its short name."""
-
-    async def found() -> str:
-        turns = (await soma(stack, "turns", "list", "--session", name, "--status", "running", "-o", "json")).json[
-            "turns"
-        ]
-        return f"{name}/{turns[0]['name'].rpartition('/')[2]}" if turns else ""
-
-    return await eventually(found, 20.0, f"a turn runs in {name}")
+async def running_turn(stack: Stack, sent: SendMessageResponse) -> str:
+    """Wait until the turn of a message runs; its short name."""
+    await eventually(lambda: _stands(stack, sent.turn_name, TurnStatus.TURN_STATUS_RUNNING), 20.0, "the turn runs")
+    return "/".join(sent.turn_name.split("/")[3::2])
 
 
-async def outcome_of(stack: Stack, turn: str) -> str:
+async def outcome_of(stack: Stack, turn: str, tenant: str = "demo") -> str:
     """Wait for a turn's end; its outcome."""
-
-    async def ended() -> str:
-        said = await soma(stack, "turns", "get", turn, "-o", "json")
-        shown = said.json if said.code == 0 else {}
-        return shown["outcome"].removeprefix("OUTCOME_").lower() if shown.get("status") == "TURN_STATUS_ENDED" else ""
-
-    return await eventually(ended, 30.0, f"turn {turn} ends")
+    ended = await eventually(
+        lambda: _stands(stack, turn, TurnStatus.TURN_STATUS_ENDED, tenant), 30.0, f"turn {turn} ends"
+    )
+    assert ended is not None
+    return Outcome.Name(ended.outcome).removeprefix("OUTCOME_").lower()
 
 
 async def answered(stack: Stack, sent: SendMessageResponse) -> str:
     """Wait for the end of the turn that answers a message; its outcome."""
-    return await outcome_of(stack, sent.turn_name)
+    return await outcome_of(stack, sent.turn_name, sent.turn_name.split("/")[1])
+
+
+async def _stands(stack: Stack, turn: str, status: TurnStatus.ValueType, tenant: str = "demo") -> Turn | None:
+    """The turn, if it has that status."""
+    async with stack.turns(tenant) as turns:
+        try:
+            found = (await turns.GetTurn(GetTurnRequest(name=turn), timeout=10)).turn
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            return None
+    return found if found.status == status else None
 
 
 async def test_a_turn_is_found_and_its_journal_is_read(stack: Stack, channel: str) -> None:
@@ -149,13 +163,13 @@ async def test_a_turn_is_found_and_its_journal_is_read(stack: Stack, channel: st
 
 
 async def test_a_watch_shows_tokens_as_they_come_and_an_interrupt_ends_it(stack: Stack, channel: str) -> None:
-    await say(stack, WITNESS, channel, "s", FOR_EVER)
-    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, sent)
     async with running(stack, "turns", "watch", turn) as watch:
         await printed(watch, "word word word")
         stopped = await soma(stack, "turns", "interrupt", turn)
         assert stopped.code == 0, stopped.errors
-        assert await outcome_of(stack, turn) == "interrupted"
+        assert await answered(stack, sent) == "interrupted"
         async with asyncio.timeout(20):
             rest = b"".join(await watch.communicate())
         assert watch.returncode == 0
@@ -165,11 +179,26 @@ async def test_a_watch_shows_tokens_as_they_come_and_an_interrupt_ends_it(stack:
     assert "interrupted" in again.out
 
 
+async def test_a_watch_outlives_the_router_that_served_it(stack: Stack, channel: str) -> None:
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, sent)
+    async with running(stack, "turns", "watch", turn) as watch:
+        await printed(watch, "word word word")
+        await stack.kill("router-0")
+        await printed(watch, "the turn starts again")
+        await printed(watch, "word word word")
+        assert (await soma(stack, "turns", "cancel", turn)).code == 0
+        async with asyncio.timeout(20):
+            rest = b"".join(await watch.communicate())
+        assert watch.returncode == 0
+        assert b"cancelled" in rest
+
+
 async def test_a_stopped_turn_is_resumed_and_an_answered_one_is_not(stack: Stack, channel: str) -> None:
-    await say(stack, WITNESS, channel, "s", FOR_EVER)
-    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    turn = await running_turn(stack, sent)
     assert (await soma(stack, "turns", "cancel", turn)).code == 0
-    assert await outcome_of(stack, turn) == "cancelled"
+    assert await answered(stack, sent) == "cancelled"
     first = (await soma(stack, "turns", "resume", turn, "--request-id", "r-1", "-o", "json")).json
     assert (await soma(stack, "turns", "resume", turn, "--request-id", "r-1", "-o", "json")).json == first
     assert await outcome_of(stack, first["turnName"]) == "final"
@@ -188,11 +217,13 @@ async def test_a_paused_session_takes_messages_and_answers_them_later(stack: Sta
     waiting = [await say(stack, ECHO, channel, "s", text) for text in ("two", "three")]
 
     async def both_wait() -> bool:
-        shown = await session_of(stack, name)
-        places = [(message["message"]["parts"][0]["text"], message["queuePosition"]) for message in shown["messages"]]
-        return bool(places == [("one", 0), ("two", 1), ("three", 2)]) and int(shown["session"]["queuedCount"]) == 2
+        places = [message.queue_position for message in await messages_of(stack, waiting[0].session_name)]
+        return places == [0, 1, 2]
 
     await eventually(both_wait, 10.0, "both messages wait")
+    shown = (await soma(stack, "sessions", "get", name, "--messages", "-o", "json")).json
+    assert (shown["session"]["queuedCount"], shown["session"]["paused"]) == ("2", True)
+    assert [message["message"]["parts"][0]["text"] for message in shown["messages"]] == ["one", "two", "three"]
     table = (await soma(stack, "sessions", "get", name, "--waiting")).out
     assert "idle, paused" in table
     assert re.search(r"oldest waits +\d", table)
@@ -217,26 +248,26 @@ async def test_a_session_is_watched_over_its_turns(stack: Stack, channel: str) -
 
 async def test_a_message_says_what_it_does_to_the_turn_that_runs(stack: Stack, channel: str) -> None:
     sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
-    turn = await running_turn(stack, f"{WITNESS}/{channel}/s")
+    await running_turn(stack, sent)
     chat = ("chat", "--agent", WITNESS, "--channel", channel, "--session", "s", "--message")
     rejected = await soma(stack, *chat, "hello", "--policy", "reject")
     assert (rejected.code, rejected.out) == (1, "")
     assert rejected.errors.startswith("rejected: ")
     answered_by = await soma(stack, *chat, "what is 6*7?", "--policy", "interrupt")
     assert (answered_by.code, "42" in answered_by.out) == (0, True)
-    assert await outcome_of(stack, turn) == await answered(stack, sent) == "interrupted"
+    assert await answered(stack, sent) == "interrupted"
 
 
 async def test_a_session_is_interrupted_and_cancelled(stack: Stack, channel: str) -> None:
     name = f"{WITNESS}/{channel}/s"
     sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
-    await running_turn(stack, name)
+    await running_turn(stack, sent)
     busy = (await soma(stack, "sessions", "list", "--agent", WITNESS, "--channel", channel, "--state", "busy")).out
     assert sent.turn_name.rpartition("/")[2] in busy
     assert (await soma(stack, "sessions", "interrupt", name)).code == 0
     assert await answered(stack, sent) == "interrupted"
     running_now = await say(stack, WITNESS, channel, "s", FOR_EVER)
-    await running_turn(stack, name)
+    await running_turn(stack, running_now)
     waiting = await say(stack, WITNESS, channel, "s", "hello")
     assert (await soma(stack, "sessions", "cancel", name)).code == 0
     assert [await answered(stack, each) for each in (running_now, waiting)] == ["cancelled", "cancelled"]
@@ -306,11 +337,10 @@ async def _waits(stack: Stack, sent: SendMessageResponse) -> bool:
     """Whether a message waits for more than a second, which nothing but a pause makes it do here."""
 
     async def decided() -> str:
-        said = await soma(stack, "sessions", "get", sent.session_name, "--messages", "-o", "json")
-        messages = said.json["messages"] if said.code == 0 else []  # Stored as soon as a router has the session.
-        shown = next((message for message in messages if message["messageId"] == sent.message_id), None)
+        messages = await messages_of(stack, sent.session_name, sent.session_name.split("/")[1])
+        shown = next((message for message in messages if message.message_id == sent.message_id), None)
         if shown is None:
             return ""
-        return "taken" if shown["turn"] else "waits" if int(shown["queueAgeMs"]) > 1000 else ""
+        return "taken" if shown.turn else "waits" if shown.queue_age_ms > 1000 else ""
 
     return await eventually(decided, 20.0, f"message {sent.message_id} waits or is taken") == "waits"
