@@ -66,6 +66,7 @@ async def test_a_router_that_stops_hands_its_partitions_over(fleet: FaultyStack)
     print(f"handover: owned by others after at most {max(handovers):.3f} s (bar {HANDOVER_S}); {counts}")
     assert max(handovers) < HANDOVER_S * SHARED_MACHINE
     assert not fleet.deaths
+    assert await _strikes(fleet) == 0
 
 
 async def test_a_router_that_comes_back_at_once_moves_partitions_once(fleet: FaultyStack) -> None:
@@ -141,11 +142,20 @@ async def _roll(fleet: FaultyStack, mix: Mix, rounds: int) -> None:
     print(f"rolling restart: {counts}, slowest {slowest} {shutdowns[slowest]:.2f} s, streams {streams}")
     assert counts["accepted"] == counts["answered"] == counts["sent"], "a client was refused"
     assert max(shutdowns.values()) < SHUTDOWN_S
+    assert await _strikes(fleet) == 0
     assert not fleet.deaths
     assert not fleet.failed_starts
     for instance in fleet.layout.instances():
         for event in ("service.stop_step_cut_off", "service.stop_step_failed", "service.task_would_not_stop"):
             assert not fleet.logged(instance.name, event), f"{instance.name}: {event}"
+
+
+async def _strikes(stack: FaultyStack) -> int:
+    """How many turns are suspected because a router or a brain died with them. One that stops politely is not dead."""
+    database = await stack.database()
+    suspects: int = await database.fetchval("SELECT count(*) FROM router.turns WHERE strikes > 0")
+    await database.close()
+    return suspects
 
 
 # ---- who owns what
