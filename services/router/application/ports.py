@@ -172,8 +172,8 @@ class ToolCanceller(Protocol):
         self, tenant: str, turn_id: bytes, step: int, reply: bytes, key: tuple[str, str, str], wait_s: float
     ) -> bytes:
         """The ToolResults body (serialized StepBody) for the calls of a serialized ModelReply body: results of what
-        ran, "cancelled" for what will never run, "outcome unknown" for what is not done `wait_s` after this was asked first. `key` is
-        (agent, channel, session). Raises ConnectionError to be tried again.
+        ran, "cancelled" for what will never run, "outcome unknown" for what is not done `wait_s` after this was asked
+        first. `key` is (agent, channel, session). Raises ConnectionError to be tried again.
         """
 
     def unknown(self, reply: bytes) -> bytes:

@@ -107,7 +107,7 @@ class DurableStore(MemoryStore):
     def _turns(self, group: Group, result: GroupResult) -> None:
         for row in zip(*group.turns, strict=True):
             if row[0] in result.started:
-                self.stored_turns.append(StoredTurn(row[0], row[4], row[5], row[6], self.groups))  # type: ignore[arg-type]
+                self.stored_turns.append(StoredTurn(row[0], row[4], row[5], row[6], self.groups))
         for turn_id, dispatch, _ in zip(*group.dispatches, strict=True):
             self._turn(turn_id).dispatch = cast(int, dispatch)
         for _, position, turn_id, stop, paused in zip(*group.controls, strict=True):
@@ -234,6 +234,8 @@ class Policies(RuleBasedStateMachine):
         self.accepted: list[Inbound] = []
         self.policies: dict[bytes, Policy] = {}
         self.sent: list[list[Inbound]] = []
+        self.seen: dict[bytes, list[int]] = {}
+        """How many inputs the finals had seen that brains proposed, by turn."""
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         self.runner.run(work)
@@ -296,6 +298,7 @@ class Policies(RuleBasedStateMachine):
     def _propose(self, start: StartTurn, kind: StepKind, step: int, seen: int) -> None:
         if kind is StepKind.FINAL:
             answer: ProtoMessage = Message(parts=[Part(text="answer")])
+            self.seen.setdefault(start.turn_id, []).append(seen)
             self.owner.propose(start, kind, step, answer=answer, inputs_seen=seen)
             return
         body = {StepKind.MODEL_REPLY: CALL, StepKind.TOOL_RESULTS: RESULTS, StepKind.INTERIM_REPLY: INTERIM}[kind]
@@ -370,6 +373,8 @@ class Policies(RuleBasedStateMachine):
                 assert [self.policies[id_] for id_ in delivery.message_ids] == [Policy.REJECT]
             else:
                 in_order += list(delivery.message_ids)
+            if int(delivery.outcome) == Outcome.FINAL:
+                assert max(self.seen[delivery.turn_id]) >= len(delivery.message_ids), "answered and not read"
         mine = set(in_order)
         assert in_order == [item.message_id for item in self.accepted if item.message_id in mine], "out of order"
 
