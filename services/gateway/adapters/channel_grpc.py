@@ -166,9 +166,9 @@ class ChannelServicer(Watches, ChannelServiceServicer):
 async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncIterator[ConnectRequest]) -> None:
     """Applies frames as they come; the stream's writer is the one to end the call."""
     try:
-        stream.receive_items(first)
+        await stream.receive_items(first)
         async for frame in frames:
-            stream.receive(frame)
+            await stream.receive(frame)
     except Refused as refused:
         stream.end(refused)
     except errors.SomaError as error:

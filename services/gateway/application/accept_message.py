@@ -46,8 +46,11 @@ class AcceptMessage:
             Refused: not stored; the sink is not told.
         """
         self._directory.check_agent(submission.tenant, submission.agent)
+        # First what needs no look at the message: a flood is refused at little cost.
+        self._mailboxes.check_tenant(submission.tenant)
+        self._writers.check_room(submission.tenant)
         inbound = admit_message(submission, message, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms())
-        self._mailboxes.check(submission.tenant, inbound.session_id)
+        self._mailboxes.check_session(submission.tenant, inbound.session_id)
         return self._queue(submission.tenant, inbound, sink, ref)
 
     def cancel(self, submission: Submission, turn_id: bytes, sink: Sink, ref: int) -> int:

@@ -99,8 +99,7 @@ class LaneWriters:
             queue = self._tenants[tenant] = _TenantQueue()
         bounds = self._bounds
         size = len(inbound.content) + ITEM_OVERHEAD_BYTES
-        if queue.items >= bounds.tenant_items:
-            raise queue_full("gateway.tenant_items", bounds.tenant_items, bounds.full_retry_ms)
+        self.check_room(tenant)
         if queue.bytes + size > bounds.tenant_bytes:
             raise queue_full("gateway.tenant_bytes", bounds.tenant_bytes, bounds.full_retry_ms)
         queue.items += 1
@@ -112,6 +111,12 @@ class LaneWriters:
             )
         writer.put(WaitingItem(inbound, size, sink, ref))
         return size
+
+    def check_room(self, tenant: str) -> None:
+        """Raises Refused when as many of the tenant's items wait as may."""
+        queue = self._tenants.get(tenant)
+        if queue is not None and queue.items >= self._bounds.tenant_items:
+            raise queue_full("gateway.tenant_items", self._bounds.tenant_items, self._bounds.full_retry_ms)
 
     def on_progress(self, lane: int, router: str, seq: int) -> None:
         """A router has taken a lane in up to a place."""

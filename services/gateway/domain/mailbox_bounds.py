@@ -65,19 +65,21 @@ class MailboxBounds:
                 )
         known.add_up()
 
-    def check(self, tenant: str, session_id: bytes) -> None:
-        """Raises Refused when a message of the session has to wait outside."""
+    def check_tenant(self, tenant: str) -> None:
+        """Raises Refused when messages of the tenant have to wait outside."""
         known = self._tenants.get(tenant)
-        if known is None:
-            return
-        if session_id in known.full:
-            self._sweep()
-            if session_id in known.full:
-                raise queue_full("session.queued_messages", self._per_session, RETRY_MS)
-        if known.waiting >= self._per_tenant:
+        if known is not None and known.waiting >= self._per_tenant:
             self._sweep()
             if known.waiting >= self._per_tenant:
                 raise queue_full("tenant.queued_messages", self._per_tenant, RETRY_MS)
+
+    def check_session(self, tenant: str, session_id: bytes) -> None:
+        """Raises Refused when messages of the session have to wait outside."""
+        known = self._tenants.get(tenant)
+        if known is not None and session_id in known.full:
+            self._sweep()
+            if session_id in known.full:
+                raise queue_full("session.queued_messages", self._per_session, RETRY_MS)
 
     def _sweep(self) -> None:
         """Forgets what nobody has confirmed for long."""

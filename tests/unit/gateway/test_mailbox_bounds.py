@@ -29,7 +29,8 @@ class World:
     def bound(self, session: bytes = FREE, tenant: str = "demo") -> str:
         """Name of the bound that refuses a message; empty if it is let in."""
         try:
-            self.bounds.check(tenant, session)
+            self.bounds.check_session(tenant, session)
+            self.bounds.check_tenant(tenant)
         except Refused as refused:
             error = refused.error
         else:
@@ -66,7 +67,7 @@ def test_the_metadata_names_the_bound_and_its_value() -> None:
     world = World()
     world.hears((0, 1, 100))
     with pytest.raises(Refused) as refused:
-        world.bounds.check("demo", FREE)
+        world.bounds.check_tenant("demo")
     assert dict(refused.value.error.metadata) == {"bound": "tenant.queued_messages", "value": "100"}
 
 
