@@ -31,6 +31,7 @@ from soma_common.embedded.process import (
     ChildProcess,
     PartFailed,
     ProcessIdentity,
+    descendants,
     launch_command,
     private_directory,
     write_private,
@@ -202,8 +203,13 @@ class PostgresServer:
             await inside.close()
 
     async def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """Fast shutdown: cuts sessions, writes everything; killed after `timeout_s`, and the next start recovers."""
-        await self.process.stop(signal.SIGINT, timeout_s)
+        """Fast shutdown: cuts sessions, writes everything; killed after `timeout_s`, and the next start recovers.
+
+        Returns when no process of the server is left: what is copied or put back then is of one moment.
+        """
+        processes = descendants(self.process.pid)
+        if not await self.process.stop(signal.SIGINT, timeout_s):
+            await asyncio.gather(*(each.end(signal.SIGKILL, ORPHANS_END_WITHIN_S) for each in processes))
 
     def _launch(self, identity: str) -> None:
         self._process = ChildProcess.start(

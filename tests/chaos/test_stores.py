@@ -361,7 +361,7 @@ def fill(disk: Path) -> Path:
 
 @asynccontextmanager
 async def stopped(stack: FaultyStack, part: str) -> AsyncIterator[Path]:
-    """A store that does not run: its directory."""
+    """A store of which nothing runs any more: its directory."""
     stack.hold_down(part)
     stack.expect_death(part)
     await stack.parts[part].stop()

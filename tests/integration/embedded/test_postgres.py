@@ -13,7 +13,7 @@ import pytest
 from soma_common.embedded import postgres as embedded
 from soma_common.embedded.identity import first_closed_directory
 from soma_common.embedded.postgres import PORT, PostgresConfig, PostgresServer, socket_directory
-from soma_common.embedded.process import ChildProcess, PartFailed, ProcessIdentity
+from soma_common.embedded.process import ChildProcess, PartFailed, ProcessIdentity, descendants
 from soma_common.testing.embedded import Database, FaultyPostgres, soma_database
 
 ORDINARY_USER = """
@@ -58,6 +58,22 @@ async def test_a_start_waits_for_the_sessions_of_a_killed_postmaster(own_postgre
     await own_postgres.check()
     for connection in connections:
         connection.terminate()
+
+
+async def test_a_stop_that_takes_too_long_leaves_no_process_behind(own_postgres: FaultyPostgres) -> None:
+    """Its directory may be copied or replaced then: whatever still ran would write into what is put there."""
+    processes = descendants(own_postgres.process.pid)
+    assert processes
+    for each in processes:
+        each.send(signal.SIGSTOP)
+    await own_postgres.stop(timeout_s=0.2)
+    assert not [each for each in processes if each.alive() and not is_dead(each.pid)]
+    await own_postgres.start()
+
+
+def is_dead(pid: int) -> bool:
+    """Whether it has ended and nobody has waited for it yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 async def test_an_orphaned_postmaster_is_replaced(own_postgres: FaultyPostgres) -> None:

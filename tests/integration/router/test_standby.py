@@ -24,7 +24,7 @@ async def standby(own_postgres: FaultyPostgres, primary: Store, tmp_path: Path) 
     """A standby that follows; it copies what the primary has so far."""
     server = FaultyPostgres(PostgresConfig(tmp_path / "standby", durable=False, shared_buffers_mb=32))
     server.data_directory.parent.mkdir(mode=0o700)
-    copy = ["-d", own_postgres.dsn(), "-D", server.data_directory, "-R", "-X", "stream", "-c", "fast"]
+    copy: list[str | Path] = ["-d", own_postgres.dsn(), "-D", server.data_directory, "-R", "-X", "stream", "-c", "fast"]
     copying = await asyncio.create_subprocess_exec(binary("pg_basebackup"), *copy)
     assert await copying.wait() == 0
     await server.start()
