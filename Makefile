@@ -59,9 +59,13 @@ bench: setup ## Measure: turns per second, latencies, CPU, memory, beside the ma
 	$(RUN) -m tests.bench $(ARGS)
 
 .PHONY: soak
-soak: setup ## The longer chaos tests, then hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --seed 1")
+soak: setup ## The longer chaos tests, then hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --replay SEED")
 	$(RUN) -m pytest tests/chaos -m soak
 	$(RUN) -m tests.chaos.soak $(ARGS)
+
+.PHONY: soak-guards
+soak-guards: setup ## Take each guard of the turn protocol away: the soak must notice (long; ARGS="--only tombstone")
+	$(RUN) -m tests.chaos.soak_guards $(ARGS)
 
 ##@ Change
 

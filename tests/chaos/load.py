@@ -72,8 +72,14 @@ class Mix:
     """Part of the messages that are followed by a cancel."""
     policies: tuple[Policy.ValueType, ...] = (Policy.ARRIVAL_POLICY_UNSPECIFIED,)
     """Arrival policies, one of which each message has by chance; unspecified is the agent's own, which is enqueue."""
+    nack: float = 0.0
+    """Part of the deliveries that their adapter gives back once before it takes them."""
     watch: float = 0.0
     """Part of the messages whose turn somebody watches."""
+
+
+class NotNow(Exception):
+    """An adapter cannot take a delivery just now."""
 
 
 @dataclass
@@ -104,6 +110,7 @@ class Load:
         self.patience_s = PATIENCE_S
         """How long a sender tries to get a message stored."""
         self._shown: dict[bytes, str] = {}
+        self._given_back: set[bytes] = set()
         self._random = random.Random(self.seed)
         self._clients: dict[str, ChannelClient] = {}
         self._helpers: dict[str, list[ChannelClient]] = defaultdict(list)
@@ -361,6 +368,9 @@ class Load:
                 await asyncio.sleep(0.05)
 
     def _arrived(self, tenant: str, instance: str, delivery: Delivery) -> None:
+        if self._random.random() < self.mix.nack and delivery.delivery_id not in self._given_back:
+            self._given_back.add(delivery.delivery_id)
+            raise NotNow
         if self._shown.setdefault(delivery.delivery_id, instance) != instance:
             # Another adapter had it before, and its acknowledgement was lost: as the contract says, the application
             # drops what it knows. What comes twice to one adapter is for the checker.

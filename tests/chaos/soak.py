@@ -51,7 +51,7 @@ POLICIES: Final = {
     "rollback": Policy.ARRIVAL_POLICY_ROLLBACK,
     "reject": Policy.ARRIVAL_POLICY_REJECT,
 }
-DEFAULT_POLICIES: Final = ("enqueue",)
+DEFAULT_POLICIES: Final = tuple(POLICIES)
 _SHOWN: Final = 20
 
 
@@ -180,21 +180,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=int, default=DEFAULT_MINUTES, help="about; a round takes one")
     parser.add_argument("--seed", "--replay", type=int, default=None, help="default: a new one, which is printed")
-    parser.add_argument("--policies", default=",".join(DEFAULT_POLICIES), help=f"of {','.join(POLICIES)}; or all")
+    parser.add_argument("--policies", default=",".join(DEFAULT_POLICIES), help="arrival policies in use")
     parser.add_argument("--seconds", type=float, default=ROUND_S, help="of faults, in each round")
     parser.add_argument("--round", type=int, default=0, help="only this one of them, from 1")
     parser.add_argument("--plan", action="store_true", help="only print the faults and their times")
     given = parser.parse_args()
     seed = random.randrange(10**6) if given.seed is None else given.seed
-    policies = list(POLICIES) if given.policies == "all" else given.policies.split(",")
-    rounds = rounds_of(seed, max(1, given.minutes), given.seconds, policies)
+    rounds = rounds_of(seed, max(1, given.minutes), given.seconds, given.policies.split(","))
     if given.round:
         rounds = rounds[given.round - 1 : given.round]
     if given.plan:
         for planned in rounds:
             print(f"round {planned.number + 1}: {planned.mix}", *planned.faults, sep="\n  ")
         return 0
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     print(f"seed {seed}", flush=True)
     tally = asyncio.run(soak(rounds, seed))
     say(tally)

@@ -129,7 +129,29 @@ def _fault(
 def _mixes(policies: tuple[Policy.ValueType, ...]) -> tuple[Mix, ...]:
     """The loads of a soak; every round has one of them."""
     return (
-        Mix(echo=3, slow=2, clerk=2, pause_s=0.5, ahead=2, cancel=0.1, repeat=0.1, watch=0.2, policies=policies),
-        Mix(echo=3, slow=1, clerk=2, pause_s=0.6, ahead=20, cancel=0.02, repeat=0.2, watch=0.1, policies=policies),
+        Mix(
+            echo=3,
+            slow=2,
+            clerk=2,
+            pause_s=0.5,
+            ahead=2,
+            cancel=0.1,
+            repeat=0.1,
+            nack=0.02,
+            watch=0.2,
+            policies=policies,
+        ),
+        Mix(
+            echo=3,
+            slow=1,
+            clerk=2,
+            pause_s=0.6,
+            ahead=20,
+            cancel=0.02,
+            repeat=0.2,
+            nack=0.05,
+            watch=0.1,
+            policies=policies,
+        ),
         Mix(echo=2, slow=2, clerk=3, pause_s=0.3, ahead=1, cancel=0.05, repeat=0.1, watch=0.4, policies=policies),
     )

@@ -6,6 +6,7 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import Error, Message, Part
+from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
 from soma.common.v1.turn_pb2 import (
     Delivery,
     FinalMessage,
@@ -21,7 +22,13 @@ from soma.common.v1.turn_pb2 import (
 
 from soma_common import ids
 from soma_common.ids import SessionName
-from soma_common.testing.checker import Story, journal_violations
+from soma_common.testing.checker import (
+    Story,
+    effects_out_of_turn,
+    journal_violations,
+    mixed_up,
+    unread_inputs,
+)
 from soma_common.testing.tool_server import RecordedToolCall
 
 NAME = SessionName("demo", "echo", "line", "s1")
@@ -96,6 +103,62 @@ BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
 
 @pytest.mark.parametrize(("make", "problem"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_promise_is_named(make: Callable[[], Story], problem: str) -> None:
+    found = make().violations()
+    assert any(problem in violation for violation in found), found
+
+
+def under(policy: Policy.ValueType, *deliveries: Delivery) -> Story:
+    """A session in which k1 was accepted, then k2 under the policy."""
+    story = Story()
+    for key, of_message in (("k1", Policy.ARRIVAL_POLICY_ENQUEUE), ("k2", policy)):
+        story.sent(NAME, key, key, expected=key, policy=of_message, ending=key)
+        story.accepted(NAME, key, message_id(key))
+    for delivery in deliveries:
+        story.delivered("demo", "line", delivery)
+    return story
+
+
+def both(text: str) -> Delivery:
+    delivery = final("k1", 1, text)
+    delivery.message_ids.append(message_id("k2"))
+    return delivery
+
+
+BUSY = Error(reason=ErrorReason.ERROR_REASON_TURN_RUNNING)
+KEPT: dict[str, Callable[[], Story]] = {
+    "steered": lambda: under(Policy.ARRIVAL_POLICY_STEER, both("first k1, then k2")),
+    "rejected at once": lambda: under(
+        Policy.ARRIVAL_POLICY_REJECT, ended("k2", 1, Outcome.OUTCOME_REJECTED, BUSY), final("k1", 2)
+    ),
+    "interrupted": lambda: under(
+        Policy.ARRIVAL_POLICY_INTERRUPT, ended("k1", 1, Outcome.OUTCOME_INTERRUPTED), final("k2", 2)
+    ),
+}
+POLICY_BROKEN: dict[str, tuple[Callable[[], Story], str]] = {
+    "one turn for two": (lambda: under(Policy.ARRIVAL_POLICY_ENQUEUE, both("k2")), "none of them asked for that"),
+    "the last input not answered": (lambda: under(Policy.ARRIVAL_POLICY_STEER, both("k1")), "instead of 'k2'"),
+    "interrupted by nobody": (
+        lambda: under(Policy.ARRIVAL_POLICY_STEER, ended("k1", 1, Outcome.OUTCOME_INTERRUPTED), final("k2", 2)),
+        "1 turns were interrupted for 0 reasons",
+    ),
+    "rejected against its policy": (
+        lambda: under(Policy.ARRIVAL_POLICY_STEER, ended("k2", 1, Outcome.OUTCOME_REJECTED, BUSY), final("k1", 2)),
+        "that was not its message's policy",
+    ),
+    "rejected for another reason": (
+        lambda: under(Policy.ARRIVAL_POLICY_REJECT, ended("k2", 1, Outcome.OUTCOME_REJECTED, POISONED)),
+        "was rejected with TURN_POISONED",
+    ),
+}
+
+
+@pytest.mark.parametrize("make", KEPT.values(), ids=KEPT)
+def test_what_a_policy_asks_for_breaks_nothing(make: Callable[[], Story]) -> None:
+    assert make().violations() == []
+
+
+@pytest.mark.parametrize(("make", "problem"), POLICY_BROKEN.values(), ids=POLICY_BROKEN)
+def test_what_no_policy_asked_for_is_named(make: Callable[[], Story], problem: str) -> None:
     found = make().violations()
     assert any(problem in violation for violation in found), found
 
@@ -204,3 +267,25 @@ def test_what_witnesses_saw_and_no_journal_says(
 def test_a_journaled_answer_that_no_model_gave() -> None:
     found = journal_violations({TURN: journal()}, MODEL_CALLS[:1], [charge()], frozenset())
     assert found == [f"turn {TURN}: the model was never called for step 3"]
+
+
+def test_an_input_that_the_model_had_not_read_is_noticed() -> None:
+    journal = [Step(number=1, dispatch=2, body=StepBody(final=FinalMessage()))]
+    turns = [(TURN, ["first", "second"])]
+    assert unread_inputs(turns, {TURN: journal}, {(TURN, 1, 2): ["first", "second"]}) == []
+    [unread] = unread_inputs(turns, {TURN: journal}, {(TURN, 1, 2): ["first"]})
+    assert "'second' was answered" in unread
+    [another] = unread_inputs(turns, {TURN: journal}, {(TURN, 1, 1): ["first", "second"]})
+    assert "never called the model" in another
+
+
+def test_what_another_session_said_is_noticed() -> None:
+    assert mixed_up([(TURN, ["demo/s1 says 1"])], {TURN: "demo/s1"}) == []
+    assert mixed_up([(TURN, ["acme/s1 says 1"])], {TURN: "demo/s1"})
+
+
+def test_an_effect_in_a_turn_that_nobody_was_answered_is_noticed() -> None:
+    charged = RecordedToolCall(1, f"{TURN}/1/0", TURN, 1, "charge", {}, {})
+    assert effects_out_of_turn([charged], frozenset({"charge"}), [TURN]) == []
+    assert effects_out_of_turn([charged], frozenset({"book"}), []) == []
+    assert effects_out_of_turn([charged], frozenset({"charge"}), [])
