@@ -277,8 +277,11 @@ class LiveWatcher:
             return
         if self._reconnects != self._hub.reconnects:
             self._merge.lost()
-        self._give(self._merge.live(events))
-        if self._merge.gap or self._merge.named:
+        shown = self._merge.live(events)
+        self._give(shown)
+        # A new dispatch may mean a new owner, who does not know of the interest yet.
+        moved = any(watched.event.HasField("restarted") for watched in shown)
+        if moved or self._merge.gap or self._merge.named:
             self._ask.set()
 
     async def _follow(self) -> None:
