@@ -317,6 +317,7 @@ class LiveWatcher:
             session_id=self._session_id,
             agent=self.session.agent,
             after=self._merge.position,
+            turn_id=self._merge.position.turn_id,  # for routers of the release before, which know no positions
             session=self._of_session,
             resumed=self._resumed,
         )

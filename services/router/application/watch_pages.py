@@ -131,6 +131,8 @@ class WatchPages:
             return await self._of_turn(tenant, session, query, WatchPosition(turn_id=rows[0].turn_id))
         if rows or running is not None:
             return None  # it began meanwhile
+        if self._rests.get(query.session_id) is rest:  # no turn has ended meanwhile: it is watched, and would be noted
+            self._rest(query.session_id, partition, WatchPosition(turn_id=after.turn_id, ended=True), number)
         return WatchSnapshot(idle_at=after, idle_number=number)
 
     def note_rest(self, turn: Turn, watched: bool) -> None:
@@ -139,8 +141,11 @@ class WatchPages:
         if turn.number <= 0 or not (watched or session.id in self._rests):
             return
         position = WatchPosition(turn_id=turn.id, dispatch=turn.dispatch, step=turn.step_count + 1, ended=True)
-        self._rests[session.id] = session.partition, position, turn.number
-        self._rests.move_to_end(session.id)
+        self._rest(session.id, session.partition, position, turn.number)
+
+    def _rest(self, session_id: bytes, partition: Partition, position: WatchPosition, number: int) -> None:
+        self._rests[session_id] = partition, position, number
+        self._rests.move_to_end(session_id)
         while len(self._rests) > _RESTS:
             self._rests.popitem(last=False)
 

@@ -164,6 +164,18 @@ def test_more_than_is_held_while_a_page_is_asked_for_is_asked_again() -> None:
     assert len(said(merge.page(page(begun(), text(0, "x" * (MAX_HELD + 5)))))) == MAX_HELD + 5
 
 
+def test_the_whole_turn_in_one_answer_of_the_release_before_is_understood() -> None:
+    """Its routers name no sizes and no numbers of turns, and put the running state before all steps."""
+    merge = WatchMerge(turn_id=TURN)
+    call, result = ToolCall(tool="t"), ToolResult(tool="t")
+    running = event(3, 1, number=0, state=TurnState.TURN_STATE_REFLECTING, message_ids=[MESSAGE])
+    steps = [text(0, "a"), event(1, number=0, tool_call=call), event(2, number=0, tool_result=result)]
+    shown = merge.page(page(running, *steps, text(0, "b", 3)))
+    assert kinds(shown) == ["text", "tool_call", "tool_result", "state", "text"]
+    assert merge.page(page(running, *steps, text(0, "bc", 3)))[0].event.text.text == "c"
+    assert kinds(merge.live([final("bcd", 3)])) == ["text", "ended"]
+
+
 # ---- by message
 
 

@@ -44,7 +44,9 @@ def test_a_session_is_shown_as_it_is_journaled(steps: list[tuple[str, object]], 
     for name, argument in [*steps, ("answer", None)]:
         apply(world, name, argument)
         heard = world.outbox.take()
-        match data.draw(st.sampled_from(["heard", "heard", "heard", "lost", "twice", "cut", "holed", "away"]), label="fate"):
+        match data.draw(
+            st.sampled_from(["heard", "heard", "heard", "lost", "twice", "cut", "holed", "away"]), label="fate"
+        ):
             case "heard":
                 client.hear(heard)
             case "twice":
@@ -187,3 +189,21 @@ def test_a_position_of_no_turn_is_unknown() -> None:
     page = run(world.desk.query(TENANT, world.session.partition.id, query))
     assert page is not None
     assert page.position_unknown
+
+
+def test_where_a_session_rests_is_read_from_the_store_once() -> None:
+    world = World()
+    apply(world, "answer", None)
+    other = World()  # another owner, who has seen no turn of the session
+    other.store.turns.update(world.store.turns)
+    other.session.turn_count = other.messages = 1
+    client = Client(other)
+    client.catch_up()
+    reads = other.store.reads
+    assert reads
+    for _ in range(3):
+        client.read(client.ask())
+    assert other.store.reads == reads
+    apply(other, "say", "next")
+    client.hear(other.outbox.take())
+    assert list(client.shown.values()) == [{1: ("next", 0)}]

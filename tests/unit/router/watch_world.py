@@ -65,6 +65,7 @@ class Store:
     def __init__(self, session: Session) -> None:
         self.session_id = session.id
         self.turns: OrderedDict[bytes, StoredTurn] = OrderedDict()
+        self.reads = 0
 
     async def turn_answering(self, tenant: str, message_id: bytes, content_hash: bytes) -> bytes | None:
         found = [t for t, row in self.turns.items() if any(m.message_id == message_id for m in row.turn.inputs)]
@@ -75,16 +76,19 @@ class Store:
         return (row.delivery, row.turn.dispatch, len(row.steps)) if row and row.delivery else None
 
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
+        self.reads += 1
         row = self.turns.get(turn_id)
         return self._row(row) if row else None
 
     async def session(self, tenant: str, session_id: bytes) -> SessionRow | None:
+        self.reads += 1
         ended = sum(row.delivery is not None for row in self.turns.values())
         return cast(SessionRow, _Counted(ended)) if self.turns else None
 
     async def session_turns(
         self, tenant: str, session_id: bytes, status: int | None, after: int, limit: int
     ) -> list[TurnRow]:
+        self.reads += 1
         return [self._row(row) for row in self.turns.values() if row.turn.number > after][:limit]
 
     async def steps(self, tenant: str, turn_id: bytes, after: int, limit: int) -> list[StepRow]:
