@@ -7,10 +7,12 @@ The engine is the real one. The store does to dictionaries what the tables do, a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import random
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pytest
 from google.protobuf.message import Message as ProtoMessage
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -83,6 +85,8 @@ class DurableStore(MemoryStore):
         self.is_paused = False
         self.head = self.mail_head = 0
         self.cursor = Cursor()
+        self.slow = 0
+        """Rounds of the event loop that a commit takes longer: what may happen meanwhile is as much as the disk."""
         self.term: object = None
         """Who may write."""
 
@@ -90,6 +94,8 @@ class DurableStore(MemoryStore):
         moves = list(group.moves.values())
         if any(move.partition.id == PARTITION and move.partition.term != self.term for move in moves):
             await asyncio.sleep(3600)  # a former owner never hears of its commit
+        for _ in range(self.slow):
+            await asyncio.sleep(0)
         result = await super().commit(group)
         for move in moves:
             if move.partition.id == PARTITION:
@@ -259,8 +265,14 @@ class Policies(RuleBasedStateMachine):
             batch.append(item)
         self._accept(batch, rounds)
 
-    @rule(kind=st.sampled_from(CONTROLS), named=st.booleans(), rounds=ROUNDS)
-    def somebody_controls(self, kind: InboundKind.ValueType, named: bool, rounds: int) -> None:
+    @rule(
+        kind=st.sampled_from([*CONTROLS, *[InboundKind.INBOUND_KIND_RESUME] * 3, *[None] * 16]),
+        named=st.booleans(),
+        rounds=ROUNDS,
+    )
+    def somebody_controls(self, kind: InboundKind.ValueType | None, named: bool, rounds: int) -> None:
+        if kind is None:
+            return
         item = inbound(SESSION, f"control {len(self.sent)}", b"")
         item.kind = kind
         if named and self.accepted:
@@ -279,7 +291,7 @@ class Policies(RuleBasedStateMachine):
         self.run(work())
 
     @rule(
-        kind=st.sampled_from([StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.TOOL_RESULTS, StepKind.INTERIM_REPLY]),
+        kind=st.sampled_from([StepKind.FINAL, StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.INTERIM_REPLY]),
         blind=st.booleans(),
         rounds=ROUNDS,
     )
@@ -288,7 +300,9 @@ class Policies(RuleBasedStateMachine):
             start, turn = self._running(), None
             if start is not None:
                 turn = self.owner.state.running.get(start.turn_id)
-            if start is not None and turn is not None:
+            if start is not None and turn is not None and int(turn.state) == 3:
+                self._propose(start, StepKind.TOOL_RESULTS, turn.step_count + 1, 0)
+            elif start is not None and turn is not None:
                 # A final may be proposed by a brain that has not heard of the newest inputs.
                 self._propose(start, kind, turn.step_count + 1, len(start.inputs) if blind else len(turn.inputs))
             await self._pass(rounds)
@@ -312,8 +326,11 @@ class Policies(RuleBasedStateMachine):
         starts = self.owner.brain.starts
         return starts[-1] if starts and starts[-1].turn_id in self.owner.state.running else None
 
-    @rule()
-    def the_brain_dies(self) -> None:
+    @rule(really=st.sampled_from([True, False, False]))
+    def the_brain_dies(self, really: bool) -> None:
+        if not really:
+            return
+
         async def work() -> None:
             self.owner.disconnect(self.owner.brain)
             self.owner.brain = Brain(name="another")
@@ -334,9 +351,11 @@ class Policies(RuleBasedStateMachine):
 
         self.run(work())
 
-    @rule(written=st.integers(0, 4))
+    @rule(written=st.integers(0, 20))
     def another_router_takes_over(self, written: int) -> None:
         """What the former owner had in flight is committed, or it is not; then the lane is read from the cursor."""
+        if written > 4:
+            return
 
         async def work() -> None:
             await self._pass(written)
@@ -415,9 +434,52 @@ class Policies(RuleBasedStateMachine):
         assert not self.owner.state.partitions[PARTITION].pending
 
 
+WALKS, STEPS = 100, 60
+DEEDS = {"message": 30, "brain": 40, "control": 6, "death": 2, "undo": 2, "time": 3, "takeover": 3}
+POLICY_WEIGHTS = (3, 2, 6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("walk", range(WALKS))
+def test_a_long_walk(walk: int, record_property: Callable[[str, object], None]) -> None:
+    """The same steps, weighted so that turns mostly run and get somewhere; hypothesis is better at short stories."""
+    seed = random.randrange(2**32)
+    record_property("seed", seed)
+    chance = random.Random(seed)
+    story = Policies()
+    story.begin()
+    try:
+        for _ in range(STEPS):
+            rounds = chance.choice([0, 1, 2, 3, 4, 30])
+            story.store.slow = chance.choice([0, 1, 3])
+            match chance.choices(list(DEEDS), list(DEEDS.values())):
+                case ["message"]:
+                    policies = chance.choices(list(Policy), POLICY_WEIGHTS, k=chance.randint(1, 3))
+                    story.messages_come(policies, rounds)
+                case ["brain"]:
+                    kind = chance.choice([StepKind.FINAL, StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.INTERIM_REPLY])
+                    story.the_brain_goes_on(kind, chance.random() < 0.3, rounds)
+                case ["control"]:
+                    kinds = (*CONTROLS, *[InboundKind.INBOUND_KIND_RESUME] * 3)
+                    story.somebody_controls(chance.choice(kinds), chance.random() < 0.5, rounds)
+                case ["death"]:
+                    story.the_brain_dies(True)
+                case ["undo"]:
+                    story.tools_can_or_cannot_be_undone(chance.random() < 0.5)
+                case ["time"]:
+                    story.time_passes()
+                case _:
+                    story.another_router_takes_over(chance.randint(0, 4))
+            story.outcomes_are_right_so_far()
+    except BaseException:
+        print(f"seed {seed}")
+        story.runner.close()
+        raise
+    story.teardown()
+
+
 Policies.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
+    max_examples=80,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
