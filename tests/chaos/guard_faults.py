@@ -272,7 +272,7 @@ def fickle(call: RecordedCall) -> Reply:
 
 def slowly(call: RecordedToolCall) -> ToolAnswer:
     """A tool that takes longer than a commit."""
-    return Give(call.arguments, delay_s=0.5)
+    return Give(call.arguments, delay_s=1.0)
 
 
 STEERED: Final = Mix(echo=0, slow=0, clerk=8, pause_s=0.1, ahead=4, policies=(Policy.ARRIVAL_POLICY_STEER,))

@@ -13,6 +13,7 @@ QUICK = ("tool_key", "tombstone", "dedupe")
 """Guards whose absence shows within half a minute."""
 
 
+@pytest.mark.timeout(400)
 async def test_a_storm_breaks_no_promise() -> None:
     """To have the same faults again: python -m tests.chaos.soak --minutes 1 --seconds 40 --replay SEED."""
     seed = random.randrange(10**6)
@@ -22,13 +23,14 @@ async def test_a_storm_breaks_no_promise() -> None:
     assert tally.outcomes["final"] > 100
 
 
-def test_a_seed_is_a_plan() -> None:
+async def test_a_seed_is_a_plan() -> None:
     first, again, other = (rounds_of(seed, 3, STORM_S, DEFAULT_POLICIES) for seed in (7, 7, 8))
     assert first == again
     assert first != other
     assert [planned.faults[0] for planned in first] != [first[0].faults[0]] * 3
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("guard", QUICK)
 async def test_what_breaks_without_a_guard_is_noticed(guard: str) -> None:
     experiment = next(each for each in EXPERIMENTS if each.guards == guard)

@@ -132,7 +132,7 @@ def _term_ends() -> None:
 
     def make(end_all: Any) -> Any:
         def some(self: Any, cause: str) -> None:
-            if "connection" not in cause:
+            if cause != "store_lost":
                 end_all(self, cause)
 
         return some
