@@ -26,12 +26,12 @@ from google.protobuf.message import DecodeError
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.turn_pb2 import LiveEvent, Outcome, WatchPosition
 from soma.router.v1.outbound_pb2 import LiveBatch, WatchQuery, WatchSnapshot
 
-from soma_common.errors import FailedPrecondition, NotFound, ResourceExhausted, SomaError, Unauthenticated
-from soma_common.ids import SessionName, TurnName, partition_of
+from soma_common.errors import SomaError
+from soma_common.ids import SessionName, partition_of
+from soma_common.live_errors import expired, no_turn, too_many, too_slow, unknown_position
 from soma_common.live_merge import Fate, Watched, WatchMerge
 from soma_common.nats import subjects
 from soma_common.telemetry.metrics import gauge
@@ -45,7 +45,6 @@ MAX_BUFFERED: Final = 2048
 MAX_BUFFERED_BYTES: Final = 4 * 1024 * 1024
 PAGE_ROOM_BYTES: Final = 1024 * 1024
 """A further page is asked for when no more than this waits to be read."""
-BUSY_RETRY_S: Final = 1.0
 _BEYOND: Final = 2**31
 _FIRST_LOOK_S: Final = 0.01
 _LAST_LOOK_S: Final = 0.2
@@ -121,12 +120,7 @@ class LiveHub:
         """Has a watcher hear its session's live events. Raises ResourceExhausted."""
         session = watcher.session
         if self._count[session.tenant] >= self._tenant_watches:
-            raise ResourceExhausted(
-                ErrorReason.ERROR_REASON_QUEUE_FULL,
-                f"the tenant has {self._tenant_watches} watches here already: end one, or try another instance",
-                {"bound": self._bound, "value": str(self._tenant_watches)},
-                retry_delay_s=BUSY_RETRY_S,
-            )
+            raise too_many(self._bound, self._tenant_watches)
         self._count[session.tenant] += 1
         _watches.inc()
         feed = self._feeds.get(session.id)
@@ -235,7 +229,7 @@ class LiveWatcher:
         loop = asyncio.get_running_loop()
         await self._hub.join(self)
         if self._lifetime_s is not None:
-            self._expiry = loop.call_later(self._lifetime_s, self._fail, _expired())
+            self._expiry = loop.call_later(self._lifetime_s, self._fail, expired())
         self._task = loop.create_task(self._follow(), name="live-watch")
         with suppress(TimeoutError):
             async with asyncio.timeout(QUERY_TIMEOUT_S):
@@ -329,12 +323,12 @@ class LiveWatcher:
         if page.known or page.position_unknown:
             self._give(self._merge.page(page))
         elif self._subject.turn_id:
-            self._fail(_no_turn(self.session, self._subject.turn_id))
+            self._fail(no_turn(self.session, self._subject.turn_id))
         else:
             # An owner that does not know the message yet has noted the interest: it tells when there is something.
             self._merge.unknown()
         if self._merge.position_unknown:
-            self._fail(_unknown_position())
+            self._fail(unknown_position())
 
     async def _wait_for_need(self) -> None:
         """Returns when the owner is to be asked again."""
@@ -351,7 +345,7 @@ class LiveWatcher:
             size = watched.event.ByteSize()
             full = len(self._buffer) >= MAX_BUFFERED or self._buffered_bytes + size > MAX_BUFFERED_BYTES
             if full and not self._merge.ended:
-                self._fail(_too_slow(self._given))
+                self._fail(too_slow(self._given, MAX_BUFFERED))
                 return
             self._buffer.append((watched, size))
             self._buffered_bytes += size
@@ -368,63 +362,9 @@ class LiveWatcher:
         self._more.set()
 
 
-def position_metadata(position: WatchPosition) -> dict[str, str]:
-    """A position as metadata of an error."""
-    return {
-        "position_turn_id": position.turn_id.hex(),
-        "position_dispatch": str(position.dispatch),
-        "position_step": str(position.step),
-        "position_offset": str(position.offset),
-        "position_ended": str(position.ended).lower(),
-    }
-
-
-def position_of(metadata: dict[str, str]) -> WatchPosition | None:
-    """The position that an error's metadata name, if they do."""
-    try:
-        return WatchPosition(
-            turn_id=bytes.fromhex(metadata["position_turn_id"]),
-            dispatch=int(metadata["position_dispatch"]),
-            step=int(metadata["position_step"]),
-            offset=int(metadata["position_offset"]),
-            ended=metadata["position_ended"] == "true",
-        )
-    except (KeyError, ValueError):
-        return None
-
-
 def _fate(answer: WatchSnapshot) -> Fate:
     event = answer.events[-1] if answer.events else LiveEvent()
     ended = event.ended if event.HasField("ended") else None
     if answer.queued or (ended is not None and ended.outcome == Outcome.OUTCOME_ABSORBED):
         return Fate(ahead=answer.ahead)  # a turn that gave it up has not answered it: it waits for the next
     return Fate(event.turn_id, 0, ended)
-
-
-def _too_slow(position: WatchPosition) -> ResourceExhausted:
-    return ResourceExhausted(
-        ErrorReason.ERROR_REASON_QUEUE_FULL,
-        "events are read too slowly: watch again from the position named here; nothing is lost",
-        {"bound": "watch.buffer", "value": str(MAX_BUFFERED), **position_metadata(position)},
-        retry_delay_s=0.0,
-    )
-
-
-def _unknown_position() -> FailedPrecondition:
-    return FailedPrecondition(
-        ErrorReason.ERROR_REASON_WATCH_POSITION_UNKNOWN,
-        "the position is of no turn of the session that is still kept: watch again without resume_from",
-    )
-
-
-def _no_turn(session: SessionName, turn_id: bytes) -> NotFound:
-    return NotFound(
-        ErrorReason.ERROR_REASON_TURN_NOT_FOUND,
-        f"there is no turn {TurnName(session, turn_id)}; it exists once its message is stored",
-    )
-
-
-def _expired() -> Unauthenticated:
-    return Unauthenticated(
-        ErrorReason.ERROR_REASON_UNAUTHENTICATED, "the token of this watch has expired: watch again with a new one"
-    )

@@ -24,7 +24,7 @@ from soma_common.client.channel_client import text_message
 from soma_common.client.watch import watch_session, watch_turn
 from soma_common.errors import NotFound, from_rpc_error
 from soma_common.ids import SessionName, TurnName
-from soma_common.live import position_of
+from soma_common.live_errors import position_of
 from soma_common.live_merge import Watched
 from soma_common.testing.eventually import eventually
 from tests.e2e.record import answer, text_of
@@ -151,7 +151,7 @@ async def test_a_slow_watcher_is_sent_away_and_goes_on_without_a_gap(stack: Stac
         error = from_rpc_error(caught.value)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.metadata["bound"] == "watch.buffer"
-        assert position_of(dict(error.metadata)) == slow.position
+        assert position_of(error.metadata) == slow.position
         async with Watching(slow, watch_session(other, str(session), slow.position)):
             await eventually(lambda: len(slow.outcomes) == turns, TURN_TIMEOUT_S, "all outcomes, later")
     assert slow.turns == always.turns
@@ -265,6 +265,19 @@ async def test_a_position_of_no_turn_and_a_turn_of_no_session_are_refused(stack:
         with pytest.raises(grpc.aio.AioRpcError) as missing:
             await gateway.WatchTurn(WatchTurnRequest(name=str(TurnName(session, b"x" * 16)))).read()
         assert from_rpc_error(missing.value).reason == ErrorReason.ERROR_REASON_TURN_NOT_FOUND
+
+
+async def test_another_tenants_session_cannot_be_watched(stack: Stack, channel: str) -> None:
+    session = a_session(ECHO, channel)
+    async with stack.channels("acme") as gateway, stack.sessions("acme") as sessions:
+        for call in (
+            gateway.WatchSession(WatchSessionRequest(name=str(session))),
+            gateway.WatchTurn(WatchTurnRequest(name=str(TurnName(session, b"x" * 16)))),
+            sessions.WatchSession(RouterWatchSessionRequest(name=str(session))),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 async def _known(gateway: "ChannelServiceAsyncStub", turn: str) -> str:

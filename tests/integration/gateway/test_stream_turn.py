@@ -23,7 +23,8 @@ from soma.router.v1.outbound_pb2 import WatchSnapshot
 
 from soma_common import errors, ids
 from soma_common.errors import ResourceExhausted
-from soma_common.live import MAX_BUFFERED, LiveHub, Subject, position_of
+from soma_common.live import MAX_BUFFERED, LiveHub, Subject
+from soma_common.live_errors import position_of
 from soma_common.testing.eventually import eventually
 from tests.integration.gateway.harness import AGENT, CHANNEL, PARTITIONS, TENANT, World, delivery, message
 
@@ -221,7 +222,7 @@ async def test_a_slow_watcher_is_told_to_resume_and_where(world: World) -> None:
         with pytest.raises(ResourceExhausted) as caught:
             async for _ in watch:
                 pass
-    after = position_of(dict(caught.value.metadata))
+    after = position_of(caught.value.metadata)
     assert after == WatchPosition(turn_id=TURN, dispatch=1, step=1, offset=1)
     world.router.snapshot = WatchSnapshot(known=True, events=[begun(), text(1, "y" * 5000)])
     async with hub(world).watch(Subject(SESSION, turn_id=TURN), after=after) as watch:
