@@ -14,8 +14,17 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
+from soma.common.v1.turn_pb2 import Delivery, Outcome
+from soma.controlplane.v1.agent_service_pb2 import AgentSpec
+from soma.router.v1.inbound_pb2 import InBatch
 
+from services.cognition.domain.conversation import Conversation, read_message, text_of
+from services.cognition.domain.turn import Next, kind_of, read_step, replay
+from services.router.domain.turn import replay as router_replay
+from tests.contract.golden.record import SAID
 from tests.contract.golden.releases import ROOT, Release, must_be_there, releases
+from tests.unit.router.builders import PARTITIONS
+from tests.unit.router.test_ingest_messages import World
 
 RELEASES = releases()
 for _path in sorted((ROOT / "gen").rglob("soma/**/*_pb2.py")):
@@ -95,3 +104,58 @@ def test_what_goes_over_the_wire_has_examples() -> None:
         "final",
         "failure",
     }
+
+
+RECORDED = [(release.name, json.loads(release.recorded.read_text(encoding="utf-8"))) for release in RELEASES]
+each_recording = pytest.mark.parametrize("recorded", [r for _, r in RECORDED], ids=[name for name, _ in RECORDED])
+
+
+@each_recording
+def test_batches_on_the_lane_are_taken_in(recorded: dict[str, Any]) -> None:
+    """Every item becomes an entry of the mailbox, with its content; nothing is set aside."""
+    world = World(*range(PARTITIONS))
+    items = 0
+    for seq, message in enumerate(recorded["lane"], start=1):
+        data = bytes.fromhex(message["data"])
+        items += len(InBatch.FromString(data).items)
+        world.raw(seq, data)
+    entries = [entry for item in world.mail for entry in item.entries]
+    assert len(entries) == items > 0
+    assert not world.dead
+    assert not any(entry.message.fault for entry in entries)
+    said = {read_message(entry.inbound.content).parts[0].text for entry in entries if not entry.is_control}
+    assert said == {text for _, text in SAID}
+    assert sum(entry.is_control for entry in entries) == 1
+
+
+@each_recording
+def test_journals_are_replayed(recorded: dict[str, Any]) -> None:
+    """By brains, to go on from any step; by routers, which allow what came next; the conversation is what was said."""
+    kinds = set()
+    for turn in recorded["turns"]:
+        journal = [read_step(bytes.fromhex(step["body"])) for step in turn["steps"]]
+        assert [kind_of(step) for step in journal] == [step["kind"] for step in turn["steps"]]
+        kinds |= {step["kind"] for step in turn["steps"]}
+        for length in range(len(journal)):
+            assert replay(journal[:length]).next is not Next.NOTHING
+            router_replay([step["kind"] for step in turn["steps"][:length]])
+        assert replay(journal).next is Next.NOTHING
+        conversation = Conversation([], [bytes.fromhex(content) for content in turn["inputs"]], journal)
+        assert {text_of(message) for message in conversation.inputs()} <= {text for _, text in SAID}
+        shown = conversation.transcript()
+        assert shown[: len(turn["inputs"])] == conversation.inputs(), (
+            "a reply that says nothing of it has read them all"
+        )
+        assert len(shown) == len(turn["inputs"]) + len(journal)
+        assert AgentSpec.FromString(bytes.fromhex(turn["spec"])).model
+    assert len(kinds) == 4, "a reply with calls, their results, a final and a failure"
+
+
+@each_recording
+def test_outcomes_that_wait_for_their_adapter_are_read(recorded: dict[str, Any]) -> None:
+    deliveries = [Delivery.FromString(bytes.fromhex(row["payload"])) for row in recorded["deliveries"]]
+    outcomes = [Outcome.Name(delivery.outcome) for delivery in deliveries]
+    assert sorted(outcomes) == ["OUTCOME_ERROR"] + ["OUTCOME_FINAL"] * 3
+    assert {delivery.message.parts[0].text for delivery in deliveries if delivery.HasField("message")} == {
+        "hello", "once more", "done: a table for two",
+    }  # fmt: skip

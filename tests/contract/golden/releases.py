@@ -32,6 +32,11 @@ class Release:
         return GOLDEN / self.name
 
     @property
+    def recorded(self) -> Path:
+        """What its services wrote in a conversation (record.py)."""
+        return self.examples / "recorded" / "conversation.json"
+
+    @property
     def absent(self) -> str:
         """Why its code cannot be had; empty when it can."""
         found = subprocess.run(["git", "cat-file", "-e", f"{self.commit}^{{commit}}"], cwd=ROOT, capture_output=True)
