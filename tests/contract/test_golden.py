@@ -140,13 +140,11 @@ def test_journals_are_replayed(recorded: dict[str, Any]) -> None:
             assert replay(journal[:length]).next is not Next.NOTHING
             router_replay([step["kind"] for step in turn["steps"][:length]])
         assert replay(journal).next is Next.NOTHING
-        conversation = Conversation([], [bytes.fromhex(content) for content in turn["inputs"]], journal)
-        assert {text_of(message) for message in conversation.inputs()} <= {text for _, text in SAID}
-        shown = conversation.transcript()
-        assert shown[: len(turn["inputs"])] == conversation.inputs(), (
-            "a reply that says nothing of it has read them all"
-        )
-        assert len(shown) == len(turn["inputs"]) + len(journal)
+        before_its_end = Conversation([], [bytes.fromhex(content) for content in turn["inputs"]], journal[:-1])
+        inputs, shown = before_its_end.inputs(), before_its_end.transcript()
+        assert {text_of(message) for message in inputs} <= {text for _, text in SAID}
+        assert shown[: len(inputs)] == inputs, "its replies, which do not say so, had read them all"
+        assert len(shown) == len(inputs) + len(journal) - 1
         assert AgentSpec.FromString(bytes.fromhex(turn["spec"])).model
     assert len(kinds) == 4, "a reply with calls, their results, a final and a failure"
 
