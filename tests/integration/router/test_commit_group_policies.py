@@ -42,7 +42,8 @@ async def test_a_refused_message_ends_before_those_that_were_there_first(store: 
     item = refusal(session, position, "2")
     await store.commit(item)
     assert [row.position for row in await store.load(p)] == [1]
-    assert (session.delivery_count, item.answer.position, item.answer.outcome) == (1, 1, Outcome.REJECTED)
+    assert (session.delivery_count, item.answer.position) == (1, 1)
+    assert int(item.answer.outcome) == Outcome.REJECTED
     await store.commit(end(turn))
     assert session.delivery_count == 2
     rows = await store.rows("turns", "number, first_position, last_position, status, outcome")
