@@ -6,7 +6,7 @@ start with the message it answers, and end with its last step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from soma.common.v1.turn_pb2 import Delivery
@@ -163,15 +163,18 @@ class StepItem:
     kind: StepKind
     body: bytes
     done: Callable[[StepItem], None]
+    dispatch: int = field(init=False)
+    """The one that proposed it: the turn may have a newer one by the time that it is written."""
+
+    def __post_init__(self) -> None:
+        self.dispatch = self.turn.dispatch
 
     def write(self, group: Group) -> None:
         """Adds the step under the next number; a number that is there already fails the group."""
         group.move(self.partition)
         tenant = self.turn.session.key.tenant
         group.tenants.add(tenant)
-        group.add(
-            group.steps, (self.turn.id, self.turn.step_count + 1, tenant, self.kind, self.turn.dispatch, self.body)
-        )
+        group.add(group.steps, (self.turn.id, self.turn.step_count + 1, tenant, self.kind, self.dispatch, self.body))
         group.add(group.journaled, (self.turn.id, self.turn.step_count + 1, self.partition.id))
 
     def committed(self, result: GroupResult) -> None:
@@ -200,6 +203,11 @@ class EndItem:
     """Why the turn goes to the dead letters too; empty: it does not."""
     position: int = 0
     """Place of the outcome in the partition, once written."""
+    dispatch: int = field(init=False)
+    """The one that proposed the last step."""
+
+    def __post_init__(self) -> None:
+        self.dispatch = self.turn.dispatch
 
     def write(self, group: Group) -> None:
         """Adds the last steps, the end and the delivery."""
@@ -211,7 +219,7 @@ class EndItem:
         if self.is_new:
             write_turn(group, turn, fresh=False)
         for number, (kind, body) in enumerate(self.steps, turn.step_count + 1):
-            group.add(group.steps, (turn.id, number, key.tenant, kind, turn.dispatch, body))
+            group.add(group.steps, (turn.id, number, key.tenant, kind, self.dispatch, body))
         deliveries = group.number_delivery(session, self.delivers)
         # What a turn had taken that is rolled back waits again.
         done = turn.inputs[0].position - 1 if self.outcome is Outcome.ABSORBED else turn.inputs[-1].position

@@ -9,6 +9,7 @@ from soma.common.v1.error_reason_pb2 import ErrorReason
 
 from services.router.application import start_turns
 from services.router.application.group import Group, GroupRejected
+from services.router.application.items import EndItem
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import cancel, inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
@@ -229,7 +230,9 @@ async def test_a_turn_that_kills_its_brains_is_set_aside(in_flight: bool) -> Non
             engine.connect(engine.brain)
         [(outcome, delivery)] = await engine.outcomes(1)
         assert (outcome, delivery.error.reason) == (Outcome.ERROR, ErrorReason.ERROR_REASON_TURN_POISONED)
-        assert engine.ended[0].dead_letter
+        [ended] = engine.ended
+        assert isinstance(ended, EndItem)
+        assert ended.dead_letter
         engine.accept(inbound(key="k2"))
         engine.answer((await engine.started(3))[2], "ok")
         await engine.outcomes(2)
@@ -255,9 +258,9 @@ async def test_a_poison_turn_takes_nobody_with_it() -> None:
                 if start.turn_id != poison:
                     engine.answer(start, "ok", brain=brain)
             await engine.quiet()
-        outcomes = {item.turn.session.key.session: item.outcome for item in engine.ended}
+        outcomes = {item.turn.session.key.session: int(item.answer.outcome) for item in engine.ended}
         assert outcomes == {"poison": Outcome.ERROR, "a": Outcome.FINAL, "b": Outcome.FINAL, "c": Outcome.FINAL}
-        assert max(item.turn.strikes for item in engine.ended if item.outcome is Outcome.FINAL) <= 2
+        assert max(item.turn.strikes for item in engine.ended if item.answer.outcome == Outcome.FINAL) <= 2
 
 
 async def test_a_declined_turn_goes_elsewhere_without_a_strike(engine: Engine) -> None:
