@@ -260,7 +260,7 @@ async def test_a_poison_turn_takes_nobody_with_it() -> None:
             await engine.quiet()
         outcomes = {item.turn.session.key.session: int(item.answer.outcome) for item in engine.ended}
         assert outcomes == {"poison": Outcome.ERROR, "a": Outcome.FINAL, "b": Outcome.FINAL, "c": Outcome.FINAL}
-        assert max(item.turn.strikes for item in engine.ended if item.answer.outcome == Outcome.FINAL) <= 2
+        assert max(item.turn.strikes for item in engine.ended if int(item.answer.outcome) == Outcome.FINAL) <= 2
 
 
 async def test_a_declined_turn_goes_elsewhere_without_a_strike(engine: Engine) -> None:
