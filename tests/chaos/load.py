@@ -41,6 +41,7 @@ from soma_common.testing.checker import (
 from soma_common.testing.eventually import eventually
 from soma_common.testing.model_server import RecordedCall
 from soma_common.testing.watched import watched_violations
+from tests.chaos.controls import Controls
 from tests.chaos.stack import CHARGE, CLERK, ECHO, SLOW, TENANTS, FaultyStack
 from tests.chaos.watchers import Watchers
 
@@ -72,6 +73,10 @@ class Mix:
     """Part of the messages that are followed by a cancel."""
     policies: tuple[Policy.ValueType, ...] = (Policy.ARRIVAL_POLICY_UNSPECIFIED,)
     """Arrival policies, one of which each message has by chance; unspecified is the agent's own, which is enqueue."""
+    interrupt: float = 0.0
+    """Part of the messages after which somebody interrupts their session by hand."""
+    pause: float = 0.0
+    """Part of the messages after which somebody pauses their session for a moment."""
     nack: float = 0.0
     """Part of the deliveries that their adapter gives back once before it takes them."""
     watch: float = 0.0
@@ -107,6 +112,7 @@ class Load:
         self.resent = 0
         """Messages that were sent again under their key."""
         self.watchers = Watchers(self.stack, self.channel)
+        self.controls = Controls(self.stack)
         self.patience_s = PATIENCE_S
         """How long a sender tries to get a message stored."""
         self._shown: dict[bytes, str] = {}
@@ -136,6 +142,7 @@ class Load:
         for session in self._sessions:
             session.cancel()
         await asyncio.gather(*self._sessions, return_exceptions=True)
+        await self.controls.stop()
         await self.watchers.stop()
         await self._exit.aclose()
 
@@ -249,6 +256,7 @@ class Load:
         for session in self._sessions:
             if session.done():
                 session.result()
+        await self.controls.finish()
         with suppress(AssertionError):  # The checker names what is not answered.
             await eventually(lambda: not self.story.unanswered(), answered_within_s)
         self.drain_s = time.monotonic() - stopped_at
@@ -342,6 +350,11 @@ class Load:
                 self.resent += 1
                 again = await self._send(name, key, text, policy)
                 assert again.message_id == receipt.message_id, "the same key and content is the same message"
+            if self.session_arrivals[name] and self._random.random() < self.mix.interrupt:
+                self.story.interrupted(name)
+                self.controls.interrupt(name, key)
+            if self.session_arrivals[name] and self._random.random() < self.mix.pause:
+                self.controls.pause(name, key)
             if self._random.random() < self.mix.cancel:
                 await asyncio.sleep(self._random.uniform(0, CANCEL_WITHIN_S))
                 self.story.cancelled(name)

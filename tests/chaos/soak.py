@@ -75,6 +75,7 @@ class Tally:
         self.counts.update(
             turns=sum(load.story.outcomes().values()),
             resent=load.resent,
+            interrupts_and_pauses_by_hand=load.controls.done,
             watchers=len(load.watchers.watched),
             watch_streams_lost=load.watchers.came_back,
             live_events=sum(watched.events for watched in load.watchers.watched),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
@@ -128,30 +128,12 @@ def _fault(
 
 def _mixes(policies: tuple[Policy.ValueType, ...]) -> tuple[Mix, ...]:
     """The loads of a soak; every round has one of them."""
+    talk = Mix(
+        echo=3, slow=2, clerk=2, pause_s=0.5, ahead=2, policies=policies,
+        cancel=0.1, interrupt=0.05, pause=0.02, repeat=0.1, nack=0.02, watch=0.2,
+    )  # fmt: skip
     return (
-        Mix(
-            echo=3,
-            slow=2,
-            clerk=2,
-            pause_s=0.5,
-            ahead=2,
-            cancel=0.1,
-            repeat=0.1,
-            nack=0.02,
-            watch=0.2,
-            policies=policies,
-        ),
-        Mix(
-            echo=3,
-            slow=1,
-            clerk=2,
-            pause_s=0.6,
-            ahead=20,
-            cancel=0.02,
-            repeat=0.2,
-            nack=0.05,
-            watch=0.1,
-            policies=policies,
-        ),
-        Mix(echo=2, slow=2, clerk=3, pause_s=0.3, ahead=1, cancel=0.05, repeat=0.1, watch=0.4, policies=policies),
+        talk,
+        replace(talk, slow=1, pause_s=0.6, ahead=20, cancel=0.02, interrupt=0.02, repeat=0.2, nack=0.05, watch=0.1),
+        replace(talk, echo=2, clerk=3, pause_s=0.3, ahead=1, cancel=0.05, nack=0.0, watch=0.4),
     )
