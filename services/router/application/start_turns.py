@@ -68,6 +68,7 @@ class Starter:
     def open_group(self) -> None:
         """Called before each group: turns started in it may not be more than the brains take."""
         self._room = min(self._dispatcher.room, _STARTS_PER_GROUP)
+        self._state.scheduler.open_group()
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
@@ -93,7 +94,8 @@ class Starter:
     @property
     def left_some(self) -> bool:
         """Whether more could be started than one group takes: they go with the next."""
-        return self._dispatcher.room > _STARTS_PER_GROUP and self._state.scheduler.startable
+        scheduler = self._state.scheduler
+        return scheduler.startable and self._dispatcher.room > scheduler.started_in_group
 
     def _next_of(self, session: Session) -> CommitItem | None:
         head = session.queue[0]

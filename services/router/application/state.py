@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_TENANT_RUNNING: Final = 4096
 DEFAULT_WEIGHT: Final = 100
+CROWD: Final = 16
+"""Most turns of a tenant that one group starts while other tenants are there."""
 DEFAULT_SESSION_QUEUE: Final = 1000
 DEFAULT_TENANT_QUEUE: Final = 100_000
 QUEUED_CONTENT_BYTES: Final = 4 * 1024 * 1024
@@ -46,7 +48,7 @@ class RouterState:
         self.directory = directory
         self.partitions: dict[int, Partition] = {}
         self.running: dict[bytes, Turn] = {}
-        self.scheduler = Scheduler(max_running, self._limits, self._agent_limit)
+        self.scheduler = Scheduler(max_running, self._limits, self._agent_limit, CROWD)
         self.mailbox = Mailbox(max_queued_per_session, max_queued_per_tenant)
         self._idle: OrderedDict[bytes, Session] = OrderedDict()
         self._max_idle = max_idle

@@ -15,12 +15,13 @@ Every operation takes a bounded number of steps, amortized over the sessions tha
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from services.router.domain.session import Session, SessionKey
 
+NO_CROWD: Final = 1_000_000
 TURN_COST: Final = 100
 """The default weight: a tenant of weight 200 takes two turns in its round, one of 50 takes one in every two."""
 
@@ -71,7 +72,8 @@ class Scheduler:
     """Ready sessions and running counts of all tenants.
 
     `max_running` bounds turns in flight in this router; `limits(tenant)` gives a tenant's (weight, most turns at once),
-    `agent_limit(tenant, agent)` the most turns of an agent at once.
+    `agent_limit(tenant, agent)` the most turns of an agent at once. Of a tenant that is not alone a group starts at
+    most `crowd` turns: what starts together passes every hop together, and neighbours would wait for all of it.
     """
 
     def __init__(
@@ -79,7 +81,13 @@ class Scheduler:
         max_running: int,
         limits: Callable[[str], tuple[int, int]],
         agent_limit: Callable[[str, str], int],
+        crowd: int = NO_CROWD,
     ) -> None:
+        self._crowd = crowd
+        self._started: Counter[str] = Counter()
+        """Turns started in the present group, by tenant."""
+        self._held: OrderedDict[str, None] = OrderedDict()
+        """Tenants that have started a crowd and wait for the next group."""
         self._max_running = max_running
         self._limits = limits
         self._agent_limit = agent_limit
@@ -93,7 +101,17 @@ class Scheduler:
     @property
     def startable(self) -> bool:
         """Whether a session may wait only for room in a brain: then it is worth a look when there is some."""
-        return bool(self._active) and self.running < self._max_running
+        return bool(self._active or self._held) and self.running < self._max_running
+
+    @property
+    def started_in_group(self) -> int:
+        """Turns started since `open_group`."""
+        return self._started.total()
+
+    def open_group(self) -> None:
+        """A new group begins: every tenant may start turns again."""
+        self._started.clear()
+        self._let_go()
 
     def add(self, session: Session) -> None:
         """Makes a session ready. Adding it twice changes nothing."""
@@ -110,6 +128,7 @@ class Scheduler:
     def started(self, key: SessionKey) -> None:
         """Counts a turn in."""
         self.running += 1
+        self._started[key.tenant] += 1
         ring = self._ring(key.tenant)
         ring.running += 1
         ring.agent(key.agent).running += 1
@@ -139,8 +158,14 @@ class Scheduler:
         """Whether a turn of the session can start at once without overtaking anybody who could start too."""
         if self.running >= self._max_running:
             return False
+        self._let_go_if_alone()
+        if self._is_crowd(key.tenant):
+            return False
         while self._active:
             first = next(iter(self._active))
+            if self._is_crowd(first):
+                self._hold(first)
+                continue
             if self._head(first, self._tenants[first]) is not None:
                 return False
             self._leave_round(first)
@@ -152,8 +177,12 @@ class Scheduler:
 
     def pick(self, room: int) -> Iterator[Session]:
         """Takes up to `room` sessions in fair order. The caller calls `started` for each before it takes the next."""
+        self._let_go_if_alone()
         while room > 0 and self._active and self.running < self._max_running:
             tenant = next(iter(self._active))
+            if self._is_crowd(tenant):
+                self._hold(tenant)
+                continue
             ring = self._tenants[tenant]
             sessions = self._head(tenant, ring)
             if sessions is None:
@@ -188,6 +217,24 @@ class Scheduler:
                 ring.forget(name, agent)
             if not ring.sessions and not ring.open:
                 self._leave_round(tenant)
+
+    def _is_crowd(self, tenant: str) -> bool:
+        return self._started[tenant] >= self._crowd and len(self._tenants) > 1
+
+    def _let_go(self) -> None:
+        for tenant in self._held:
+            ring = self._tenants[tenant]
+            if ring.sessions or ring.open:
+                self._active.setdefault(tenant)
+        self._held.clear()
+
+    def _let_go_if_alone(self) -> None:
+        if self._held and len(self._tenants) <= 1:
+            self._let_go()
+
+    def _hold(self, tenant: str) -> None:
+        del self._active[tenant]
+        self._held[tenant] = None
 
     def _without(self, lost: Callable[[Session], bool], ring: _Ring, sessions: deque[Session]) -> deque[Session]:
         kept = deque(session for session in sessions if not lost(session))
@@ -243,4 +290,5 @@ class Scheduler:
     def _forget(self, tenant: str, ring: _Ring) -> None:
         if not ring.waiting and not ring.running:
             self._active.pop(tenant, None)
+            self._held.pop(tenant, None)
             self._tenants.pop(tenant, None)

@@ -243,12 +243,29 @@ def test_a_gate_that_opens_for_sessions_that_are_lost_opens_for_nobody() -> None
     assert not scheduler.startable
 
 
+def test_a_tenant_starts_no_crowd_in_one_group_while_others_are_there() -> None:
+    scheduler = Scheduler(10_000, free_for_all, any_number, crowd=4)
+    for session in [*sessions("flood", 20), *sessions("small", 1)]:
+        scheduler.add(session)
+    assert tenants(started(scheduler, 100)) == {"flood": 4, "small": 1}
+    assert scheduler.startable, "in the next group"
+    assert scheduler.started_in_group == 5
+    assert not scheduler.may_start(key("flood"))
+    assert scheduler.may_start(key("other")), "who waits has had its crowd"
+    scheduler.open_group()
+    assert tenants(started(scheduler, 100)) == {"flood": 4}
+    scheduler.ended(key("small"))
+    scheduler.open_group()
+    assert tenants(started(scheduler, 100)) == {"flood": 12}, "alone it may"
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Sessions come, turns start and end, gates move, partitions are lost, in any order, for tenants of all sizes."""
 
     WEIGHTS: ClassVar = {"a": 100, "b": 30, "c": 1000, "d": 1}
     AGENTS = ("x", "y", "z")
     MAX_RUNNING = 6
+    CROWD = 2
 
     @initialize()
     def begin(self) -> None:
@@ -258,11 +275,13 @@ class AnyOrder(RuleBasedStateMachine):
             self.MAX_RUNNING,
             lambda tenant: (self.WEIGHTS[tenant], self.tenant_limit[tenant]),
             lambda *agent: self.agent_limit[agent],
+            self.CROWD,
         )
         self.partitions = [a_partition(0), a_partition(1)]
         self.ready: list[Session] = []
         self.running: list[SessionKey] = []
         self.made = 0
+        self.in_group: Counter[str] = Counter()
         self.told = True
         """Whether the scheduler knows of every gate that was opened."""
 
@@ -277,6 +296,16 @@ class AnyOrder(RuleBasedStateMachine):
     def startable(self) -> list[Session]:
         """Ready sessions that a gate would let through now."""
         return [session for session in self.ready if self.has_room(session.key)]
+
+    def is_crowd(self, tenant: str) -> bool:
+        """Whether the group has started enough of a tenant that is not alone."""
+        known = {session.key.tenant for session in self.ready} | {key.tenant for key in self.running}
+        return self.in_group[tenant] >= self.CROWD and len(known) > 1
+
+    @rule()
+    def group_begins(self) -> None:
+        self.scheduler.open_group()
+        self.in_group.clear()
 
     @rule(tenant=st.sampled_from("abcd"), agent=st.sampled_from(AGENTS), partition=st.integers(0, 1))
     def arrives(self, tenant: str, agent: str, partition: int) -> None:
@@ -298,14 +327,17 @@ class AnyOrder(RuleBasedStateMachine):
             assert not session.ready
             assert len(self.running) < self.MAX_RUNNING
             assert self.has_room(session.key), "no gate is passed"
+            assert not self.is_crowd(session.key.tenant)
             same = [s for s in self.ready if (s.key.tenant, s.key.agent) == (session.key.tenant, session.key.agent)]
             assert session is same[0], "sessions of an agent go in the order they became ready"
             self.ready.remove(session)
             self.scheduler.started(session.key)
             self.running.append(session.key)
+            self.in_group[session.key.tenant] += 1
         assert taken <= room
         if taken < room and len(self.running) < self.MAX_RUNNING and self.told:
-            assert not self.startable(), "there is room, and somebody who may start was left waiting"
+            left = [s for s in self.startable() if not self.is_crowd(s.key.tenant)]
+            assert not left, "there is room, and somebody who may start was left waiting"
 
     @rule(tenant=st.sampled_from("abcd"), agent=st.sampled_from(AGENTS))
     def would_start_at_once(self, tenant: str, agent: str) -> None:
@@ -316,8 +348,9 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.has_room(key)
             assert not any((s.key.tenant, s.key.agent) == (tenant, agent) for s in self.ready), "its agent's go first"
         if self.told:
-            room = len(self.running) < self.MAX_RUNNING and self.has_room(key)
-            assert may == (room and not self.startable()), "at once if there is room and nobody is overtaken"
+            room = len(self.running) < self.MAX_RUNNING and self.has_room(key) and not self.is_crowd(tenant)
+            before = [s for s in self.startable() if not self.is_crowd(s.key.tenant) or s.key.tenant == tenant]
+            assert may == (room and not before), "at once if there is room and nobody is overtaken"
 
     @precondition(lambda self: len(self.running) < self.MAX_RUNNING)
     @rule(tenant=st.sampled_from("abcd"), agent=st.sampled_from(AGENTS))
@@ -328,6 +361,7 @@ class AnyOrder(RuleBasedStateMachine):
         key = SessionKey(tenant, agent, "line", "new")
         self.scheduler.started(key)
         self.running.append(key)
+        self.in_group[tenant] += 1
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -388,10 +422,11 @@ class AnyOrder(RuleBasedStateMachine):
             for key in self.running:
                 self.scheduler.ended(key)
             self.running.clear()
+            self.group_begins()
             self.picks(self.MAX_RUNNING)
             self.counts_agree()
         assert not self.ready
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
