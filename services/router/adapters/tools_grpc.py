@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Final
 
 import grpc
+import structlog
+from google.protobuf.message import DecodeError
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.message_pb2 import SessionKey
 from soma.common.v1.turn_pb2 import StepBody, ToolCall, ToolResult
@@ -21,6 +23,8 @@ from soma.toolgw.v1.tool_service_pb2 import (
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
 from soma_common.ids import call_key
+
+log = structlog.get_logger(__name__)
 
 _FORMAT: Final = 1
 _ASK_S: Final = 10.0
@@ -40,7 +44,7 @@ class GrpcToolCanceller:
         """The serialized ToolResults body that closes the calls of a ModelReply body. Raises ConnectionError to be
         tried again.
         """
-        calls = StepBody.FromString(reply).model_reply.tool_calls
+        calls = _calls(reply)
         session = _session(tenant, key)
         try:
             answers = await asyncio.gather(
@@ -52,7 +56,7 @@ class GrpcToolCanceller:
 
     def unknown(self, reply: bytes) -> bytes:
         """The serialized ToolResults body that says of each call that its outcome is not known."""
-        calls = StepBody.FromString(reply).model_reply.tool_calls
+        calls = _calls(reply)
         lost = CancelInvocationResponse(state=InvocationState.INVOCATION_STATE_OUTCOME_UNKNOWN)
         return _closing(calls, [lost] * len(calls))
 
@@ -74,6 +78,17 @@ class GrpcToolCanceller:
 def _session(tenant: str, key: tuple[str, str, str]) -> SessionKey:
     agent, channel, session = key
     return SessionKey(tenant=tenant, agent=agent, channel=channel, session=session)
+
+
+def _calls(reply: bytes) -> Sequence[ToolCall]:
+    """The calls of a ModelReply body. None of one that cannot be read: no brain could have read them either, and its
+    turn has to end all the same.
+    """
+    try:
+        return StepBody.FromString(reply).model_reply.tool_calls
+    except DecodeError:
+        log.error("router.reply_unreadable", size=len(reply))
+        return ()
 
 
 def _closing(calls: Sequence[ToolCall], answers: Sequence[CancelInvocationResponse]) -> bytes:
