@@ -9,9 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.turn_pb2 import ArrivalPolicy as Policy
+from soma.common.v1.turn_pb2 import Outcome
 
-from soma_common.testing.model_server import CallTools, RecordedCall, Reply, Say, ToolRequest
+from soma_common.testing.eventually import eventually
+from soma_common.testing.model_server import CallTools, Hang, RecordedCall, Reply, Say, ToolRequest
 from soma_common.testing.tool_server import Give, RecordedToolCall, ToolAnswer, give_back
 from tests.chaos.load import Load, Mix
 from tests.chaos.stack import CLIENT, FaultyStack, errand
@@ -19,6 +22,9 @@ from tests.chaos.stack import CLIENT, FaultyStack, errand
 ANSWERED_WITHIN_S: Final = 12.0
 """After the last fault is over; beyond it a message counts as never answered."""
 FLOWS_WITHIN_S: Final = 30.0
+SET_ASIDE_WITHIN_S: Final = 40.0
+POISON: Final[list[Callable[[str], bool]]] = []
+"""Which messages kill, while some do."""
 PAIR: Final = {"router": 2}
 TWO_PARTITIONS: Final = {"gateway": {"SOMA_PARTITIONS": "2"}, "router": {"SOMA_PARTITIONS": "2"}}
 """One for each of two routers: whatever a frozen one has in hand is of the partition that the other one takes."""
@@ -256,6 +262,31 @@ async def _brains_are_far_away(stack: FaultyStack, load: Load, _: random.Random)
     await asyncio.sleep(1.0)
 
 
+async def _a_message_kills_its_router(stack: FaultyStack, load: Load, _: random.Random) -> None:
+    """Whenever a brain asks the model about it, until it is set aside."""
+    load.story.tolerated = frozenset({ErrorReason.ERROR_REASON_TURN_POISONED})
+    kills: list[asyncio.Task[float]] = []
+    texts: list[str] = []
+
+    def is_poison(told: str) -> bool:
+        if not texts:
+            texts.append(told)
+        if told == texts[0]:
+            kills.append(asyncio.create_task(stack.kill9("router-0")))
+        return told == texts[0]
+
+    def set_aside() -> bool:
+        return any(delivery.outcome == Outcome.OUTCOME_ERROR for _, delivery in load.story.turns())
+
+    POISON.append(is_poison)
+    try:
+        await eventually(set_aside, SET_ASIDE_WITHIN_S, "the message that kills is set aside")
+    finally:
+        POISON.clear()
+    await asyncio.gather(*kills)
+    await stack.is_up("router-0")
+
+
 async def _news_comes_late(stack: FaultyStack, load: Load, drawn: random.Random) -> None:
     stack.link("router-0", "cognition-0").delay(drawn.uniform(50, 200))
     await asyncio.sleep(4.0)
@@ -268,6 +299,12 @@ def fickle(call: RecordedCall) -> Reply:
         return reply
     told = next(m["content"] for m in reversed(call.messages) if m.get("role") == "user")
     return CallTools(*(ToolRequest(tool, {"what": told, "how": call.number}) for tool in ("book", "charge")))
+
+
+def poisonous(call: RecordedCall) -> Reply:
+    """An errand, unless the message is one that kills."""
+    told = next(m["content"] for m in reversed(call.messages) if m.get("role") == "user")
+    return Hang() if any(is_poison(told) for is_poison in POISON) else errand(call)
 
 
 def slowly(call: RecordedToolCall) -> ToolAnswer:
@@ -294,6 +331,10 @@ EXPERIMENTS: Final = (
         ERRANDS, {"cognition": 2}, {"router": {"SOMA_STUCK_MARGIN_S": "0.1"}}, step_timeout_ms=1000,
     ),
     Experiment("inputs_seen", "steered messages, late on their way to the brain", _news_comes_late, STEERED),
+    Experiment(
+        "strikes_durable", "a message whose turn kills its router, each time", _a_message_kills_its_router, ERRANDS,
+        environment={"router": {"SOMA_MAX_STRIKES": "3"}}, rule=poisonous,
+    ),
     Experiment("dedupe", "messages are sent twice under one key", _nothing, Mix(8, 0, 0, repeat=0.5)),
     Experiment(
         "fence cursor_cas", "a commit in the network while another router takes over", _a_commit_comes_late,
