@@ -13,7 +13,7 @@ from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 
 from services.router.application.group import StoreLost
 from services.router.domain.session import Turn
-from services.router.domain.turn import replay
+from services.router.domain.turn import TurnStatus, replay
 from soma_common.clock import monotonic
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Dispatcher:
         self._next_suspect()
         while self._orphans:
             turn = self._orphans[0]
-            if not self._state.runs(turn):
+            if not self._wants_brain(turn):
                 self._orphans.popleft()
                 continue
             link = self._brains.take()
@@ -88,6 +88,12 @@ class Dispatcher:
             self._begin(turn, link)
         if self._state.scheduler.startable and self._brains.room() > 0:
             self.committer.nudge()
+
+    def _wants_brain(self, turn: Turn) -> bool:
+        """Whether a turn that waited is still to be run. One that was stopped meanwhile is not: the word to stop is
+        said, and a brain that was given it now would wait for ever for its first step to be taken.
+        """
+        return self._state.runs(turn) and turn.status is TurnStatus.RUNNING and not turn.ending
 
     def dispatch(self, turn: Turn) -> None:
         """Has a turn that is durable run by a brain, after those that wait for one already.
@@ -106,7 +112,7 @@ class Dispatcher:
     def _next_suspect(self) -> None:
         while self._suspects and (self._alone is None or not self._state.runs(self._alone)):
             turn = self._suspects.popleft()
-            if self._state.runs(turn):
+            if self._wants_brain(turn):
                 self._alone = turn
                 self._give(turn)
 
@@ -163,7 +169,7 @@ class Dispatcher:
             log.warning("router.load_failed", turn=turn.id.hex())
             self._spawn(self._retry_later(turn, link, dispatch))
             return
-        if self._state.runs(turn) and turn.dispatch == dispatch and turn.link is link:
+        if self._wants_brain(turn) and turn.dispatch == dispatch and turn.link is link:
             self._send_start(turn, link, spec, context)
 
     async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:

@@ -1,0 +1,79 @@
+"""Turns that are stopped at awkward moments, on the engine in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from soma.cognition.v1.cognition_service_pb2 import StartTurn
+from soma.router.v1.inbound_pb2 import InboundKind
+
+from services.router.domain.arrival import Policy
+from services.router.domain.turn import Outcome, StepKind, TurnStatus
+from soma_common.testing.eventually import eventually
+from tests.unit.router.engine import Brain, Engine, running_engine
+from tests.unit.router.test_policies import control, keys, message, texts
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    async with running_engine() as engine:
+        yield engine
+
+
+async def calling(engine: Engine) -> StartTurn:
+    """A turn that was confirmed a tool call, and tools that do not answer."""
+    engine.accept(message("1"))
+    [start] = await engine.started(1)
+    engine.propose(start, StepKind.MODEL_REPLY, 1)
+    await eventually(lambda: engine.brain.confirms, what="confirmation")
+    engine.tools_away = True
+    return start
+
+
+async def stopped(engine: Engine, start: StartTurn) -> None:
+    """Waits until a turn is known to be stopped."""
+    turn = engine.state.running[start.turn_id]
+    await eventually(lambda: turn.status is TurnStatus.CONVERGING, what="stop")
+
+
+async def test_a_turn_that_was_stopped_while_it_waited_for_a_brain_is_given_to_none(engine: Engine) -> None:
+    start = await calling(engine)
+    engine.disconnect(engine.brain)
+    await engine.quiet()
+    engine.accept(message("2", Policy.INTERRUPT))
+    await stopped(engine, start)
+    late = Brain(name="brain-1")
+    engine.connect(late)
+    await engine.quiet()
+    assert late.starts == []
+    engine.tools_away = False
+    [second] = await engine.started(1, late)
+    assert texts(list(second.inputs)) == ["2"]
+
+
+async def test_a_turn_that_was_stopped_while_its_context_was_read_is_not_started(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = await calling(engine)
+    engine.disconnect(engine.brain)
+    await engine.quiet()
+    read = asyncio.Event()
+
+    async def context(*_: object) -> list[bytes]:
+        await read.wait()
+        return []
+
+    monkeypatch.setattr(engine, "context", context)
+    engine.state.running[start.turn_id].session.context = None
+    late = Brain(name="brain-1")
+    engine.connect(late)
+    engine.accept(message("2", Policy.INTERRUPT))
+    await stopped(engine, start)
+    read.set()
+    await engine.quiet()
+    assert late.starts == []
+    engine.tools_away = False
+    [second] = await engine.started(1, late)
+    assert texts(list(second.inputs)) == ["2"]
