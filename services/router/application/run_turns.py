@@ -76,7 +76,7 @@ class TurnRunner:
         self._max_strikes = max_strikes
         self._dispatcher = Dispatcher(state, brains, history, live, spawn, self._agent_gone, stuck_margin_s)
         self._stopper = Stopper(state, self._dispatcher, tools, spawn, self._ended, convergence_timeout_s)
-        self.arrivals = Arrivals(state, self._stopper, history, live, spawn, self._refused)
+        self.arrivals = Arrivals(state, self._stopper, history, live, spawn, self._refused, self._end_first)
         self.controls = SessionControls(state, self._stopper, self.arrivals.ready)
         self.starter = Starter(
             state,
@@ -106,6 +106,9 @@ class TurnRunner:
         else:
             self._stopper.stored(turn)  # it was stopped before it began
         self.arrivals.meet(turn.session)
+
+    def _end_first(self, session: Session) -> EndItem:
+        return self.starter.end_first(session)
 
     def _dropped(self, turn: Turn) -> None:
         self._release(turn)

@@ -97,16 +97,20 @@ class Starter:
         scheduler = self._state.scheduler
         return scheduler.startable and self._dispatcher.room > scheduler.started_in_group
 
+    def end_first(self, session: Session) -> EndItem:
+        """Ends the first waiting message, which no brain is to see: that needs no room and no gate."""
+        message = self._state.dequeue(session)
+        if message.cancelled:
+            return self._skip(session, message)
+        return self._refuse(session, message, message.fault)
+
     def _next_of(self, session: Session) -> CommitItem | None:
-        head = session.queue[0]
-        if head.cancelled:
-            return self._skip(session, self._state.dequeue(session))
-        if head.fault:
-            return self._refuse(session, self._state.dequeue(session), head.fault)
-        if session.paused:
-            return None  # since it was found ready; resuming it makes it ready again
+        if session.turn is not None or not session.queue or session.paused:
+            return None  # since it was found ready; whatever ends that makes it ready again
+        if session.queue[0].ends_alone:
+            return self.end_first(session)
         if self._state.directory.agent(session.key.tenant, session.key.agent) is None:
-            if self._may_still_come(session, head):
+            if self._may_still_come(session, session.queue[0]):
                 return None
             return self._refuse(session, self._state.dequeue(session), ErrorReason.ERROR_REASON_AGENT_GONE)
         inputs = [self._state.dequeue(session) for _ in range(next_inputs(session.queue))]

@@ -15,7 +15,7 @@ from soma.common.v1.turn_pb2 import Delivery, StepBody
 
 from services.router.application.dispatch_turns import RETRY_S
 from services.router.application.group import StoreLost
-from services.router.application.items import InputItem, RefusalItem
+from services.router.application.items import EndItem, InputItem, RefusalItem
 from services.router.application.stop_turns import Stopper
 from services.router.domain.arrival import STOPS, Arrival, Policy, arrival_of, due_in_s, may_join
 from services.router.domain.session import QueuedMessage, Session, Turn
@@ -40,7 +40,7 @@ REFUSED = counter("soma_router_refused_total", "Messages refused because a turn 
 
 class Arrivals:
     """What happens to messages from their ingest to the turn that takes them. `refused` is told of those that end at
-    once.
+    once; `end_first` makes the end of a first waiting message that no brain is to see.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Arrivals:
         live: LiveDesk,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         refused: Callable[[RefusalItem], None],
+        end_first: Callable[[Session], EndItem],
     ) -> None:
         self._state = state
         self._stopper = stopper
@@ -58,6 +59,7 @@ class Arrivals:
         self._live = live
         self._spawn = spawn
         self._refused = refused
+        self._end_first = end_first
         self.committer: GroupCommitter
 
     def arrive(self, session: Session, message: QueuedMessage) -> None:
@@ -106,8 +108,10 @@ class Arrivals:
         """
         if session.turn is not None or not session.queue or session.partition.lost:
             return
-        head = session.queue[0]
-        if session.paused and not (head.cancelled or head.fault):
+        if session.queue[0].ends_alone:
+            self.committer.put(self._end_first(session))
+            return
+        if session.paused:
             return
         now = monotonic()
         wait_s = due_in_s(session.queue, now)

@@ -71,8 +71,7 @@ def may_join(turn: Turn, message: QueuedMessage) -> bool:
     """Whether the first waiting message becomes an input of the turn that runs."""
     return (
         message.policy == Policy.STEER
-        and not message.fault
-        and not message.cancelled
+        and not message.ends_alone
         and turn.status is TurnStatus.RUNNING
         and not turn.ending
         and len(turn.inputs) < MAX_INPUTS
@@ -85,7 +84,7 @@ def next_inputs(queue: Sequence[QueuedMessage]) -> int:
     `queue` holds at least one message.
     """
     head = queue[0]
-    if head.fault or head.cancelled:
+    if head.ends_alone:
         return 1
     together = _run_length(queue)
     last_stop = max((i for i in range(together) if queue[i].policy in STOPS), default=-1)
@@ -103,7 +102,7 @@ def due_in_s(queue: Sequence[QueuedMessage], now: float) -> float:
     later could not be taken with it any more.
     """
     head = queue[0]
-    if head.policy != Policy.ACCUMULATE or head.fault or head.cancelled:
+    if head.policy != Policy.ACCUMULATE or head.ends_alone:
         return 0.0
     count = next_inputs(queue)
     if count < len(queue) or count == MAX_INPUTS:
@@ -115,6 +114,6 @@ def due_in_s(queue: Sequence[QueuedMessage], now: float) -> float:
 def _run_length(queue: Sequence[QueuedMessage]) -> int:
     """Messages from the first on that one turn can take: none of them has to end on its own."""
     for i, message in enumerate(queue):
-        if i == MAX_INPUTS or message.fault or message.cancelled:
+        if i == MAX_INPUTS or message.ends_alone:
             return i
     return len(queue)

@@ -73,6 +73,11 @@ class QueuedMessage:
     agent_missed_at: float = 0.0
     """Monotonic time at which its agent was first found missing, in seconds; 0: never."""
 
+    @property
+    def ends_alone(self) -> bool:
+        """It ends without a brain, when it is first in line."""
+        return self.cancelled or self.fault != 0
+
 
 @dataclass(slots=True)
 class PendingControl:

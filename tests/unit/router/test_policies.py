@@ -411,3 +411,17 @@ async def test_cancelling_a_session_ends_all_of_it_in_order(engine: Engine) -> N
     assert [list(delivery.message_ids) for _, delivery in ended] == [keys("1"), keys("2"), keys("3")]
     [_, second] = await engine.started(2)
     assert texts(list(second.inputs)) == ["4"]
+
+
+async def test_a_cancelled_message_ends_although_its_agent_is_held_up(engine: Engine) -> None:
+    engine.brain.credit = 0
+    engine.accept(message("1"), message("2"))
+    await engine.quiet()
+    turn = ids.turn_id(inbound().session_id, keys("1")[0])
+    engine.accept(control(InboundKind.INBOUND_KIND_CANCEL, "c", turn))
+    [(outcome, delivery)] = await engine.outcomes(1)
+    assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
+    engine.brain.credit = 1
+    engine.runner.assign()
+    [start] = await engine.started(1)
+    assert texts(list(start.inputs)) == ["2"]
