@@ -46,7 +46,7 @@ REDUNDANT: Final = {
 """Guards whose removal alone breaks nothing, as the model finds too."""
 NOT_TRIED: Final = {
     "start_journaled": "a turn's start is a row of its message's transaction: there is no code without it",
-    "suspects_alone": "tests/integration/router: a poison turn and its neighbours",
+    "suspects_alone": "tests/unit/router/test_run_turns.py: a poison turn and its neighbours",
 }
 
 
