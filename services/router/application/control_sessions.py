@@ -47,6 +47,7 @@ class SessionControls:
         elif kind == InboundKind.INBOUND_KIND_INTERRUPT:
             self._settle(session, self._stop(session, position, target, Outcome.INTERRUPTED))
         elif kind == InboundKind.INBOUND_KIND_CANCEL_ALL:
+            self._cancel_rolled_back(control, session)
             self._cancel_queued(control, session, all_of_them=True)
             self._settle(session, self._stop(session, position, None, Outcome.CANCELLED))
             self._ready(session)
@@ -93,6 +94,16 @@ class SessionControls:
                 message.cancelled = True
                 control.waits_for = message
                 return
+
+    def _cancel_rolled_back(self, control: PendingControl, session: Session) -> None:
+        """Cancels what waits again once the end of a turn is stored that was rolled back: it came before the control,
+        too.
+        """
+        turn = session.turn
+        if turn is not None and turn.ending and turn.stop_as is Outcome.ABSORBED:
+            for message in turn.inputs:
+                message.cancelled = True
+            control.waits_for = turn.inputs[-1]
 
     def _settle(self, session: Session, stopped: Turn | None = None, paused: bool | None = None) -> None:
         """Notes durably how far the session's controls are done with, which turn is to converge, and a pause."""

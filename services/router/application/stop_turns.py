@@ -73,7 +73,7 @@ class Stopper:
             turn.stopped_at = monotonic()
             turn.stop()
             STOPS.labels(outcome.name.lower()).inc()
-        elif turn.stop_as is Outcome.ABSORBED and outcome is Outcome.CANCELLED:
+        elif turn.stop_as is Outcome.ABSORBED and outcome is Outcome.CANCELLED and not turn.ending:
             turn.stop_as = outcome
 
     def stored(self, turn: Turn) -> None:
@@ -126,6 +126,7 @@ class Stopper:
                 answer.message.CopyFrom(kept)
                 steps.append((StepKind.FINAL, final_step(kept, len(turn.inputs))))
         turn.in_flight = turn.ending = True
+        turn.stop_as = outcome
         self.committer.put(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
 
     async def _close_calls(self, turn: Turn) -> bytes | None:

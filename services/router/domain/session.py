@@ -110,7 +110,7 @@ class Turn:
     ending: bool = False
     """That step is its last one: it takes no further inputs."""
     stop_as: Outcome = Outcome.CANCELLED
-    """How it is to end once it has converged, if it was stopped."""
+    """How it is to end once it has converged, if it was stopped; as it does end, once `ending`."""
     stopped_at: float = 0.0
     """Monotonic time at which it was stopped, in seconds."""
     inputs_told: int = 0

@@ -12,6 +12,7 @@ from soma.router.v1.inbound_pb2 import InboundKind
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
 from soma_common.testing.eventually import eventually
+from tests.unit.router.builders import inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
 from tests.unit.router.test_policies import control, keys, message, texts
 
@@ -77,3 +78,24 @@ async def test_a_turn_that_was_stopped_while_its_context_was_read_is_not_started
     engine.tools_away = False
     [second] = await engine.started(1, late)
     assert texts(list(second.inputs)) == ["2"]
+
+
+async def test_cancelling_a_session_ends_also_what_a_rollback_is_about_to_give_back(engine: Engine) -> None:
+    await calling(engine)
+    engine.accept(message("2", Policy.ROLLBACK))
+    await eventually(lambda: engine.settled, what="a question to the tools")
+    engine.store.gate = asyncio.Event()
+    engine.accept(inbound("elsewhere", "other"))  # a group that takes its time: in the next one the two meet
+    await asyncio.sleep(0.01)
+    engine.accept(control(InboundKind.INBOUND_KIND_CANCEL_ALL))
+    engine.tools_away = False
+    turn = next(turn for turn in engine.state.running.values() if turn.status is TurnStatus.CONVERGING)
+    await eventually(lambda: turn.ending, what="the end of what is rolled back, on its way")
+    engine.store.gate.set()
+    ended = await engine.outcomes(2)
+    assert [(outcome, list(delivery.message_ids)) for outcome, delivery in ended] == [
+        (Outcome.CANCELLED, keys("1")),
+        (Outcome.CANCELLED, keys("2")),
+    ]
+    await engine.quiet()
+    assert not turn.session.controls, "the control is done with"
