@@ -190,6 +190,10 @@ async def test_the_last_pause_of_a_group_counts_and_is_found_by_a_new_owner(stor
     assert result.sessions[session.id].paused
     await store.commit(pause(4, True), pause(5, False))
     assert [row.paused for row in await store.load(p)] == [False, False]
+    # A pause behind a cancel that is not done with names no position yet: it came later all the same.
+    waits = ControlItem(p, session.id, MINE, [], lambda _: None, paused=True)
+    await store.commit(pause(6, False), waits)
+    assert [row.paused for row in await store.load(p)] == [True, True]
 
 
 async def test_waiting_messages_are_shown_with_their_place_and_age(store: Store) -> None:

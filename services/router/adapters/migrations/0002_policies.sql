@@ -150,8 +150,8 @@ BEGIN
     IF cardinality(c_session) > 0 THEN
         UPDATE router.sessions s
         SET control_position = greatest(s.control_position, c.position), paused = coalesce(c.paused[cardinality(c.paused)], s.paused)
-        FROM (SELECT session_id, max(position) AS position, array_agg(paused ORDER BY position) FILTER (WHERE paused IS NOT NULL) AS paused
-              FROM unnest(c_session, c_position, c_paused) AS i(session_id, position, paused)
+        FROM (SELECT session_id, max(position) AS position, array_agg(paused ORDER BY place) FILTER (WHERE paused IS NOT NULL) AS paused
+              FROM unnest(c_session, c_position, c_paused) WITH ORDINALITY AS i(session_id, position, paused, place)
               GROUP BY session_id) c
         WHERE s.session_id = c.session_id;
         UPDATE router.turns t
