@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.model.code_places import ELSEWHERE, PLACES
-from tests.model.guards import DeliveryGuards, PoisonGuards, ToolGuards, TurnGuards
+from tests.model.guards import DeliveryGuards, GroupGuards, PoisonGuards, StopGuards, ToolGuards, TurnGuards
 
 ROOT = Path(__file__).parents[2]
-KINDS = (TurnGuards, DeliveryGuards, PoisonGuards, ToolGuards)
+KINDS = (TurnGuards, DeliveryGuards, PoisonGuards, ToolGuards, GroupGuards, StopGuards)
 GUARDS = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
 
 

@@ -8,6 +8,7 @@ from typing import Final
 
 ROUTER: Final = "services.router.application"
 SCHEMA: Final = "services/router/adapters/migrations/0001_turn_engine.sql"
+POLICIES: Final = "services/router/adapters/migrations/0002_policies.sql"
 TOOL_SCHEMA: Final = "services/toolgw/adapters/migrations/0001_invocations.sql"
 TOOL_STORE: Final = "services.toolgw.adapters.store_postgres:PostgresToolStore"
 
@@ -60,6 +61,24 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     "first_look": ("services.toolgw.domain.reversal:first_look", f"{TOOL_STORE}.begin_reversal"),
     "undo_key": ("services.toolgw.domain.reversal:PastCall.undone_in",),
     "gone_settles": ("services.toolgw.application.revert_turn:RevertTurn._end_of",),
+    "due_durable": (f"{POLICIES}:ADD COLUMN ingest_time", f"{ROUTER}.restore_sessions:_message"),
+    "policy_stored": (f"{ROUTER}.ingest_messages:Ingest._set_policy", f"{POLICIES}:ADD COLUMN debounce_max_ms"),
+    "due_restored": (f"{ROUTER}.restore_sessions:restore_sessions", f"{ROUTER}.take_arrivals:Arrivals.ready"),
+    "neighbours": ("services.router.domain.arrival:next_inputs", "services.router.domain.arrival:due_in_s"),
+    "group_journaled": (f"{ROUTER}.items:StartItem.write", f"{POLICIES}:number, first_position, last_position"),
+    "group_seen": (f"{ROUTER}.run_turns:TurnRunner._take",),
+    "stop_durable": (f"{ROUTER}.stop_turns:Stopper.stored", f"{POLICIES}:SET status = 2, stop_time"),
+    "stop_kind": (f"{ROUTER}.items:ControlItem.write", f"{POLICIES}:ADD COLUMN stop "),
+    "stop_resumed": (f"{ROUTER}.run_turns:TurnRunner.resume",),
+    "first_stop": (f"{ROUTER}.stop_turns:Stopper.stop", f"{POLICIES}:WHEN 1 THEN c.stop[1] ELSE t.stop END"),
+    "cancel_beats": (f"{ROUTER}.stop_turns:Stopper.stop", f"{POLICIES}:= 6 AND c.stop @> '{{4}}' THEN 4"),
+    "asks_tools": (f"{ROUTER}.stop_turns:Stopper._undone",),
+    "asked_after": (f"{ROUTER}.stop_turns:Stopper.converge",),
+    "absorbed_waits": (f"{ROUTER}.items:EndItem.write",),
+    "new_turn_id": ("services.router.domain.arrival:replacement", f"{ROUTER}.start_turns:Starter._new_turn"),
+    "try_remembered": (f"{POLICIES}:b.number = s.turn_count AND b.outcome = 6",),
+    "refusal_row": (f"{ROUTER}.items:RefusalItem.write", f"{POLICIES}:r.number = -m.position"),
+    "refusal_first": (f"{ROUTER}.commit_group:GroupCommitter.put",),
 }
 
 ELSEWHERE: Final[dict[str, str]] = {

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-AnyGuards = TypeVar("AnyGuards", "TurnGuards", "DeliveryGuards", "PoisonGuards", "ToolGuards")
+AnyGuards = TypeVar(
+    "AnyGuards", "TurnGuards", "DeliveryGuards", "PoisonGuards", "ToolGuards", "GroupGuards", "StopGuards"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,36 @@ class ToolGuards:
     first_look: bool = False  # what is to be undone is stored before a compensation runs
     undo_key: bool = False  # a compensation has one key, made of its call's
     gone_settles: bool = False  # who does not know a compensation makes sure that it has an end
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGuards:
+    """The rules of messages that gather for one turn."""
+
+    due_durable: bool = False  # what a group waits for is reckoned from when its messages were stored
+    policy_stored: bool = False  # what a message's policy is, and how long it waits, is in its row
+    due_restored: bool = False  # a new owner looks at what waits, with no new message to remind it
+    neighbours: bool = False  # a group ends at the first message of another policy, which makes it due
+    group_journaled: bool = False  # which messages a turn starts with is durable before a brain is given them
+    group_seen: bool = False  # a final is taken only if it has read every input: the group and what joined it
+
+
+@dataclass(frozen=True, slots=True)
+class StopGuards:
+    """The rules of turns that are stopped, and of messages that end out of order."""
+
+    stop_durable: bool = False  # a stop is stored before anybody is told of it
+    stop_kind: bool = False  # it is stored with the outcome that the turn is to end with
+    stop_resumed: bool = False  # a new owner goes on with it
+    first_stop: bool = False  # of several stops the first counts
+    cancel_beats: bool = False  # except that a cancel also ends what was to be rolled back
+    asks_tools: bool = False  # work is dropped only if the tool gateway says that nothing is left of it
+    asked_after: bool = False  # it is asked when the calls have converged
+    absorbed_waits: bool = False  # the messages of a turn that was rolled back wait in the database too
+    new_turn_id: bool = False  # the turn that replaces one has an id of its own
+    try_remembered: bool = False  # a new owner knows which messages were in a turn that was rolled back
+    refusal_row: bool = False  # a message that is refused has a row of its own in the transaction of its outcome
+    refusal_first: bool = False  # a turn that starts after a message was refused is stored after the refusal
 
 
 def without(guards: AnyGuards, names: Iterable[str]) -> AnyGuards:

@@ -8,10 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tests.model import gathering, stops
 from tests.model.delivery import NEVER, OVERTAKEN, TWICE, DeliveryProtocol, Left
-from tests.model.guards import DeliveryGuards, PoisonGuards, ToolGuards, TurnGuards, only, without
+from tests.model.gathering import Gathering
+from tests.model.guards import (
+    DeliveryGuards,
+    GroupGuards,
+    PoisonGuards,
+    StopGuards,
+    ToolGuards,
+    TurnGuards,
+    only,
+    without,
+)
 from tests.model.poison import PARKED_INNOCENT, PoisonedPartition
 from tests.model.search import NO_WAY_ON, Model
+from tests.model.stops import StoppedTurns
 from tests.model.tool_calls import CHANGED, RAN_CANCELLED, RAN_TWICE, STAYS, UNDONE, UNDONE_TWICE, ToolCalls
 from tests.model.tool_calls import Left as LeftOfCalls
 from tests.model.turn_promises import (
@@ -36,6 +48,11 @@ FAILOVER = f"{RELAY} unique_term term_ends purge_replicated event_ids"
 DELIVERY = "floor_durable floor_acked one_unacked rendezvous client_dedupe ack_again resume"
 POISON = "start_journaled strikes_durable suspects_alone"
 TOOLS = "unique_key claim_first never_again one_end call_tombstone give_up doubt_stays first_look undo_key gone_settles"
+GROUPS = "due_durable policy_stored due_restored neighbours group_journaled group_seen"
+STOPS = (
+    "stop_durable stop_kind stop_resumed first_stop cancel_beats asks_tools asked_after absorbed_waits new_turn_id"
+    " try_remembered refusal_row refusal_first"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +70,7 @@ class Scenario:
     """A model with all its guards, and what to take away from it."""
 
     name: str
-    model: TurnProtocol | DeliveryProtocol | PoisonedPartition | ToolCalls
+    model: TurnProtocol | DeliveryProtocol | PoisonedPartition | ToolCalls | Gathering | StoppedTurns
     removals: tuple[Removal, ...]
     progress: bool = False  # also look for livelocks
 
@@ -71,6 +88,10 @@ class Scenario:
                 return replace(partition, guards=without(poison, names))
             case ToolCalls(guards=tools) as calls:
                 return replace(calls, guards=without(tools, names))
+            case Gathering(guards=of_groups) as groups:
+                return replace(groups, guards=without(of_groups, names))
+            case StoppedTurns(guards=of_stops) as stopped:
+                return replace(stopped, guards=without(of_stops, names))
 
 
 def scenarios(*, full: bool) -> Iterator[Scenario]:
@@ -80,6 +101,8 @@ def scenarios(*, full: bool) -> Iterator[Scenario]:
     yield from _policy_scenarios(1 if full else 0)
     yield from _delivery_scenarios(1 if full else 0)
     yield from _tool_scenarios(1 if full else 0)
+    yield from _group_scenarios(1 if full else 0)
+    yield from _stop_scenarios(1 if full else 0)
 
 
 def _turns(guards: str) -> TurnGuards:
@@ -278,5 +301,92 @@ def _tool_scenarios(more: int) -> Iterator[Scenario]:
         "an idempotent call, cancelled and taken back",
         ToolCalls(guards, LeftOfCalls(asks=2, cancels=1, deaths=1 + more, hangs=1), repeatable=True),
         of_both,
+        progress=True,
+    )
+
+
+def _group_scenarios(more: int) -> Iterator[Scenario]:
+    guards = only(GroupGuards, GROUPS)
+    yield Scenario(
+        "messages gather, one steers",
+        Gathering(guards, "aas" + "a" * more, takeovers=2),
+        (
+            Removal("due_durable", gathering.LATE),
+            Removal("policy_stored", gathering.SPLIT),
+            Removal("due_restored", gathering.LATE),
+            Removal("group_journaled", gathering.OTHER_INPUTS),
+            Removal("group_seen", gathering.UNREAD),
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "messages gather, one of another policy between",
+        Gathering(guards, "aaea" + "s" * more, takeovers=2),
+        (
+            Removal("due_durable", gathering.LATE),
+            Removal("policy_stored", gathering.SPLIT),
+            Removal("due_restored", gathering.LATE),
+            Removal("neighbours", gathering.ORDER),
+            Removal("group_journaled", gathering.OTHER_INPUTS),
+            Removal("group_seen", gathering.UNREAD, found_in="full"),  # in quick bounds nothing joins
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "more messages gather than a turn takes",
+        Gathering(guards, "aaa" + "a" * more, takeovers=2, most=2),
+        (
+            Removal("due_durable", gathering.LATE),
+            Removal("policy_stored", gathering.SPLIT),
+            Removal("group_journaled", gathering.OTHER_INPUTS),
+        ),
+        progress=True,
+    )
+
+
+def _stop_scenarios(more: int) -> Iterator[Scenario]:
+    guards = only(StopGuards, STOPS)
+    yield Scenario(
+        "a rollback and a cancel",
+        StoppedTurns(guards, "er" + "r" * more, takeovers=2, cancels=1),
+        (
+            Removal("stop_durable", stops.CANCEL_LOST),
+            Removal("stop_kind", stops.NOBODY_ASKED),
+            Removal("stop_resumed", NO_WAY_ON),
+            Removal("first_stop", stops.CANCEL_LOST),
+            Removal("cancel_beats", stops.CANCEL_LOST),
+            Removal("asks_tools", stops.STAYS),
+            Removal("asked_after", stops.STAYS),
+            Removal("absorbed_waits", NO_WAY_ON, found_in="quick"),
+            Removal("new_turn_id", stops.OTHER_TRY),
+            Removal("try_remembered", stops.OTHER_TRY),
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "a rollback that is undone, behind a refused message",
+        StoppedTurns(guards, "ejr" + "i" * more, takeovers=2, undoable=True),
+        (
+            Removal("stop_kind", stops.NOBODY_ASKED),
+            Removal("stop_resumed", NO_WAY_ON),
+            Removal("asks_tools", stops.STAYS),
+            Removal("asked_after", stops.STAYS),
+            Removal("absorbed_waits", NO_WAY_ON),
+            Removal("new_turn_id", stops.OTHER_TRY),
+            Removal("try_remembered", stops.OTHER_TRY),
+            Removal("refusal_row", stops.ANSWERED_TWICE),
+            Removal("refusal_first", stops.OTHER_INPUTS),
+        ),
+        progress=True,
+    )
+    yield Scenario(
+        "an interrupt and a refused message",
+        StoppedTurns(guards, "eij", takeovers=2, cancels=more),
+        (
+            Removal("stop_durable", stops.CANCEL_LOST, found_in="full"),
+            Removal("stop_kind", stops.NOBODY_ASKED),
+            Removal("stop_resumed", NO_WAY_ON),
+            Removal("refusal_row", stops.ANSWERED_TWICE),
+        ),
         progress=True,
     )

@@ -7,9 +7,10 @@
 Every scenario must hold with all guards, in every state that can be reached; every guard that is needed must be found
 to be, by taking it away. The exit code is 1 when either is not so.
 
-Limits: the bounds are small; "none found, stopped" is not a proof; time is not modelled, and progress only in the
-scenarios about delivery, poison and tool calls. In the scenarios about turns the tool gateway is atomic; its own crash
-window is what the scenarios about tool calls are about.
+Limits: the bounds are small; "none found, stopped" is not a proof. Time is modelled only where messages gather, and
+progress not in the scenarios about turns, relay, failover, steer and cancel. The tool gateway is atomic but in the
+scenarios about tool calls, which are about its own crash window. Where messages gather and where turns are stopped an
+owner that was replaced commits nothing: that this is so is what the scenarios about turns are about.
 """
 
 import argparse
