@@ -78,7 +78,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     "new_turn_id": ("services.router.domain.arrival:replacement", f"{ROUTER}.start_turns:Starter._new_turn"),
     "try_remembered": (f"{POLICIES}:b.number = s.turn_count AND b.outcome = 6",),
     "refusal_row": (f"{ROUTER}.items:RefusalItem.write", f"{POLICIES}:r.number = -m.position"),
-    "refusal_first": (f"{ROUTER}.commit_group:GroupCommitter.put",),
+    "refusal_first": (f"{ROUTER}.start_turns:Starter._next_of",),
 }
 
 ELSEWHERE: Final[dict[str, str]] = {

@@ -105,8 +105,10 @@ class Starter:
         return self._refuse(session, message, message.fault)
 
     def _next_of(self, session: Session) -> CommitItem | None:
-        if session.turn is not None or not session.queue or session.paused:
-            return None  # since it was found ready; whatever ends that makes it ready again
+        if session.turn is not None or not session.queue or session.paused or session.refusing:
+            # Since it was found ready; whatever ends that makes it ready again. What is refused is stored first: a new
+            # owner would find it among the inputs of the turn.
+            return None
         if session.queue[0].ends_alone:
             return self.end_first(session)
         if self._state.directory.agent(session.key.tenant, session.key.agent) is None:

@@ -186,10 +186,17 @@ class Arrivals:
         )
         turn = Turn(_turn_of(session, message), session, 0, [message], "", message.deliver)
         body = StepBody(format=_STEP_FORMAT, failure=error).SerializeToString()
+        session.refusing += 1
         self.committer.put(RefusalItem(session.partition, turn, body, Delivery(error=error), self._was_refused))
 
     def _was_refused(self, item: RefusalItem) -> None:
         REFUSED.inc()
+        session = item.turn.session
+        session.refusing -= 1
+        if session.queue and not session.refusing:
+            self.ready(session)
+        elif session.idle:
+            self._state.idle(session)
         item.partition.pending.discard(item.turn.inputs[0].position)
         self._live.ended(item.turn, item.answer)
         self._refused(item)

@@ -160,6 +160,7 @@ class Session:
         "paused",
         "queue",
         "ready",
+        "refusing",
         "timer",
         "turn",
         "turn_count",
@@ -176,6 +177,8 @@ class Session:
         """Controls that are not done with, in order."""
         self.paused = False
         """No turn of it starts."""
+        self.refusing = 0
+        """Messages that were refused and are not stored as such: nothing that came later starts before."""
         self.timer: TimerHandle | None = None
         """Looks at it again when its group of messages is due."""
         self.turn: Turn | None = None
@@ -207,5 +210,5 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
-        return self.turn is None and not self.queue and not self.controls
+        """Nothing runs, nothing waits, and nothing is being refused."""
+        return self.turn is None and not self.queue and not self.controls and not self.refusing
