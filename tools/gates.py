@@ -5,6 +5,7 @@
     python -m tools.gates unit -- -k cursor # one level; what follows `--` goes to pytest
 
 A failing gate does not hide the next one; FAIL_FAST=1 stops at the first. The last line counts tests as pytest does.
+In a whole run, checks that only compute run aside, beside tests that mostly wait; what measures times runs alone.
 The whole run has a time limit (TEST_LIMIT_S, seconds): a stage that hangs is ended with everything it started.
 """
 
@@ -17,6 +18,8 @@ import time
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -32,6 +35,9 @@ NO_TESTS_COLLECTED = 5  # pytest's exit code
 MEASURED_LEVELS = ("unit", "contract", "integration")
 LEVELS = (*MEASURED_LEVELS, "e2e", "chaos", "upgrade")
 TYPED = ("soma_common", "services", "somastack", "examples", "tests", "tools")
+
+
+_live: set[int] = set()  # process groups that run: an interrupt ends them
 
 
 class Outcome(Enum):
@@ -52,6 +58,7 @@ class Stage:
     command: tuple[str, ...]
     needs: Path | None = None  # skipped when this path does not exist
     level: str | None = None  # a pytest level: its report is counted, and having no tests is no failure
+    aside: Path | None = None  # runs beside the stages that follow; what it says is told when it has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +106,12 @@ def _stages(*, measured: bool) -> Iterator[Stage]:
     yield Stage("lint", "buf: format", ("buf", "format", "--diff", "--exit-code", "proto"), needs=proto)
     yield Stage("lint", "buf: breaking changes", breaking, needs=proto)
     yield Stage("proto-check", "gen/ is what proto/ generates", (PYTHON, "-m", "tools.proto_drift"), needs=proto)
-    yield Stage("types", "mypy --strict", ("mypy", *(folder for folder in TYPED if any((ROOT / folder).rglob("*.py")))))
+    typed = (folder for folder in TYPED if any((ROOT / folder).rglob("*.py")))
+    yield Stage("types", "mypy --strict", ("mypy", *typed), aside=REPORTS / "types.log" if measured else None)
     turn_protocol = ROOT / "tests" / "model" / "turn_protocol.py"
     model = (PYTHON, "-m", "tests.model.turn_protocol", "--quick")
-    yield Stage("model", "turn protocol's model", model, needs=turn_protocol)
+    aside = REPORTS / "model.log" if measured else None
+    yield Stage("model", "turn protocol's model", model, needs=turn_protocol, aside=aside)
     for level in LEVELS:
         coverage = ("--cov", "--cov-append", "--cov-report=") if measured and level in MEASURED_LEVELS else ()
         command = (PYTHON, "-m", "pytest", f"tests/{level}", f"--junitxml={_report(level)}", *coverage)
@@ -115,10 +124,27 @@ def _run_all(stages: list[Stage]) -> int:
     started = time.monotonic()
     limit_s = float(os.environ.get("TEST_LIMIT_S", DEFAULT_LIMIT_S))
     results: list[Result] = []
-    for stage in stages:
-        results.append(_run(stage, remaining_s=started + limit_s - time.monotonic()))
-        if _bad(results[-1]) and os.environ.get("FAIL_FAST"):
-            break
+    beside: list[Future[Result]] = []
+
+    def remaining_s() -> float:
+        return started + limit_s - time.monotonic()
+
+    with ThreadPoolExecutor(1, "aside") as executor:
+        try:
+            for stage in stages:
+                if stage.aside is not None:
+                    beside.append(executor.submit(_run, stage, remaining_s()))
+                    continue
+                if stage.level not in (None, *MEASURED_LEVELS):
+                    wait(beside)
+                results.append(_run(stage, remaining_s()))
+                if _bad(results[-1]) and os.environ.get("FAIL_FAST"):
+                    break
+        except KeyboardInterrupt:
+            for pid in list(_live):
+                os.killpg(pid, signal.SIGINT)
+            raise
+        results += [future.result() for future in beside]
     _summarize(results, time.monotonic() - started)
     return 1 if any(map(_bad, results)) else 0
 
@@ -134,7 +160,9 @@ def _run(stage: Stage, remaining_s: float) -> Result:
     if stage.level:
         _report(stage.level).unlink(missing_ok=True)
     started = time.monotonic()
-    code = _call(stage.command, remaining_s)
+    code = _call(stage.command, remaining_s, stage.aside)
+    if stage.aside is not None:
+        _say(stage.aside.read_text(errors="replace"))
     seconds = time.monotonic() - started
     tests = _count(_report(stage.level)) if stage.level else Counter[str]()
     if code is None:
@@ -147,17 +175,22 @@ def _run(stage: Stage, remaining_s: float) -> Result:
     return Result(stage, outcome, seconds, tests)
 
 
-def _call(command: tuple[str, ...], limit_s: float) -> int | None:
-    """Return the command's exit code, or None when it was ended for running too long.
+def _call(command: tuple[str, ...], limit_s: float, output: Path | None) -> int | None:
+    """Return the command's exit code, or None when it was ended for running too long; it writes to `output`, if given.
 
     The command leads a process group of its own, so that whatever it started ends with it.
     """
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+    with (
+        output.open("wb") if output is not None else nullcontext() as log,
+        subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=log, stderr=log) as process,
+    ):
+        _live.add(process.pid)
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return None
         finally:
+            _live.discard(process.pid)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
                 try:
