@@ -19,9 +19,20 @@ from services.router.domain.lane_window import CommittedPlace
 from soma_common.errors import Unavailable
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
 
-_FINAL = 3
-_FAILURE = 4
+# Everything is read by key and in pages, in the order of an index. The planner does not know how many rows the policies
+# leave and takes them for few: it would read whole tables, or a whole session to sort it.
+_READER_SETTINGS = {
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
 
+# Whether message m was refused: then a turn has its position, negated, for a number. As a join (OFFSET 0 prevents it) it
+# would read all turns for each message: with the rows of other tenants in sight, no index may look for a value that was
+# computed from a row.
+_REFUSED = "EXISTS (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position OFFSET 0)"
 _SESSION_COLUMNS = (
     "s.session_id, s.tenant, s.agent, s.channel, s.session, s.create_time, s.update_time, s.message_count,"
     " s.turn_count, s.delivery_count, s.done_position, s.last_position, s.paused,"
@@ -30,10 +41,10 @@ _SESSION_COLUMNS = (
     " q.queued_count, q.oldest_queued_time,"
     " (SELECT count(*) FROM router.deliveries d WHERE d.session_id = s.session_id) AS undelivered_count"
 )
-# A message that has no outcome and is in no running turn. One that was refused has a turn with its position, negated.
+# A message that has no outcome and is in no running turn.
 _QUEUED = (
     "m.kind < 2 AND m.position > s.done_position"
-    " AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position)"
+    f" AND NOT {_REFUSED}"
     " AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = s.session_id AND r.number = s.turn_count + 1"
     "  AND r.status <> 3 AND m.position BETWEEN r.first_position AND r.last_position)"
 )
@@ -49,11 +60,39 @@ _TURN_COLUMNS = (
     " CASE t.status WHEN 3 THEN t.step_count"
     "  ELSE (SELECT count(*)::int FROM router.steps p WHERE p.turn_id = t.turn_id) END AS step_count,"
     " ARRAY(SELECT m.message_id FROM router.messages m WHERE m.session_id = t.session_id"
-    "  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND (t.number < 0 OR NOT EXISTS"
-    "   (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position))"
+    f"  AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND (t.number < 0 OR NOT {_REFUSED})"
     "  ORDER BY m.position) AS message_ids,"
     " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind IN (3, 4)) AS last_body"
 )
+
+# A page of messages. The place of those that wait is counted up from the page's first: the line is read once.
+_MESSAGES = f"""
+WITH line AS (
+    SELECT s.done_position, r.first_position, r.last_position
+    FROM router.sessions s LEFT JOIN LATERAL (
+        SELECT r.first_position, r.last_position FROM router.turns r
+        WHERE r.session_id = s.session_id AND r.number = s.turn_count + 1 AND r.status <> 3 OFFSET 0
+    ) r ON true
+    WHERE s.session_id = $1
+), page AS MATERIALIZED (
+    SELECT m.session_id, m.position, m.message_id, m.accept_ms, m.content, m.policy, m.ingest_time
+    FROM router.messages m WHERE m.session_id = $1 AND m.position > $2 AND m.kind < 2 ORDER BY m.position LIMIT $3
+), answered AS MATERIALIZED (
+    SELECT page.*, router.turn_of_message(page.session_id, page.position) AS answer FROM page
+), shown AS (
+    SELECT a.*, t.turn_id, t.outcome, a.position > line.done_position AND coalesce(t.number, 1) > 0
+        AND coalesce(a.position NOT BETWEEN line.first_position AND line.last_position, true) AS waits
+    FROM answered a CROSS JOIN line LEFT JOIN router.turns t ON t.turn_id = a.answer
+)
+SELECT position, message_id, accept_ms, content, policy, turn_id, outcome,
+       CASE WHEN waits THEN (
+           SELECT count(*) FROM router.messages m, line
+           WHERE m.session_id = $1 AND m.position > line.done_position AND m.position <= $2 AND m.kind < 2
+               AND coalesce(m.position NOT BETWEEN line.first_position AND line.last_position, true) AND NOT {_REFUSED}
+       ) + count(*) FILTER (WHERE waits) OVER (ORDER BY position) ELSE 0 END AS queue_position,
+       (extract(epoch FROM clock_timestamp() - ingest_time) * 1000)::bigint AS age_ms
+FROM shown ORDER BY position
+"""
 
 # A row without a state is a standby that this role may not look at (it lacks pg_read_all_stats): it may have nothing.
 # Subscribers of logical replication are no copies to fail over to.
@@ -76,7 +115,7 @@ class PostgresHistory:
     @classmethod
     async def open(cls, dsn: str, name: str) -> PostgresHistory:
         """Opens the pool. Raises Unavailable."""
-        return cls(await create_pool(dsn, max_size=4, application_name=f"{name} reader"))
+        return cls(await create_pool(dsn, max_size=4, application_name=f"{name} reader", **_READER_SETTINGS))  # type: ignore[arg-type]
 
     async def close(self) -> None:
         """Closes the pool."""
@@ -116,8 +155,7 @@ class PostgresHistory:
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 "SELECT t.number, ARRAY(SELECT m.content FROM router.messages m WHERE m.session_id = t.session_id"
-                " AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND NOT EXISTS"
-                " (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position)"
+                f" AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND NOT {_REFUSED}"
                 " ORDER BY m.position) AS inputs,"
                 " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind = 3) AS final"
                 # What was rolled back was said again in the turn that took its place.
@@ -164,12 +202,8 @@ class PostgresHistory:
         """The turn that takes the message with this content."""
         async with self._as(tenant) as connection:
             turn_id: bytes | None = await connection.fetchval(
-                "SELECT t.turn_id FROM router.messages m JOIN router.turns t ON t.session_id = m.session_id"
-                " AND m.position BETWEEN t.first_position AND t.last_position"
-                # Backwards: who asks has just sent it, and a session may have many turns.
-                # A refused message has a turn of its own (its number is below 0) beside the one that ran around it.
-                " WHERE m.message_id = $1 AND m.content_hash = $2 AND (t.number > 0 OR t.number = -m.position)"
-                " ORDER BY t.number < 0 DESC, t.number DESC LIMIT 1",
+                "SELECT router.turn_of_message(session_id, position) FROM router.messages"
+                " WHERE message_id = $1 AND content_hash = $2",
                 message_id,
                 content_hash,
             )
@@ -238,20 +272,7 @@ class PostgresHistory:
         """Messages of a session beyond a position, in the order accepted."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                "SELECT m.position, m.message_id, m.accept_ms, m.content, m.policy, t.turn_id, t.outcome,"
-                # The waiting ones are few, and those before this one fewer.
-                f" CASE WHEN {_QUEUED} THEN (SELECT count(*) FROM router.messages b WHERE b.session_id = m.session_id"
-                "  AND b.position <= m.position AND b.position > s.done_position AND b.kind < 2"
-                "  AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = b.session_id"
-                "   AND (r.number = -b.position OR r.number = s.turn_count + 1 AND r.status <> 3"
-                "    AND b.position BETWEEN r.first_position AND r.last_position))) ELSE 0 END AS queue_position,"
-                " (extract(epoch FROM clock_timestamp() - m.ingest_time) * 1000)::bigint AS age_ms"
-                " FROM router.messages m JOIN router.sessions s USING (session_id) LEFT JOIN LATERAL"
-                " (SELECT t.turn_id, t.outcome FROM router.turns t WHERE t.session_id = m.session_id"
-                "  AND m.position BETWEEN t.first_position AND t.last_position"
-                "  AND (t.number > 0 OR t.number = -m.position)"
-                "  ORDER BY t.number < 0 DESC, t.number DESC LIMIT 1) t ON true"
-                " WHERE m.session_id = $1 AND m.position > $2 AND m.kind < 2 ORDER BY m.position LIMIT $3",
+                _MESSAGES,
                 session_id,
                 after,
                 limit,
@@ -283,10 +304,11 @@ class PostgresHistory:
         """Turns of a session in order, beyond a number."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
                 # Numbers of messages that were refused are below 0: they ran no turn of the session.
+                "WITH t AS MATERIALIZED (SELECT * FROM router.turns t"
                 " WHERE t.session_id = $1 AND ($2::int IS NULL OR t.status = $2) AND t.number > $3"
-                " ORDER BY t.number LIMIT $4",
+                " ORDER BY t.number LIMIT $4)"
+                f" SELECT {_TURN_COLUMNS} FROM t JOIN router.sessions s USING (session_id) ORDER BY t.number",
                 session_id,
                 status,
                 after,
@@ -300,10 +322,13 @@ class PostgresHistory:
         """Turns of a tenant, newest first, before a place in that order."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                f"SELECT {_TURN_COLUMNS} FROM router.turns t JOIN router.sessions s USING (session_id)"
+                # The page first: joined before, every turn of the tenant would be read.
+                "WITH t AS MATERIALIZED (SELECT * FROM router.turns t"
                 " WHERE t.tenant = $1 AND ($2::int IS NULL OR t.status = $2)"
                 " AND ($3::timestamptz IS NULL OR (t.create_time, t.turn_id) < ($3, $4::bytea))"
-                " ORDER BY t.create_time DESC, t.turn_id DESC LIMIT $5",
+                " ORDER BY t.create_time DESC, t.turn_id DESC LIMIT $5)"
+                f" SELECT {_TURN_COLUMNS} FROM t JOIN router.sessions s USING (session_id)"
+                " ORDER BY t.create_time DESC, t.turn_id DESC",
                 tenant,
                 status,
                 before[0] if before else None,
