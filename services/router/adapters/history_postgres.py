@@ -29,9 +29,8 @@ _READER_SETTINGS = {
     "enable_mergejoin": "off",
 }
 
-# Whether message m was refused: then a turn has its position, negated, for a number. As a join (OFFSET 0 prevents it) it
-# would read all turns for each message: with the rows of other tenants in sight, no index may look for a value that was
-# computed from a row.
+# Whether message m was refused: then a turn has its position, negated, for a number. As a join (OFFSET 0 prevents it)
+# it would read all turns for each message: where a policy is in force, no index looks for a value computed from a row.
 _REFUSED = "EXISTS (SELECT FROM router.turns r WHERE r.session_id = m.session_id AND r.number = -m.position OFFSET 0)"
 _SESSION_COLUMNS = (
     "s.session_id, s.tenant, s.agent, s.channel, s.session, s.create_time, s.update_time, s.message_count,"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -28,13 +29,13 @@ async def fill(store: Store) -> None:
     rows = range(1, TURNS + WAITING + 1)
     for session, prefix in ((SESSION, "m"), (key("another"), "o")):
         await store.eye.execute(
-            "INSERT INTO router.sessions (session_id, partition, tenant, agent, channel, session, done_position, turn_count)"
-            " VALUES ($1, 0, $2, 'a', 'c', $3, $4, $4)",
+            "INSERT INTO router.sessions (session_id, partition, tenant, agent, channel, session, done_position,"
+            " turn_count) VALUES ($1, 0, $2, 'a', 'c', $3, $4, $4)",
             session, MINE, prefix, TURNS,
         )  # fmt: skip
         await store.eye.execute(
-            "INSERT INTO router.messages (partition, position, session_id, message_id, content_hash, tenant, kind, policy,"
-            " deliver, fault, accept_ms, traceparent, content)"
+            "INSERT INTO router.messages (partition, position, session_id, message_id, content_hash, tenant, kind,"
+            " policy, deliver, fault, accept_ms, traceparent, content)"
             " SELECT $1, p, $2, i, i, $3, 1, 1, true, 0, 1, '', 'hi' FROM unnest($4::bigint[], $5::bytea[]) AS m(p, i)",
             int(prefix == "o"), session, MINE, list(rows), [key(f"{prefix}{n}") for n in rows],
         )  # fmt: skip
@@ -56,10 +57,10 @@ async def rows_read(store: Store, read: Callable[[PostgresHistory], Awaitable[ob
 
 
 async def _counted(store: Store) -> int:
-    for connection in store.history._pool._holders:
-        if connection._con is not None:
-            await connection._con.fetchval("SELECT pg_stat_force_next_flush()")
-            await connection._con.fetchval("SELECT 1")
+    pool: Any = store.history._pool
+    for holder in pool._holders:
+        if holder._con is not None:
+            await holder._con.fetchval("SELECT pg_stat_force_next_flush()")
     await store.eye.execute("SELECT pg_stat_clear_snapshot()")
     count = await store.eye.fetchval(
         "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_all_tables"
