@@ -181,6 +181,7 @@ class Ingest:
             place = (partition.id, entry.message.position)
             if place not in result.inserted:
                 DUPLICATES.inc()
+                self._starter.was_known(self._state.session(partition, entry.inbound.session_id), entry.message)
                 continue
             new += 1
             if place in result.reused:

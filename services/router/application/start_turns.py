@@ -167,6 +167,8 @@ class Starter:
             # The message turned out to be a retry, or its key was used for something else: the mailbox knows, not
             # this turn.
             session = turn.session
+            if session.turn is not turn:
+                return  # that was found before
             for message in reversed(turn.inputs):
                 if message.position in session.partition.pending and not message.fault:
                     # It is in the mailbox, written apart from this start because something in their group was refused.
@@ -179,6 +181,13 @@ class Starter:
             while len(self._revisions) > _REVISIONS_KNOWN:
                 del self._revisions[next(iter(self._revisions))]
         self._on_started(turn)
+
+    def was_known(self, session: Session | None, message: QueuedMessage) -> None:
+        """A message of this group is a retry: the turn that was to start for it is none, and what comes behind it in
+        the group must not meet it.
+        """
+        if session is not None and session.turn is not None and session.turn.inputs[0] is message:
+            self._on_dropped(session.turn)
 
     def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
         """Ends a turn as it starts: no brain can answer this message."""

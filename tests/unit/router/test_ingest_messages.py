@@ -33,9 +33,12 @@ class World:
         self.put_items: list[CommitItem] = []
         self.nudges = 0
         self.cancels: list[tuple[bytes | None, int]] = []
-        runner = SimpleNamespace(starter=None, arrivals=self, controls=self)
+        runner = SimpleNamespace(starter=self, arrivals=self, controls=self)
         self.ingest = Ingest(self.state, cast(Any, runner))
         self.ingest.committer = cast(Any, self)
+
+    def was_known(self, session: Session | None, message: QueuedMessage) -> None:
+        """No turn starts here that would have to be dropped."""
 
     def own(self, number: int) -> Partition:
         partition = self.state.partitions[number] = a_partition(number)

@@ -85,6 +85,20 @@ async def test_an_idle_session_answers_a_message_that_would_be_refused(engine: E
     assert outcome is Outcome.FINAL
 
 
+@pytest.mark.parametrize("policy", [Policy.REJECT, Policy.STEER, Policy.INTERRUPT])
+async def test_the_retry_of_an_answered_message_does_not_make_its_session_busy(engine: Engine, policy: Policy) -> None:
+    engine.accept(message("1"))
+    [start] = await engine.started(1)
+    engine.answer(start, "one")
+    await engine.outcomes(1)
+    engine.accept(message("1"), message("2", policy))
+    [_, second] = await engine.started(2)
+    assert texts(list(second.inputs)) == ["2"]
+    await engine.quiet()
+    assert len(engine.ended) == 1
+    assert engine.state.scheduler.running == 1, "the turn that was none is not counted"
+
+
 async def test_a_message_that_waits_for_a_brain_makes_its_session_busy(engine: Engine) -> None:
     engine.brain.credit = 0
     engine.accept(message("1"), message("2", Policy.REJECT))
