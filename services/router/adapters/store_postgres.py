@@ -27,7 +27,7 @@ _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58", "XX"}
 nothing is wrong with the group itself.
 """
 
-_PARAMETERS: Final = 94
+_PARAMETERS: Final = 95
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
 # Plans are made once, on tables that may be empty then: say what is right for full ones.

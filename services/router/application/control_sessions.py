@@ -58,12 +58,14 @@ class SessionControls:
             self._settle(session, stopped)
             self._ready(session)
 
-    def message_ended(self, session: Session, message: QueuedMessage) -> None:
-        """A waiting message that was cancelled has come to its end: the cancel is done with."""
+    def message_ended(self, session: Session, message: QueuedMessage) -> ControlItem | None:
+        """A waiting message that was cancelled comes to its end: what stores that the cancel is done with, to be
+        written in the same transaction. Before it the cancel could be lost, after it be applied to another message.
+        """
         for control in session.controls:
             if control.waits_for is message:
                 control.waits_for = None
-        self._settle(session)
+        return self._settled(session)
 
     def _stop(self, session: Session, position: int, target: bytes | None, outcome: Outcome) -> Turn | None:
         """Stops the turn that runs, if the control came after the message that it answers."""
@@ -106,24 +108,24 @@ class SessionControls:
             control.waits_for = turn.inputs[-1]
 
     def _settle(self, session: Session, stopped: Turn | None = None, paused: bool | None = None) -> None:
-        """Notes durably how far the session's controls are done with, which turn is to converge, and a pause."""
+        item = self._settled(session, stopped, paused)
+        if item is not None:
+            self.committer.put(item)
+
+    def _settled(self, session: Session, stopped: Turn | None = None, paused: bool | None = None) -> ControlItem | None:
+        """Notes durably how far the session's controls are done with, which turn is to converge, and a pause; None if
+        there is nothing to note.
+        """
         done: list[int] = []
         while session.controls and session.controls[0].waits_for is None:
             done.append(session.controls.popleft().position)
-        if done or stopped is not None or paused is not None:
-            outcome = stopped.stop_as if stopped is not None else Outcome.CANCELLED
-            self.committer.put(
-                ControlItem(
-                    session.partition,
-                    session.id,
-                    session.key.tenant,
-                    done,
-                    self._stored,
-                    turn=stopped,
-                    stop_as=outcome,
-                    paused=paused,
-                )
-            )
+        if not done and stopped is None and paused is None:
+            return None
+        outcome = stopped.stop_as if stopped is not None else Outcome.CANCELLED
+        key = session.key
+        return ControlItem(
+            session.partition, session.id, key.tenant, done, self._stored, turn=stopped, stop_as=outcome, paused=paused
+        )
 
     def _stored(self, item: ControlItem) -> None:
         for position in item.positions:

@@ -12,6 +12,7 @@ from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 
 from services.router.application.group import StoreLost
+from services.router.application.items import DispatchItem
 from services.router.domain.session import Turn
 from services.router.domain.turn import TurnStatus, replay
 from soma_common.clock import monotonic
@@ -114,7 +115,12 @@ class Dispatcher:
             turn = self._suspects.popleft()
             if self._wants_brain(turn):
                 self._alone = turn
-                self._give(turn)
+                # Durably: a new owner has to know which of the suspects ran when this router died.
+                self.committer.put(DispatchItem(turn.session.partition, turn, self._on_trial, on_trial=True))
+
+    def _on_trial(self, turn: Turn) -> None:
+        if self._wants_brain(turn) and turn.link is None and self._alone is turn:
+            self._give(turn)
 
     def _give(self, turn: Turn) -> None:
         link = self._brains.take()

@@ -97,7 +97,7 @@ class Group:
     messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(19))
     turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
     revisions: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
-    dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
+    dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
     controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(5))
     inputs: tuple[list[object], ...] = field(default_factory=lambda: _columns(2))
     refusals: tuple[list[object], ...] = field(default_factory=lambda: _columns(7))

@@ -139,12 +139,14 @@ class DispatchItem:
     partition: Partition
     turn: Turn
     done: Callable[[Turn], None]
+    on_trial: bool = False
+    """A suspect that is about to run: should its router die now, it is the one to blame."""
 
     def write(self, group: Group) -> None:
         """Stores the dispatch number and the strikes."""
         group.move(self.partition)
         group.tenants.add(self.turn.session.key.tenant)
-        group.add(group.dispatches, (self.turn.id, self.turn.dispatch, self.turn.strikes))
+        group.add(group.dispatches, (self.turn.id, self.turn.dispatch, self.turn.strikes, self.on_trial))
 
     def committed(self, result: GroupResult) -> None:
         """The turn may run again."""
@@ -201,6 +203,8 @@ class EndItem:
     """True for a turn that ends as it starts, because no brain may run it."""
     dead_letter: str = ""
     """Why the turn goes to the dead letters too; empty: it does not."""
+    control: ControlItem | None = None
+    """Controls that are done with by this end, stored with it."""
     position: int = 0
     """Place of the outcome in the partition, once written."""
     dispatch: int = field(init=False)
@@ -236,6 +240,8 @@ class EndItem:
                 group.dead,
                 (key.tenant, "turn", self.partition.id, turn.id, self.answer.error.reason, self.dead_letter, b""),
             )
+        if self.control is not None:
+            self.control.write(group)
         self.position = move.head
 
     @property
@@ -246,6 +252,8 @@ class EndItem:
     def committed(self, result: GroupResult) -> None:
         """The turn is over."""
         self.done(self)
+        if self.control is not None:
+            self.control.committed(result)
 
     def abandoned(self) -> None:
         """The new owner goes on from the journal."""

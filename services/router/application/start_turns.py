@@ -15,7 +15,7 @@ from soma.common.v1.message_pb2 import Error
 from soma.common.v1.turn_pb2 import Delivery, StepBody
 
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import KEY_REUSED, EndItem, StartItem
+from services.router.application.items import KEY_REUSED, ControlItem, EndItem, StartItem
 from services.router.domain.arrival import Policy, next_inputs, replacement
 from services.router.domain.session import QueuedMessage, Session, Turn
 from services.router.domain.turn import Outcome, StepKind
@@ -51,7 +51,7 @@ class Starter:
         started: Callable[[Turn], None],
         dropped: Callable[[Turn], None],
         ended: Callable[[EndItem], None],
-        message_ended: Callable[[Session, QueuedMessage], None],
+        message_ended: Callable[[Session, QueuedMessage], ControlItem | None],
         ready: Callable[[Session], None],
     ) -> None:
         self._state = state
@@ -197,8 +197,9 @@ class Starter:
         """Ends a turn as it starts: it was cancelled before any brain saw it."""
         turn = self._new_turn(session, [message], "")
         turn.in_flight = turn.ending = True
-        self._message_ended(session, message)
-        return EndItem(session.partition, turn, Outcome.CANCELLED, [], Delivery(), self._ended, is_new=True)
+        item = EndItem(session.partition, turn, Outcome.CANCELLED, [], Delivery(), self._ended, is_new=True)
+        item.control = self._message_ended(session, message)
+        return item
 
 
 def failure(

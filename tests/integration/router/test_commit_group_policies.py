@@ -6,13 +6,13 @@ import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.group import FenceLost
-from services.router.application.items import ControlItem, InputItem, RefusalItem
+from services.router.application.items import ControlItem, DispatchItem, InputItem, RefusalItem
 from services.router.domain.arrival import Policy, replacement
 from services.router.domain.session import Session, Turn
 from services.router.domain.turn import Outcome
 from soma_common import ids
 from tests.integration.router.store import Store, end, start
-from tests.unit.router.builders import a_turn, inbound, ingest
+from tests.unit.router.builders import a_turn, inbound, ingest, names_in
 
 MINE = "demo"
 
@@ -233,3 +233,17 @@ async def test_nothing_of_it_passes_a_lost_fence(store: Store) -> None:
         with pytest.raises(FenceLost):
             await store.commit(item)
     assert await store.rows("turns", "number, last_position, status") == [(1, 1, 1)]
+
+
+async def test_of_several_suspects_only_the_one_on_trial_is_blamed(store: Store) -> None:
+    """The others waited for their turn to run alone when their router died."""
+    p = await store.take(0)
+    turns = {name: (await store.started(p, inbound(name), n))[1] for n, name in enumerate(names_in(0, 3), 1)}
+    fresh, waits, runs = turns.values()
+    for turn in (waits, runs):
+        turn.strikes = 2
+        await store.commit(DispatchItem(p, turn, lambda _: None, on_trial=turn is runs))
+    await store.load(p, strike=True)
+    await store.load(p, strike=True)
+    strikes = {row[0]: row[1] for row in await store.rows("turns", "turn_id, strikes")}
+    assert strikes == {fresh.id: 2, waits.id: 2, runs.id: 3}, "a load ends the trial"

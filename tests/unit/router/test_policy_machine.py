@@ -114,7 +114,7 @@ class DurableStore(MemoryStore):
         for row in zip(*group.turns, strict=True):
             if row[0] in result.started:
                 self.stored_turns.append(StoredTurn(row[0], row[4], row[5], row[6], self.groups))
-        for turn_id, dispatch, _ in zip(*group.dispatches, strict=True):
+        for turn_id, dispatch, *_ in zip(*group.dispatches, strict=True):
             self._turn(turn_id).dispatch = cast(int, dispatch)
         for _, position, turn_id, stop, paused in zip(*group.controls, strict=True):
             self.control = max(self.control, cast(int, position))

@@ -10,8 +10,10 @@ COMMENT ON COLUMN router.messages.ingest_time IS 'By the clock of the database: 
 
 ALTER TABLE router.turns
     ADD COLUMN stop      smallint NOT NULL DEFAULT 0,
-    ADD COLUMN stop_time timestamptz;
+    ADD COLUMN stop_time timestamptz,
+    ADD COLUMN on_trial  boolean NOT NULL DEFAULT false;
 COMMENT ON COLUMN router.turns.stop IS 'While converging: the soma.common.v1.Outcome it is to end with; 0 in rows of an older release: cancelled.';
+COMMENT ON COLUMN router.turns.on_trial IS 'A suspect that runs, alone among suspects: the others only wait, and whatever dies is not their doing.';
 COMMENT ON COLUMN router.turns.number IS 'From 1; below 0 for a rejected message, which is no turn of the session: its position, negated.';
 
 ALTER TABLE router.sessions ADD COLUMN paused boolean NOT NULL DEFAULT false;
@@ -36,7 +38,7 @@ CREATE FUNCTION router.commit_group(
     t_turn bytea[], t_session bytea[], t_partition integer[], t_tenant text[], t_number bigint[], t_first bigint[], t_last bigint[],
     t_revision text[], t_fresh boolean[],
     r_tenant text[], r_agent text[], r_revision text[], r_spec bytea[],
-    d_turn bytea[], d_dispatch integer[], d_strikes integer[],
+    d_turn bytea[], d_dispatch integer[], d_strikes integer[], d_trial boolean[],
     c_session bytea[], c_position bigint[], c_turn bytea[], c_stop smallint[], c_paused boolean[],
     i_turn bytea[], i_last bigint[],
     q_turn bytea[], q_session bytea[], q_partition integer[], q_tenant text[], q_position bigint[], q_deliveries bigint[], q_body bytea[],
@@ -140,8 +142,8 @@ BEGIN
     END IF;
 
     IF cardinality(d_turn) > 0 THEN
-        UPDATE router.turns t SET dispatch = d.dispatch, strikes = d.strikes
-        FROM unnest(d_turn, d_dispatch, d_strikes) AS d(turn_id, dispatch, strikes)
+        UPDATE router.turns t SET dispatch = d.dispatch, strikes = d.strikes, on_trial = d.trial
+        FROM unnest(d_turn, d_dispatch, d_strikes, d_trial) AS d(turn_id, dispatch, strikes, trial)
         WHERE t.turn_id = d.turn_id AND t.status <> 3;
     END IF;
 
@@ -263,7 +265,10 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'fenced' USING ERRCODE = 'SM001', DETAIL = p_partition::text;
     END IF;
-    UPDATE router.turns t SET dispatch = t.dispatch + 1, strikes = t.strikes + p_strike
+    -- From the second strike on a turn is a suspect (dispatch_turns.py: SUSPECT_STRIKES), which waits unless it is on trial.
+    UPDATE router.turns t
+    SET dispatch = t.dispatch + 1, on_trial = false,
+        strikes = t.strikes + CASE WHEN t.strikes < 2 OR t.on_trial THEN p_strike ELSE 0 END
     FROM (SELECT DISTINCT s.session_id, s.turn_count + 1 AS number
           FROM router.messages m JOIN router.sessions s ON s.session_id = m.session_id
           WHERE m.partition = p_partition AND m.position >= from_position AND m.position > s.done_position) open
