@@ -9,8 +9,10 @@ import pytest
 from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.router.v1.inbound_pb2 import InboundKind
 
+from services.router.application.group import Group
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
+from soma_common import ids
 from soma_common.testing.eventually import eventually
 from tests.unit.router.builders import inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
@@ -99,3 +101,23 @@ async def test_cancelling_a_session_ends_also_what_a_rollback_is_about_to_give_b
     ]
     await engine.quiet()
     assert not turn.session.controls, "the control is done with"
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_cancel_is_done_with_in_the_transaction_that_ends_its_message(engine: Engine, named: bool) -> None:
+    groups: list[tuple[int, int]] = []
+
+    def watch(group: Group) -> None:
+        groups.append((len(group.ends[0]), len(group.controls[0])))
+
+    engine.accept(control(InboundKind.INBOUND_KIND_PAUSE, "p"), message("1"), message("2"))
+    await engine.quiet()
+    engine.store.refuse = watch
+    target = ids.turn_id(inbound().session_id, keys("1")[0]) if named else b""
+    engine.accept(control(InboundKind.INBOUND_KIND_CANCEL, "c", target))
+    [(outcome, delivery)] = await engine.outcomes(1)
+    assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
+    await engine.quiet()
+    assert [written for written in groups if any(written)] == [(1, 1)]
+    [waiting] = [position for partition in engine.state.partitions.values() for position in partition.pending]
+    assert waiting == 3, "the other message waits, the controls do not"
