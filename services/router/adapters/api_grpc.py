@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -31,9 +30,6 @@ from services.router.application.read_sessions import SessionReader
 from soma_common.ids import TurnName
 from soma_common.live import LiveHub
 from soma_common.paging import Page
-
-_CANCEL_WAIT_S: Final = 5.0
-_CANCEL_POLL_S: Final = 0.05
 
 
 class SessionApi(SessionControls, SessionWatches, SessionServiceServicer):

@@ -134,27 +134,32 @@ class SessionControls:
         return sessions.CancelSessionResponse(session=session_of(row))
 
     async def _pause(self, session: str, request_id: str, *, paused: bool) -> SessionRow:
+        """Also where it is so already: a control that was accepted before may be about to change it."""
         name = session_name(session)
-        row = await self._session(name)
-        if row.paused == paused:
-            return row
+        await self._session(name)
         kind = InboundKind.INBOUND_KIND_PAUSE if paused else InboundKind.INBOUND_KIND_RESUME
-        await self._lane.control(name, kind, request_id or uuid4().hex)
-        return await _applied(lambda: self._session(name), lambda row: row.paused == paused)
+        control = await self._lane.control(name, kind, request_id or uuid4().hex)
+
+        async def stored() -> bool:
+            # Behind a cancel that is not done with it holds before it is done with itself.
+            done = await self._done(name, control)
+            return bool(done) or (done is not None and (await self._session(name)).paused == paused)
+
+        await _applied(stored, bool)
+        return await self._session(name)
 
     async def _control(self, session: str, request_id: str, kind: InboundKind.ValueType) -> SessionRow:
         name = session_name(session)
         await self._session(name)
         control = await self._lane.control(name, kind, request_id or uuid4().hex)
-
-        async def stored() -> bool:
-            try:
-                return await self._reader.has_item(name.tenant, control)
-            except StoreLost as error:
-                raise unavailable(error) from error
-
-        await _applied(stored, bool)
+        await _applied(lambda: self._done(name, control), lambda done: done is not None)
         return await self._session(name)
+
+    async def _done(self, name: SessionName, control: bytes) -> bool | None:
+        try:
+            return await self._reader.control_done(name.tenant, control)
+        except StoreLost as error:
+            raise unavailable(error) from error
 
     async def _session(self, name: SessionName) -> SessionRow:
         try:

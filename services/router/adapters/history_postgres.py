@@ -15,7 +15,10 @@ from soma.common.v1.turn_pb2 import Delivery, StepBody
 from services.router.application.group import StoreLost
 from services.router.application.ports import StoredDelivery
 from services.router.application.read_sessions import MessageRow, SessionRow, StepRow, TurnRow
+from services.router.domain.arrival import replacement
 from services.router.domain.lane_window import CommittedPlace
+from services.router.domain.turn import Outcome
+from soma_common import ids
 from soma_common.errors import Unavailable
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
 
@@ -222,6 +225,8 @@ class PostgresHistory:
             message_ids=turn.message_ids,
             create_time_ms=int(turn.end_time.timestamp() * 1000) if turn.end_time else 0,
         )
+        if turn.outcome == Outcome.ABSORBED and turn.message_ids:
+            delivery.absorbed_into = ids.turn_id(turn.session_id, turn.message_ids[0], replacement(turn.number + 1))
         if turn.last_body is not None:
             body = StepBody.FromString(turn.last_body)
             if body.HasField("final"):
@@ -278,14 +283,15 @@ class PostgresHistory:
             )
         return [MessageRow(*row) for row in map(tuple, rows)]
 
-    async def has_item(self, tenant: str, message_id: bytes) -> bool:
-        """Whether an accepted item, a message or a control, is in the mailbox."""
+    async def control_done(self, tenant: str, message_id: bytes) -> bool | None:
+        """Whether a control is done with; None if it is not in the mailbox."""
         async with self._as(tenant) as connection:
-            return bool(
-                await connection.fetchval(
-                    "SELECT EXISTS (SELECT FROM router.messages WHERE message_id = $1)", message_id
-                )
+            done: bool | None = await connection.fetchval(
+                "SELECT m.position <= s.control_position"
+                " FROM router.messages m JOIN router.sessions s USING (session_id) WHERE m.message_id = $1",
+                message_id,
             )
+        return done
 
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""

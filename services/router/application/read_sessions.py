@@ -100,8 +100,8 @@ class SessionReader(Protocol):
     async def messages(self, tenant: str, session_id: bytes, after: int, limit: int) -> list[MessageRow]:
         """Messages of a session beyond a position, in the order accepted."""
 
-    async def has_item(self, tenant: str, message_id: bytes) -> bool:
-        """Whether an accepted item, a message or a control, is in the mailbox."""
+    async def control_done(self, tenant: str, message_id: bytes) -> bool | None:
+        """Whether a control is done with; None if it is not in the mailbox."""
 
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from soma.common.v1.turn_pb2 import Delivery
+from soma.router.v1.inbound_pb2 import InboundKind
 
 from services.router.application.group import FenceLost
 from services.router.application.items import ControlItem, DispatchItem, InputItem, RefusalItem
@@ -148,6 +149,9 @@ async def test_what_was_rolled_back_waits_again_and_is_known_as_such(store: Stor
     again.id, again.number = ids.turn_id(session.id, message.message_id, replacement(2)), 2
     await store.commit(start(again, fresh=False))
     assert await store.history.turn_answering(MINE, message.message_id, inbound("s", "1").content_hash) == again.id
+    outcome = await store.history.ended_turn(MINE, turn.id)
+    assert outcome is not None
+    assert outcome[0].absorbed_into == again.id, "who comes late is told what answers the messages"
     await store.commit(end(again))
     session.turn_count = 2
     assert len(await store.history.context(MINE, session.id, 10)) == 2, "said once, and answered"
@@ -194,6 +198,19 @@ async def test_the_last_pause_of_a_group_counts_and_is_found_by_a_new_owner(stor
     waits = ControlItem(p, session.id, MINE, [], lambda _: None, paused=True)
     await store.commit(pause(6, False), waits)
     assert [row.paused for row in await store.load(p)] == [True, True]
+
+
+async def test_a_control_is_seen_when_it_is_stored_and_when_it_is_done_with(store: Store) -> None:
+    p = await store.take(0)
+    session, _ = await store.started(p, inbound("s", "1"), 1)
+    item = inbound("s", "control")
+    item.kind = InboundKind.INBOUND_KIND_PAUSE
+    assert await store.history.control_done(MINE, item.message_id) is None
+    mail = ingest(p, 2, item)
+    await store.commit(mail)
+    assert await store.history.control_done(MINE, item.message_id) is False
+    await store.commit(ControlItem(p, session.id, MINE, [mail.entries[0].message.position], lambda _: None))
+    assert await store.history.control_done(MINE, item.message_id) is True
 
 
 async def test_waiting_messages_are_shown_with_their_place_and_age(store: Store) -> None:
