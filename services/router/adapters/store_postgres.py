@@ -289,7 +289,7 @@ class PostgresLeases:
                     "SELECT position, message_id, kind, deliver, fault, target_turn, traceparent, session_id, tenant,"
                     " agent, channel, session, turn_count, delivery_count, turn_id, status, dispatch, strikes,"
                     " first_position, last_position, agent_revision, policy, debounce_ms, debounce_max_ms, age_ms,"
-                    " paused, stop, stop_age_ms, rolled_back, came_later FROM router.load_partition($1, $2, $3)",
+                    " paused, stop, stop_age_ms, rolled_back, came_later, size FROM router.load_partition($1, $2, $3)",
                     partition,
                     term,
                     int(strike),

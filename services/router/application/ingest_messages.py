@@ -127,7 +127,13 @@ class Ingest:
             fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
             inbound.policy = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED
         message = QueuedMessage(
-            0, inbound.message_id, inbound.deliver, int(fault), inbound.traceparent, inbound.content
+            0,
+            inbound.message_id,
+            inbound.deliver,
+            int(fault),
+            inbound.traceparent,
+            inbound.content,
+            size=len(inbound.content),
         )
         if not is_control:
             self._set_policy(message, inbound, tenant)

@@ -82,6 +82,8 @@ class PendingRow:
     """It was in the session's last turn, which was rolled back."""
     came_later: bool
     """It was stored after the running turn began."""
+    size: int = 0
+    """Bytes of its content."""
 
 
 @dataclass(frozen=True, slots=True)

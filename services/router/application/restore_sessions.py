@@ -73,6 +73,7 @@ def _message(row: PendingRow, now: float) -> QueuedMessage:
         row.fault,
         row.traceparent,
         None,
+        size=row.size,
         policy=row.policy,
         debounce_s=row.debounce_ms / 1000,
         debounce_max_s=row.debounce_max_ms / 1000,

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _ROLLED_BACK: Final = 1 << 63
 MAX_INPUTS: Final = 64
 """Most messages that one turn answers; what comes after them waits for the next."""
+MAX_INPUT_BYTES: Final = 4 * 1024 * 1024
+"""Most bytes of messages that one turn answers, unless a single one has more: what starts a turn has to fit a frame,
+and a frame that is too large would cost the brain's other turns their stream.
+"""
 
 
 class Policy(IntEnum):
@@ -75,6 +79,7 @@ def may_join(turn: Turn, message: QueuedMessage) -> bool:
         and turn.status is TurnStatus.RUNNING
         and not turn.ending
         and len(turn.inputs) < MAX_INPUTS
+        and sum(each.size for each in turn.inputs) + message.size <= MAX_INPUT_BYTES
     )
 
 
@@ -113,7 +118,9 @@ def due_in_s(queue: Sequence[QueuedMessage], now: float) -> float:
 
 def _run_length(queue: Sequence[QueuedMessage]) -> int:
     """Messages from the first on that one turn can take: none of them has to end on its own."""
+    size = 0
     for i, message in enumerate(queue):
-        if i == MAX_INPUTS or message.ends_alone:
+        size += message.size
+        if i == MAX_INPUTS or message.ends_alone or (i and size > MAX_INPUT_BYTES):
             return i
     return len(queue)

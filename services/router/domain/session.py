@@ -56,6 +56,8 @@ class QueuedMessage:
     traceparent: str
     content: bytes | None
     """None once memory is short: then it is read from the store when its turn comes."""
+    size: int = 0
+    """Bytes of its content, wherever that is."""
     policy: int = Policy.ENQUEUE
     """What it does while a turn runs, its own or its agent's."""
     debounce_s: float = 0.0

@@ -173,6 +173,7 @@ async def test_a_new_owner_knows_what_came_after_the_running_turn_began(store: S
     session, _ = await store.started(p, inbound("s", "1"), 1)
     await arrives(store, session, "2", 2, Policy.INTERRUPT)
     assert [row.came_later for row in await store.load(p)] == [True, True]
+    assert [row.size for row in await store.load(p)] == [len(inbound().content)] * 2
     await store.eye.execute("UPDATE router.turns SET create_time = create_time + interval '1 s'")
     assert [row.came_later for row in await store.load(p)] == [False, False]
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from soma.cognition.v1.cognition_service_pb2 import StartTurn
-from soma.router.v1.inbound_pb2 import InboundKind
+from soma.common.v1.message_pb2 import Message, Part
+from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
 from services.router.application.group import Group
 from services.router.domain.arrival import Policy
@@ -121,3 +122,40 @@ async def test_a_cancel_is_done_with_in_the_transaction_that_ends_its_message(en
     assert [written for written in groups if any(written)] == [(1, 1)]
     [waiting] = [position for partition in engine.state.partitions.values() for position in partition.pending]
     assert waiting == 3, "the other message waits, the controls do not"
+
+
+# ---- turns that would not fit a frame
+
+
+def large(key: str, policy: Policy) -> Inbound:
+    item = inbound(key=key, content=Message(parts=[Part(text=key * (1024 * 1024))]).SerializeToString())
+    item.policy = policy.value  # type: ignore[assignment]
+    return item
+
+
+def firsts(contents: list[bytes]) -> list[str]:
+    return [text[0] for text in texts(contents)]
+
+
+async def test_a_turn_takes_no_more_than_fits_a_frame(engine: Engine) -> None:
+    engine.accept(control(InboundKind.INBOUND_KIND_PAUSE, "p"))
+    engine.accept(*(large(key, Policy.INTERRUPT) for key in "abcdef"))
+    engine.accept(control(InboundKind.INBOUND_KIND_RESUME, "r"))
+    [start] = await engine.started(1)
+    engine.propose(start, StepKind.FINAL, 1, answer=Message(), inputs_seen=3)
+    [_, second] = await engine.started(2)
+    engine.propose(second, StepKind.FINAL, 1, answer=Message(), inputs_seen=3)
+    ended = await engine.outcomes(2)
+    assert [list(delivery.message_ids) for _, delivery in ended] == [keys("a", "b", "c"), keys("d", "e", "f")]
+
+
+async def test_a_turn_that_is_full_of_bytes_is_not_steered(engine: Engine) -> None:
+    engine.accept(large("a", Policy.ENQUEUE))
+    [start] = await engine.started(1)
+    engine.accept(*(large(key, Policy.STEER) for key in "bcdef"))
+    await engine.quiet()
+    assert [first for _, _, inputs in engine.brain.added for first in firsts(inputs)] == ["b", "c"]
+    engine.propose(start, StepKind.FINAL, 1, answer=Message(), inputs_seen=3)
+    await engine.started(2)
+    [(_, delivery)] = await engine.outcomes(1)
+    assert list(delivery.message_ids) == keys("a", "b", "c")

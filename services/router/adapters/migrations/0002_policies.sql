@@ -256,7 +256,7 @@ RETURNS TABLE (
     session_id bytea, tenant text, agent text, channel text, session text,
     done_position bigint, control_position bigint, turn_count bigint, delivery_count bigint, paused boolean,
     turn_id bytea, status smallint, dispatch integer, strikes integer, first_position bigint, last_position bigint, agent_revision text,
-    stop smallint, stop_age_ms bigint, rolled_back boolean, came_later boolean
+    stop smallint, stop_age_ms bigint, rolled_back boolean, came_later boolean, size integer
 ) LANGUAGE plpgsql SECURITY DEFINER SET search_path = router, pg_temp AS $$
 DECLARE
     from_position bigint;
@@ -282,7 +282,7 @@ BEGIN
            t.stop, (extract(epoch FROM clock_timestamp() - t.stop_time) * 1000)::bigint,
            EXISTS (SELECT FROM router.turns b WHERE b.session_id = s.session_id AND b.number = s.turn_count AND b.outcome = 6
                    AND m.position BETWEEN b.first_position AND b.last_position),
-           coalesce(m.ingest_time >= t.create_time, false)
+           coalesce(m.ingest_time >= t.create_time, false), octet_length(m.content)
     FROM router.messages m
     JOIN router.sessions s ON s.session_id = m.session_id
     LEFT JOIN router.turns t ON t.session_id = s.session_id AND t.number = s.turn_count + 1 AND t.status <> 3
