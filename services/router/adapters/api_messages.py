@@ -122,5 +122,5 @@ def no_turn(name: TurnName) -> NotFound:
     """No message has come to that turn."""
     return NotFound(
         ErrorReason.ERROR_REASON_TURN_NOT_FOUND,
-        f"there is no turn {name}; it exists once its message is stored",
+        f"there is no turn {name}; it exists once it begins",
     )

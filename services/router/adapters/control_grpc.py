@@ -82,21 +82,36 @@ class TurnControls:
 
     async def _stop(self, turn: str, request_id: str, kind: InboundKind.ValueType) -> TurnRow:
         name = turn_name(turn)
-        row = await self._turn(name)
+        row = await self._find(name)
         is_interrupt = kind == InboundKind.INBOUND_KIND_INTERRUPT
-        if row.status == TurnStatus.ENDED or (row.status == TurnStatus.CONVERGING and is_interrupt):
+        if row is None:
+            if is_interrupt or not await self._waits(name):
+                raise no_turn(name)
+        elif row.status == TurnStatus.ENDED or (row.status == TurnStatus.CONVERGING and is_interrupt):
             return row
         await self._lane.control(name.session, kind, request_id or uuid4().hex, name.turn_id)
-        return await _applied(lambda: self._turn(name), lambda row: row.status != TurnStatus.RUNNING)
+        stopped = await _applied(lambda: self._find(name), _is_stopped)
+        assert stopped is not None, "it was looked for until it was there"
+        return stopped
 
     async def _turn(self, name: TurnName) -> TurnRow:
+        row = await self._find(name)
+        if row is None:
+            raise no_turn(name)
+        return row
+
+    async def _find(self, name: TurnName) -> TurnRow | None:
         try:
             row = await self._reader.turn(name.session.tenant, name.turn_id)
         except StoreLost as error:
             raise unavailable(error) from error
-        if row is None or row.session_id != name.session.id:
-            raise no_turn(name)
-        return row
+        return row if row is not None and row.session_id == name.session.id else None
+
+    async def _waits(self, name: TurnName) -> bool:
+        try:
+            return await self._reader.waits(name.session.tenant, name.session.id, name.turn_id)
+        except StoreLost as error:
+            raise unavailable(error) from error
 
 
 class SessionControls:
@@ -169,6 +184,10 @@ class SessionControls:
         if row is None:
             raise no_session(name)
         return row
+
+
+def _is_stopped(row: TurnRow | None) -> bool:
+    return row is not None and row.status != TurnStatus.RUNNING
 
 
 async def _applied(look: Callable[[], Awaitable[_Row]], is_applied: Callable[[_Row], bool]) -> _Row:

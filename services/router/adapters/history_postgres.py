@@ -293,6 +293,16 @@ class PostgresHistory:
             )
         return done
 
+    async def waits(self, tenant: str, session_id: bytes, turn_id: bytes) -> bool:
+        """Whether the turn is that of a message that waits in its session: no turn yet."""
+        async with self._as(tenant) as connection:
+            rows = await connection.fetch(
+                "SELECT m.message_id FROM router.messages m JOIN router.sessions s USING (session_id)"
+                f" WHERE m.session_id = $1 AND {_QUEUED}",
+                session_id,
+            )
+        return any(ids.turn_id(session_id, row["message_id"]) == turn_id for row in rows)
+
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""
         async with self._as(tenant) as connection:

@@ -103,6 +103,9 @@ class SessionReader(Protocol):
     async def control_done(self, tenant: str, message_id: bytes) -> bool | None:
         """Whether a control is done with; None if it is not in the mailbox."""
 
+    async def waits(self, tenant: str, session_id: bytes, turn_id: bytes) -> bool:
+        """Whether the turn is that of a message that waits in its session: no turn yet."""
+
     async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
         """One turn."""
 

@@ -221,6 +221,8 @@ async def test_waiting_messages_are_shown_with_their_place_and_age(store: Store)
         await arrives(store, session, str(number), number)
     rows = await store.history.messages(MINE, session.id, 0, 10)
     assert [row.queue_position for row in rows] == [0, 1, 2]
+    turns = [ids.turn_id(session.id, row.message_id) for row in rows]
+    assert [await store.history.waits(MINE, session.id, each) for each in turns] == [False, True, True]
     assert all(row.age_ms >= 0 for row in rows)
     shown = await store.history.session(MINE, session.id)
     assert shown is not None

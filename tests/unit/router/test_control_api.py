@@ -8,14 +8,17 @@ from typing import Any, cast
 import pytest
 from soma.router.v1.inbound_pb2 import InboundKind
 from soma.router.v1.session_service_pb2 import CancelSessionRequest, PauseSessionRequest, ResumeSessionRequest
+from soma.router.v1.turn_service_pb2 import CancelTurnRequest, InterruptTurnRequest
 
 from services.router.adapters import control_grpc
-from services.router.adapters.api_grpc import SessionApi
-from services.router.application.read_sessions import SessionRow
-from soma_common.errors import Unavailable
-from soma_common.ids import SessionName
+from services.router.adapters.api_grpc import SessionApi, TurnApi
+from services.router.application.read_sessions import SessionRow, TurnRow
+from services.router.domain.turn import Outcome
+from soma_common.errors import NotFound, Unavailable
+from soma_common.ids import SessionName, TurnName
 
 NAME = SessionName("demo", "echo", "line", "s")
+WAITING = b"w" * 16
 
 
 class Session:
@@ -28,7 +31,9 @@ class Session:
         self.owned = True
         self.api = SessionApi(cast(Any, self), cast(Any, self), cast(Any, None))
 
-    async def control(self, name: SessionName, kind: InboundKind.ValueType, request_id: str) -> bytes:
+    async def control(
+        self, name: SessionName, kind: InboundKind.ValueType, request_id: str, target: bytes = b""
+    ) -> bytes:
         if (request_id, kind) not in self.lane:
             self.lane.append((request_id, kind))
         return f"{request_id}/{kind}".encode()
@@ -49,6 +54,17 @@ class Session:
         self.work()
         now = datetime.now(UTC)
         return SessionRow(NAME.id, "demo", "echo", "line", "s", now, now, 0, 0, 0, 0, 0, self.paused, None, 0, None, 0)
+
+    async def turn(self, tenant: str, turn_id: bytes) -> TurnRow | None:
+        self.work()
+        if not self.applied:
+            return None
+        now = datetime.now(UTC)
+        key = ("demo", "echo", "line", "s")
+        return TurnRow(turn_id, NAME.id, 1, 3, 4, 1, "", now, now, 0, *key, 0, (), None)
+
+    async def waits(self, tenant: str, session_id: bytes, turn_id: bytes) -> bool:
+        return turn_id == WAITING and not self.applied
 
     async def pause(self, key: str = "") -> bool:
         answer = await self.api.PauseSession(PauseSessionRequest(name=str(NAME), request_id=key), cast(Any, None))
@@ -90,3 +106,16 @@ async def test_a_cancel_that_is_not_stored_yet_is_not_answered() -> None:
     with pytest.raises(Unavailable):
         await session.api.CancelSession(CancelSessionRequest(name=str(NAME)), cast(Any, None))
     assert [kind for _, kind in session.lane] == [InboundKind.INBOUND_KIND_CANCEL_ALL]
+
+
+async def test_a_message_that_waits_is_cancelled_by_the_name_of_its_turn() -> None:
+    session = Session()
+    turns = TurnApi(cast(Any, session), cast(Any, session), cast(Any, None))
+    name = str(TurnName(NAME, WAITING))
+    with pytest.raises(NotFound):
+        await turns.CancelTurn(CancelTurnRequest(name=str(TurnName(NAME, b"n" * 16))), cast(Any, None))
+    with pytest.raises(NotFound):
+        await turns.InterruptTurn(InterruptTurnRequest(name=name), cast(Any, None))
+    answer = await turns.CancelTurn(CancelTurnRequest(name=name), cast(Any, None))
+    assert int(answer.turn.outcome) == Outcome.CANCELLED
+    assert [kind for _, kind in session.lane] == [InboundKind.INBOUND_KIND_CANCEL]
