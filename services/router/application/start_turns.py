@@ -18,7 +18,7 @@ from services.router.application.group import CommitItem, GroupResult
 from services.router.application.items import KEY_REUSED, ControlItem, EndItem, StartItem
 from services.router.domain.arrival import Policy, next_inputs, replacement
 from services.router.domain.session import QueuedMessage, Session, Turn
-from services.router.domain.turn import Outcome, StepKind
+from services.router.domain.turn import Outcome, StepKind, TurnStatus
 from soma_common import ids
 from soma_common.clock import monotonic
 
@@ -172,6 +172,7 @@ class Starter:
             for message in reversed(turn.inputs):
                 if message.position in session.partition.pending and not message.fault:
                     # It is in the mailbox, written apart from this start because something in their group was refused.
+                    message.cancelled = turn.status is TurnStatus.CONVERGING and turn.stop_as is Outcome.CANCELLED
                     self._state.requeue(session, message)
             self._on_dropped(turn)
             return

@@ -10,7 +10,7 @@ from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.common.v1.message_pb2 import Message, Part
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
-from services.router.application.group import Group
+from services.router.application.group import Group, GroupRejected
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
 from soma_common import ids
@@ -159,3 +159,20 @@ async def test_a_turn_that_is_full_of_bytes_is_not_steered(engine: Engine) -> No
     await engine.started(2)
     [(_, delivery)] = await engine.outcomes(1)
     assert list(delivery.message_ids) == keys("a", "b", "c")
+
+
+async def test_a_cancel_of_a_turn_that_was_written_apart_from_its_message_is_kept(engine: Engine) -> None:
+    engine.accept(message("0"))
+    [start] = await engine.started(1)
+    engine.answer(start, "zero")
+    await engine.outcomes(1)
+
+    def apart(group: Group) -> GroupRejected | None:
+        return GroupRejected("not together") if group.turns[0] and group.messages[0] else None
+
+    engine.store.refuse = apart
+    target = ids.turn_id(inbound().session_id, keys("1")[0])
+    engine.accept(message("1"), control(InboundKind.INBOUND_KIND_CANCEL, "c", target))
+    [_, (outcome, delivery)] = await engine.outcomes(2)
+    assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
+    assert len(engine.brain.starts) == 1
