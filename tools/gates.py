@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         for stale in REPORTS.glob("coverage*"):
             stale.unlink()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Started in the background by a shell it would ignore interrupts, and so would all that tests send them to.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run_all(stages)
     except KeyboardInterrupt:
