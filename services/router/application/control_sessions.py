@@ -123,6 +123,7 @@ class SessionControls:
             return None
         outcome = stopped.stop_as if stopped is not None else Outcome.CANCELLED
         key = session.key
+        session.storing += 1
         return ControlItem(
             session.partition, session.id, key.tenant, done, self._stored, turn=stopped, stop_as=outcome, paused=paused
         )
@@ -135,6 +136,7 @@ class SessionControls:
         session = item.partition.sessions.get(item.session_id)
         if session is None:
             return
+        session.storing -= 1
         if session.idle:
             self._state.idle(session)
         else:

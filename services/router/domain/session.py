@@ -163,6 +163,7 @@ class Session:
         "queue",
         "ready",
         "refusing",
+        "storing",
         "timer",
         "turn",
         "turn_count",
@@ -181,6 +182,8 @@ class Session:
         """No turn of it starts."""
         self.refusing = 0
         """Messages that were refused and are not stored as such: nothing that came later starts before."""
+        self.storing = 0
+        """Controls on their way to the store: what memory knows of them is not to be had from there yet."""
         self.timer: TimerHandle | None = None
         """Looks at it again when its group of messages is due."""
         self.turn: Turn | None = None
@@ -212,5 +215,6 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, nothing waits, and nothing is being refused."""
-        return self.turn is None and not self.queue and not self.controls and not self.refusing
+        """Nothing runs, nothing waits, and nothing is on its way to the store."""
+        waits = self.queue or self.controls
+        return self.turn is None and not waits and not self.refusing and not self.storing

@@ -10,7 +10,7 @@ from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.common.v1.message_pb2 import Message, Part
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
-from services.router.application.group import Group, GroupRejected
+from services.router.application.group import Group, GroupRejected, GroupResult
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
 from soma_common import ids
@@ -176,3 +176,24 @@ async def test_a_cancel_of_a_turn_that_was_written_apart_from_its_message_is_kep
     [_, (outcome, delivery)] = await engine.outcomes(2)
     assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
     assert len(engine.brain.starts) == 1
+
+
+async def test_a_session_stays_in_memory_until_its_controls_are_stored(engine: Engine) -> None:
+    """What the store says of it in the same group is what was before them."""
+    engine.accept(message("1"))
+    [start] = await engine.started(1)
+    release, commit = asyncio.Event(), engine.store.commit
+
+    async def slow_for_controls(group: Group) -> GroupResult:
+        if group.controls[0]:
+            await release.wait()
+        return await commit(group)
+
+    engine.store.commit = slow_for_controls  # type: ignore[method-assign]
+    engine.accept(control(InboundKind.INBOUND_KIND_PAUSE))
+    session = engine.state.running[start.turn_id].session
+    await eventually(lambda: session.paused, what="the pause is read")
+    assert session.storing == 1
+    assert not session.idle
+    release.set()
+    await eventually(lambda: session.storing == 0, what="the pause is stored")
