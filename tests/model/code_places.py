@@ -39,7 +39,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
-    "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.items:AckItem"),
+    "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.outcomes:AckItem"),
     "one_unacked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk._send",),
     "rendezvous": ("services.router.domain.adapters:choose",),
     "client_dedupe": ("soma_common.client.inbox:Inbox.arrive",),
@@ -74,10 +74,10 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
     "cancel_beats": (f"{ROUTER}.stop_turns:Stopper.stop", f"{POLICIES}:= 6 AND c.stop @> '{{4}}' THEN 4"),
     "asks_tools": (f"{ROUTER}.stop_turns:Stopper._undone",),
     "asked_after": (f"{ROUTER}.stop_turns:Stopper.converge",),
-    "absorbed_waits": (f"{ROUTER}.items:EndItem.write",),
+    "absorbed_waits": (f"{ROUTER}.outcomes:EndItem.write",),
     "new_turn_id": ("services.router.domain.arrival:replacement", f"{ROUTER}.start_turns:Starter._new_turn"),
     "try_remembered": (f"{POLICIES}:b.number = s.turn_count AND b.outcome = 6",),
-    "refusal_row": (f"{ROUTER}.items:RefusalItem.write", f"{POLICIES}:r.number = -m.position"),
+    "refusal_row": (f"{ROUTER}.outcomes:RefusalItem.write", f"{POLICIES}:r.number = -m.position"),
     "refusal_first": (f"{ROUTER}.start_turns:Starter._next_of",),
 }
 

@@ -17,7 +17,7 @@ from soma.common.v1.turn_pb2 import Delivery
 from soma.router.v1.outbound_pb2 import AckBatch, Presence
 
 from services.router.application.group import StoreLost
-from services.router.application.items import AckItem, EndItem, RefusalItem
+from services.router.application.outcomes import AckItem, EndItem, RefusalItem
 from services.router.domain.adapters import AdapterStream, choose
 from soma_common.clock import monotonic
 from soma_common.telemetry.metrics import counter, gauge

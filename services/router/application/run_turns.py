@@ -23,7 +23,8 @@ from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.control_sessions import SessionControls
 from services.router.application.dispatch_turns import Dispatcher
-from services.router.application.items import DispatchItem, EndItem, RefusalItem, StepItem
+from services.router.application.items import DispatchItem, StepItem
+from services.router.application.outcomes import EndItem, RefusalItem
 from services.router.application.start_turns import Starter, explained, failure
 from services.router.application.stop_turns import Stopper
 from services.router.application.take_arrivals import Arrivals

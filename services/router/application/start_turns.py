@@ -15,7 +15,8 @@ from soma.common.v1.message_pb2 import Error
 from soma.common.v1.turn_pb2 import Delivery, StepBody
 
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import KEY_REUSED, ControlItem, EndItem, StartItem
+from services.router.application.items import KEY_REUSED, ControlItem, StartItem
+from services.router.application.outcomes import EndItem
 from services.router.domain.arrival import Policy, next_inputs, replacement
 from services.router.domain.session import QueuedMessage, Session, Turn
 from services.router.domain.turn import Outcome, StepKind, TurnStatus

@@ -16,8 +16,9 @@ import structlog
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.dispatch_turns import RETRY_S, Dispatcher
-from services.router.application.items import ControlItem, EndItem
+from services.router.application.items import ControlItem
 from services.router.application.keep_work import final_step, has_calls, kept_work
+from services.router.application.outcomes import EndItem
 from services.router.domain.arrival import replacement
 from services.router.domain.session import Turn
 from services.router.domain.turn import Outcome, StepKind, TurnState, TurnStatus

@@ -15,7 +15,8 @@ from soma.common.v1.turn_pb2 import Delivery, StepBody
 
 from services.router.application.dispatch_turns import RETRY_S
 from services.router.application.group import StoreLost
-from services.router.application.items import EndItem, InputItem, RefusalItem
+from services.router.application.items import InputItem
+from services.router.application.outcomes import EndItem, RefusalItem
 from services.router.application.stop_turns import Stopper
 from services.router.domain.arrival import STOPS, Arrival, Policy, arrival_of, due_in_s, may_join
 from services.router.domain.session import QueuedMessage, Session, Turn

@@ -6,7 +6,7 @@ import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import EndItem
+from services.router.application.outcomes import EndItem
 from services.router.application.ports import GroupWriter
 from services.router.domain.partition import Partition
 from services.router.domain.turn import Outcome

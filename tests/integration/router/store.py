@@ -14,7 +14,8 @@ from soma.router.v1.inbound_pb2 import Inbound
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.adapters.store_postgres import PostgresGroupWriter, PostgresLeases
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import ControlItem, EndItem, StartItem, StepItem
+from services.router.application.items import ControlItem, StartItem, StepItem
+from services.router.application.outcomes import EndItem
 from services.router.application.ports import PendingRow
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import Session, Turn

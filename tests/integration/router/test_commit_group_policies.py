@@ -7,7 +7,8 @@ from soma.common.v1.turn_pb2 import Delivery
 from soma.router.v1.inbound_pb2 import InboundKind
 
 from services.router.application.group import FenceLost
-from services.router.application.items import ControlItem, DispatchItem, InputItem, RefusalItem
+from services.router.application.items import ControlItem, DispatchItem, InputItem
+from services.router.application.outcomes import RefusalItem
 from services.router.domain.arrival import Policy, replacement
 from services.router.domain.session import Session, Turn
 from services.router.domain.turn import Outcome

@@ -4,7 +4,8 @@ import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.group import FenceLost, GroupRejected
-from services.router.application.items import AckItem, ControlItem, DeadItem, DispatchItem, EndItem
+from services.router.application.items import ControlItem, DeadItem, DispatchItem
+from services.router.application.outcomes import AckItem, EndItem
 from services.router.domain.turn import Outcome, StepKind
 from tests.integration.router.store import Store, end, start, step
 from tests.unit.router.builders import a_session, a_turn, inbound, ingest

@@ -11,7 +11,8 @@ from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.adapters.store_postgres import PostgresLeases
 from services.router.application.group import FenceLost, StoreLost
-from services.router.application.items import AckItem, ControlItem, EndItem
+from services.router.application.items import ControlItem
+from services.router.application.outcomes import AckItem, EndItem
 from services.router.application.ports import LeaseRow
 from services.router.domain.partition import Partition
 from services.router.domain.turn import Outcome

@@ -4,7 +4,8 @@ import asyncpg
 import pytest
 
 from services.router.application.group import FenceLost, GroupRejected
-from services.router.application.items import AckItem, ControlItem, DeadItem
+from services.router.application.items import ControlItem, DeadItem
+from services.router.application.outcomes import AckItem
 from services.router.domain.partition import Partition
 from soma_common import ids
 from soma_common.postgres.connect import connect

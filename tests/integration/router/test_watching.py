@@ -23,7 +23,7 @@ from soma.common.v1.turn_pb2 import (
 )
 
 from services.router.adapters.exchange_nats import NatsInbox, NatsOutbox
-from services.router.application.items import EndItem
+from services.router.application.outcomes import EndItem
 from services.router.application.state import RouterState
 from services.router.application.watch_turns import LiveDesk
 from services.router.domain.partition import Partition

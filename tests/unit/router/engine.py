@@ -22,7 +22,8 @@ from services.router.application.brains import BrainPool
 from services.router.application.commit_group import GroupCommitter
 from services.router.application.group import Group, GroupResult, SessionFacts
 from services.router.application.ingest_messages import Ingest
-from services.router.application.items import KEY_REUSED, EndItem, RefusalItem
+from services.router.application.items import KEY_REUSED
+from services.router.application.outcomes import EndItem, RefusalItem
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
 from services.router.domain.turn import Outcome, StepKind

@@ -11,7 +11,7 @@ from soma.router.v1.outbound_pb2 import AckBatch, AdapterStream, Presence, Retur
 from services.router.application import deliver_outcomes
 from services.router.application.deliver_outcomes import DeliveryDesk
 from services.router.application.group import CommitItem
-from services.router.application.items import AckItem, EndItem
+from services.router.application.outcomes import AckItem, EndItem
 from services.router.application.ports import StoredDelivery
 from services.router.application.state import RouterState
 from services.router.domain.partition import Partition

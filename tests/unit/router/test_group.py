@@ -6,7 +6,8 @@ from soma.common.v1.message_pb2 import Message
 from soma.common.v1.turn_pb2 import Delivery
 
 from services.router.application.group import CommitItem, Group
-from services.router.application.items import KEY_REUSED, AckItem, CursorItem, DeadItem, EndItem
+from services.router.application.items import KEY_REUSED, CursorItem, DeadItem
+from services.router.application.outcomes import AckItem, EndItem
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import STREAM, a_partition, a_session, a_turn, group_of, inbound, ingest

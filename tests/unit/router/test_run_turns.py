@@ -9,7 +9,7 @@ from soma.common.v1.error_reason_pb2 import ErrorReason
 
 from services.router.application import start_turns
 from services.router.application.group import Group, GroupRejected
-from services.router.application.items import EndItem
+from services.router.application.outcomes import EndItem
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import cancel, inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
