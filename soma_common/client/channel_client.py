@@ -51,6 +51,7 @@ from soma_common.errors import (
     to_proto,
 )
 from soma_common.grpc.channel import open_channel
+from soma_common.newest_dispatch import NewestDispatch
 
 PROTOCOL: Final = 1
 MAX_FRAME_ITEMS: Final = 512
@@ -114,6 +115,7 @@ class ChannelClient:
         )
         self._on_delivery = on_delivery
         self._on_live = on_live
+        self._shown = NewestDispatch()
         self._outbox = Outbox(outbox)
         self._inbox = Inbox()
         self._events: deque[Delivery | LiveEvent] = deque()
@@ -373,6 +375,8 @@ class ChannelClient:
             event.set()
 
     def _show_live(self, event: LiveEvent) -> None:
+        if not self._shown.admits(event.turn_id, event.dispatch):
+            return  # of two streams, as at a change of gateway, the older may still say what a replaced brain has said
         if self._on_live is not None:
             self._on_live(event)
         elif self._waiting_live < MAX_LIVE:

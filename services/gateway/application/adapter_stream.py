@@ -29,9 +29,9 @@ from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.return_acks import ReturnAcks
 from services.gateway.domain.admission import Submission
 from services.gateway.domain.delivery_window import DeliveryWindow, Offer
-from services.gateway.domain.newest_dispatch import NewestDispatch
 from services.gateway.domain.refusal import Refused, protocol_order, queue_full
 from soma_common.ids import ID_BYTES
+from soma_common.newest_dispatch import NewestDispatch
 
 FRAME_BYTES: Final = 1024 * 1024
 """About how much of deliveries, and of live events, goes in one frame."""

@@ -109,6 +109,38 @@ async def test_live_events_come_before_the_delivery(world: World) -> None:
         assert isinstance(await anext(events), Delivery)
 
 
+async def test_what_a_replaced_dispatch_says_is_not_shown_over_another_stream_either(world: World) -> None:
+    """The second gateway does not know what the first has shown."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{probe.getsockname()[1]}"
+    await world.gateway(listen=listen, drain_timeout_s=0.05)
+    shown: list[int] = []
+
+    def said_by(dispatch: int) -> LiveEvent:
+        text = TextDelta(text="an")
+        return LiveEvent(agent=AGENT, session="s", turn_id=b"t" * 16, dispatch=dispatch, step=1, text=text)
+
+    async with client(world, listen, on_live=lambda event: shown.append(event.dispatch)) as c:
+        gateway, first = await world.router.stream("a")
+        await world.router.hand_live(gateway, first.stream, said_by(2))
+        await eventually(lambda: shown == [2])
+        await world.lifecycles[-1].stop()
+        await world.gateway(listen=listen, drain_timeout_s=0.05)
+        await eventually(lambda: c.streams == 2)
+
+        async def second() -> bool:
+            nonlocal gateway, first
+            gateway, stream = await world.router.stream("a")
+            is_new = stream.stream != first.stream
+            first = stream
+            return is_new
+
+        await eventually(second)
+        await world.router.hand_live(gateway, first.stream, said_by(1), said_by(2), said_by(3))
+        await eventually(lambda: shown == [2, 2, 3])
+
+
 async def test_resume_loses_and_repeats_nothing(world: World) -> None:
     """Five restarts of the gateway while 40 sessions talk: each message is answered once, in order."""
     with socket.socket() as probe:

@@ -10,11 +10,11 @@ from collections import OrderedDict
 from typing import Final
 
 REMEMBERED_TURNS: Final = 4096
-"""About 400 kB a stream at most; a turn is forgotten when so many others were shown after it began."""
+"""About 400 kB at most; a turn is forgotten when so many others were shown after it began."""
 
 
 class NewestDispatch:
-    """What one stream was shown."""
+    """What one stream, or one adapter over all its streams, was shown."""
 
     def __init__(self) -> None:
         self._newest: OrderedDict[bytes, int] = OrderedDict()

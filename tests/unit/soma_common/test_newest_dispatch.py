@@ -1,4 +1,4 @@
-from services.gateway.domain.newest_dispatch import REMEMBERED_TURNS, NewestDispatch
+from soma_common.newest_dispatch import REMEMBERED_TURNS, NewestDispatch
 
 
 def test_an_older_dispatch_is_over_once_a_newer_was_shown() -> None:
