@@ -17,10 +17,10 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -34,6 +34,7 @@ NO_TESTS_COLLECTED = 5  # pytest's exit code
 # The others measure times of the running stack: instrumented code would be another, slower product.
 MEASURED_LEVELS = ("unit", "contract", "integration")
 LEVELS = (*MEASURED_LEVELS, "e2e", "chaos", "upgrade")
+LONG_PARTS = ("toolgw", "somastack")  # about half of the time of the integration tests, most of it spent waiting
 TYPED = ("soma_common", "services", "somastack", "examples", "tests", "tools")
 
 
@@ -58,6 +59,8 @@ class Stage:
     command: tuple[str, ...]
     needs: Path | None = None  # skipped when this path does not exist
     level: str | None = None  # a pytest level: its report is counted, and having no tests is no failure
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside that of this process
+    after_aside: bool = False  # waits for what runs aside: it needs the machine, or its results
     aside: Path | None = None  # runs beside the stages that follow; what it says is told when it has ended
 
 
@@ -114,12 +117,47 @@ def _stages(*, measured: bool) -> Iterator[Stage]:
     model = (PYTHON, "-m", "tests.model.turn_protocol", "--quick")
     aside = REPORTS / "model.log" if measured else None
     yield Stage("model", "turn protocol's model", model, needs=turn_protocol, aside=aside)
-    for level in LEVELS:
-        coverage = ("--cov", "--cov-append", "--cov-report=") if measured and level in MEASURED_LEVELS else ()
-        command = (PYTHON, "-m", "pytest", f"tests/{level}", f"--junitxml={_report(level)}", *coverage)
-        yield Stage(level, f"{level} tests", command, needs=ROOT / "tests" / level, level=level)
-        if measured and level == MEASURED_LEVELS[-1]:
-            yield Stage("coverage", "coverage so far", ("coverage", "report"), needs=REPORTS / "coverage")
+    yield from _tests(measured=measured)
+
+
+def _tests(*, measured: bool) -> Iterator[Stage]:
+    if not measured:
+        for level in LEVELS:
+            yield _level(level)
+        return
+    yield _level("unit", aside=True, coverage=True)
+    yield _level("contract", aside=True, coverage=True)
+    others = [f"--ignore=tests/integration/{part}" for part in LONG_PARTS]
+    parts = [f"tests/integration/{part}" for part in LONG_PARTS]
+    yield _level("integration", "integration-long", parts, aside=True, coverage=True)
+    yield _level("integration", "integration", ["tests/integration", *others], coverage=True)
+    data = [str(_coverage(name)) for name in ("unit", "contract", "integration-long", "integration")]
+    yield Stage("coverage", "coverage: all parts", ("coverage", "combine", *data), after_aside=True)
+    yield Stage("coverage", "coverage so far", ("coverage", "report"), needs=REPORTS / "coverage")
+    for level in LEVELS[len(MEASURED_LEVELS) :]:
+        yield replace(_level(level), after_aside=True)
+
+
+def _level(
+    level: str, name: str = "", paths: Sequence[str] = (), *, aside: bool = False, coverage: bool = False
+) -> Stage:
+    """A level of tests, or the part of it that `paths` hold, with a report of its own."""
+    name = name or level
+    measure = ("--cov", "--cov-report=") if coverage else ()
+    command = (PYTHON, "-m", "pytest", *(paths or (f"tests/{level}",)), f"--junitxml={_report(name)}", *measure)
+    return Stage(
+        level,
+        f"{name} tests",
+        command,
+        needs=ROOT / "tests" / level,
+        level=name,
+        aside=REPORTS / f"{name}.log" if aside else None,
+        environment={"COVERAGE_FILE": str(_coverage(name))} if coverage else {},
+    )
+
+
+def _coverage(name: str) -> Path:
+    return REPORTS / f"coverage-{name}"
 
 
 def _run_all(stages: list[Stage]) -> int:
@@ -137,7 +175,7 @@ def _run_all(stages: list[Stage]) -> int:
                 if stage.aside is not None:
                     beside.append(executor.submit(_run, stage, remaining_s()))
                     continue
-                if stage.level not in (None, *MEASURED_LEVELS):
+                if stage.after_aside:
                     wait(beside)
                 results.append(_run(stage, remaining_s()))
                 if _bad(results[-1]) and os.environ.get("FAIL_FAST"):
@@ -162,7 +200,7 @@ def _run(stage: Stage, remaining_s: float) -> Result:
     if stage.level:
         _report(stage.level).unlink(missing_ok=True)
     started = time.monotonic()
-    code = _call(stage.command, remaining_s, stage.aside)
+    code = _call(stage, remaining_s)
     if stage.aside is not None:
         _say(stage.aside.read_text(errors="replace"))
     seconds = time.monotonic() - started
@@ -177,14 +215,16 @@ def _run(stage: Stage, remaining_s: float) -> Result:
     return Result(stage, outcome, seconds, tests)
 
 
-def _call(command: tuple[str, ...], limit_s: float, output: Path | None) -> int | None:
-    """Return the command's exit code, or None when it was ended for running too long; it writes to `output`, if given.
+def _call(stage: Stage, limit_s: float) -> int | None:
+    """Return the exit code of a stage's command, or None when it was ended for running too long.
 
     The command leads a process group of its own, so that whatever it started ends with it.
     """
     with (
-        output.open("wb") if output is not None else nullcontext() as log,
-        subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=log, stderr=log) as process,
+        stage.aside.open("wb") if stage.aside is not None else nullcontext() as log,
+        subprocess.Popen(
+            stage.command, cwd=ROOT, start_new_session=True, stdout=log, stderr=log, env=os.environ | stage.environment
+        ) as process,
     ):
         _live.add(process.pid)
         try:
