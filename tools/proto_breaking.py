@@ -1,7 +1,8 @@
 """Fail when proto/ breaks a contract that somebody may already rely on.
 
-A branch is compared with the commit where it left main, main itself with its last release (tag v*). Where there is
-nothing to compare with (first commits, nothing released, a shallow clone that holds neither), it says so and passes.
+A branch is compared with the commit where it left main, main itself with its last release: the newest tag v*, else the
+newest that tests/contract/golden/releases.toml names. Where there is nothing to compare with (a shallow clone that holds
+neither), it says so and passes.
 BREAKING_AGAINST=<revision> chooses another revision.
 """
 
@@ -9,9 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RELEASES = ROOT / "tests" / "contract" / "golden" / "releases.toml"
 CONTRACTS = ("buf.yaml", "proto", "third_party")
 
 
@@ -39,8 +42,11 @@ def _baseline() -> str | None:
         left_at = _git("merge-base", "HEAD", trunk)
         if left_at is not None and left_at != head:
             return left_at.decode().strip()
-    release = _git("describe", "--tags", "--abbrev=0", "--match", "v*")
-    return None if release is None else release.decode().strip()
+    tag = _git("describe", "--tags", "--abbrev=0", "--match", "v*")
+    if tag is not None:
+        return tag.decode().strip()
+    commit: str = tomllib.loads(RELEASES.read_text(encoding="utf-8"))["release"][-1]["commit"]
+    return commit if _git("cat-file", "-e", f"{commit}^{{commit}}") is not None else None
 
 
 def _git(*arguments: str) -> bytes | None:

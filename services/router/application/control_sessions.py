@@ -9,7 +9,7 @@ control may be applied twice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from soma.router.v1.inbound_pb2 import InboundKind
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from services.router.application.commit_group import GroupCommitter
     from services.router.application.state import RouterState
 
-_PAUSES = {InboundKind.INBOUND_KIND_PAUSE: True, InboundKind.INBOUND_KIND_RESUME: False}
+_PAUSES: Final[dict[int, bool]] = {InboundKind.INBOUND_KIND_PAUSE: True, InboundKind.INBOUND_KIND_RESUME: False}
 
 
 class SessionControls:
@@ -41,7 +41,7 @@ class SessionControls:
         session.controls.append(control)
         self._state.busy(session)
         if kind in _PAUSES:
-            session.paused = _PAUSES[kind]  # type: ignore[index]
+            session.paused = _PAUSES[kind]
             self._settle(session, paused=session.paused)
             self._ready(session)
         elif kind == InboundKind.INBOUND_KIND_INTERRUPT:
