@@ -1,7 +1,7 @@
 """Fail when proto/ breaks a contract that somebody may already rely on.
 
 A branch is compared with the commit where it left main, main itself with its last release: the newest tag v*, else the
-newest that tests/contract/golden/releases.toml names. Where there is nothing to compare with (a shallow clone that holds
+newest that tests/contract/golden/releases.toml names. Where there is nothing to compare with (a shallow clone holds
 neither), it says so and passes.
 BREAKING_AGAINST=<revision> chooses another revision.
 """
