@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,11 @@ class Stack:
             await channel.close()
 
 
-async def start() -> Stack:
-    """Starts a stack in a new home on free ports and makes the tenant."""
+async def start(replicas: Mapping[str, int] | None = None) -> Stack:
+    """Starts a stack in a new home on free ports and makes the tenant; `replicas` by service, one each by default."""
     home = Path(tempfile.mkdtemp(prefix="soma-bench-"))
-    await _somastack("up", "--detach", "--no-demo", "--home", str(home), "--port-base", str(_free_base()))
+    several = [f"--replicas={service}={count}" for service, count in (replicas or {}).items()]
+    await _somastack("up", "--detach", "--no-demo", "--home", str(home), "--port-base", str(_free_base()), *several)
     status = json.loads(await _somastack("status", "--home", str(home), "--output", "json"))
     parts = {part["name"]: part for part in status["components"]}
     stack = Stack(
