@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +20,11 @@ from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceStub
 from soma.controlplane.v1.tenant_service_pb2 import CreateTenantRequest, Tenant
 from soma.controlplane.v1.tenant_service_pb2_grpc import TenantServiceStub
 
+from soma_common.embedded.postgres import PostgresConfig, PostgresServer
 from soma_common.grpc.channel import open_channel
+from somastack.home import Home
+from somastack.state import Phase, StackState
+from somastack.layout import Layout, is_taken
 
 TENANT = "bench"
 CHANNEL = "load"
@@ -36,6 +40,25 @@ class Stack:
     nats: str
     token: str
     pids: dict[str, int]
+    supervisor: int
+    """The pid of whoever keeps the parts running."""
+
+    @property
+    def everything(self) -> dict[str, int]:
+        """The pids of the parts and of their supervisor, by name."""
+        return {**self.pids, "supervisor": self.supervisor}
+
+    def look_again(self) -> bool:
+        """Brings the pids up to date after parts were started again; returns whether all parts are ready."""
+        state = StackState.load(Home(self.home).state_file)
+        if state is None:
+            return False
+        self.pids.update({part.name: part.process.pid for part in state.parts if part.process is not None})
+        return all(part.phase is Phase.READY for part in state.parts)
+
+    def postgres_dsn(self) -> str:
+        """Where a superuser finds the stack's database."""
+        return PostgresServer(PostgresConfig(Home(self.home).postgres)).dsn()
 
     async def agent(self, name: str, model: str, context_messages: int = 20) -> None:
         """Makes an agent with a built-in model."""
@@ -55,7 +78,8 @@ async def start(replicas: Mapping[str, int] | None = None) -> Stack:
     """Starts a stack in a new home on free ports and makes the tenant; `replicas` by service, one each by default."""
     home = Path(tempfile.mkdtemp(prefix="soma-bench-"))
     several = [f"--replicas={service}={count}" for service, count in (replicas or {}).items()]
-    await _somastack("up", "--detach", "--no-demo", "--home", str(home), "--port-base", str(_free_base()), *several)
+    base = str(_free_base(replicas or {}))
+    await _somastack("up", "--detach", "--no-demo", "--home", str(home), "--port-base", base, *several)
     status = json.loads(await _somastack("status", "--home", str(home), "--output", "json"))
     parts = {part["name"]: part for part in status["components"]}
     stack = Stack(
@@ -65,6 +89,7 @@ async def start(replicas: Mapping[str, int] | None = None) -> Stack:
         nats=parts["nats"]["addresses"]["nats"],
         token=(home / "auth" / "admin.token").read_text().strip(),
         pids={name: part["pid"] for name, part in parts.items()},
+        supervisor=status["supervisor_pid"],
     )
     channel = open_channel(stack.controlplane, token=lambda: stack.token, service="controlplane")
     try:
@@ -95,10 +120,9 @@ async def _somastack(*arguments: str) -> str:
     return out.decode()
 
 
-def _free_base() -> int:
-    """A port base whose first port is free now; the stack itself checks the others."""
-    for base in range(21000, 60000, 200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", base)):
-                return base
-    raise RuntimeError("no free ports")
+def _free_base(replicas: Mapping[str, int]) -> int:
+    """A base whose ports are free, below those that the system gives to outgoing connections. By chance: others may be
+    starting a stack at the same time.
+    """
+    bases = random.sample(range(12000, 30000, 200), 90)
+    return next(base for base in bases if not any(is_taken(port) for port, _ in Layout(base, replicas).ports()))
