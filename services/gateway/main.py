@@ -84,6 +84,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
         lanes=settings.lanes,
         max_content_bytes=settings.max_content_bytes,
         now_ms=clock.now_ms,
+        trace_every=settings.trace_every,
     )
     acks = ReturnAcks(routers, clock.monotonic)
     streams = ServeStreams(

@@ -52,11 +52,20 @@ class GatewaySettings(ServiceSettings):
     heartbeat_interval_s: float = Field(default=5.0, gt=0.05, le=60)
     """Heartbeats on adapter streams; three missing ones end a stream."""
 
+    trace_sample: float = Field(default=0.001, ge=0, le=1)
+    """Part of the messages without a trace of their own that get one with the sampled flag, so that every process keeps
+    how long they took there (`/tracez` on the admin port); 0: none."""
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.max_content_bytes + ITEM_OVERHEAD_BYTES > self.max_batch_bytes:
             raise ValueError("max_content_bytes must be at least 512 bytes below max_batch_bytes")
         return self
+
+    @property
+    def trace_every(self) -> int:
+        """Every so-many-th message is traced; 0: none."""
+        return round(1 / self.trace_sample) if self.trace_sample else 0
 
     @property
     def lane_bounds(self) -> LaneBounds:

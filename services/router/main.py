@@ -31,6 +31,7 @@ from services.router.application.report_load import ReportLoad
 from services.router.application.report_progress import ReportProgress
 from services.router.application.run_turns import TurnRunner
 from services.router.application.state import RouterState
+from services.router.application.trace_groups import TracedGroups
 from services.router.application.watch_turns import LiveDesk
 from services.router.domain.lane_window import LaneWindow
 from services.router.settings import RouterSettings
@@ -169,7 +170,8 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     ]
     ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
     leases.on_freed = ownership.lease_freed
-    committer = GroupCommitter(writer, ingest.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"))
+    groups = TracedGroups(ingest.compose, writer)
+    committer = GroupCommitter(groups, groups.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"))
     runner.use(committer)
     ingest.committer = desk.committer = committer
     for reader in readers:

@@ -4,6 +4,7 @@
     GET /health/live     200 while the event loop answers
     GET /health/ready    200 when every component is well, else 503
     GET /health          the same as JSON with one entry per component
+    GET /tracez          spans of sampled turns as JSON (spans.py)
 
 It asks for no identity, so it listens on loopback unless the settings say otherwise.
 """
@@ -15,11 +16,13 @@ from http import HTTPStatus
 import orjson
 
 from soma_common.settings import ServiceSettings, split_address
+from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import CONTENT_TYPE, render
 
 REQUEST_TIMEOUT_S = 5.0
 """A connection that has not sent its request by then is closed."""
 MAX_HEADER_LINES = 100
+_TRY = b"try /metrics, /tracez, /health, /health/live or /health/ready\n"
 
 Health = Callable[[], bool | Mapping[str, bool]]
 """Returns whether the service is ready, or the same per component."""
@@ -68,7 +71,9 @@ def _answer(path: str, health: Health, settings: ServiceSettings) -> _Answer:
                 "components": components,
             }
             return _status(components), "application/json", orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE)
-    return HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"try /metrics, /health, /health/live or /health/ready\n"
+        case "/tracez":
+            return HTTPStatus.OK, "application/json", spans.render(settings.service, settings.service_instance)
+    return HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", _TRY
 
 
 def _ready(health: Health) -> Mapping[str, bool]:

@@ -30,9 +30,9 @@ class TraceContext:
 _current: ContextVar[TraceContext | None] = ContextVar("soma_trace", default=None)
 
 
-def new_trace() -> TraceContext:
+def new_trace(*, sampled: bool = False) -> TraceContext:
     """Return the first span of a new trace."""
-    return TraceContext(os.urandom(16).hex(), os.urandom(8).hex())
+    return TraceContext(os.urandom(16).hex(), os.urandom(8).hex(), sampled)
 
 
 def parse_traceparent(header: str | None) -> TraceContext | None:

@@ -22,6 +22,7 @@ from services.cognition.application.ports import Outgoing
 from services.cognition.application.serve_routers import PROTOCOL, SILENT_INTERVALS, Brain, RouterSession
 from soma_common.errors import DeadlineExceeded, FailedPrecondition, SomaError
 from soma_common.gather import Gather, GatherClosed
+from soma_common.telemetry import spans
 
 Context: TypeAlias = "aio.ServicerContext[cognition.RunTurnsRequest, cognition.RunTurnsResponse]"
 
@@ -65,6 +66,8 @@ class CognitionService(cognition_grpc.CognitionServiceServicer):
             yield self._welcome(session)
             while True:
                 for frame in frames_of(await outbox.take(FRAME_ITEMS)):
+                    if spans.watched:
+                        spans.stage("cognition.frame", (proposal.turn_id for proposal in frame.proposals))
                     yield frame
         except GatherClosed:
             if session.failure is not None:

@@ -22,6 +22,7 @@ from services.cognition.application.ports import Outgoing
 from services.cognition.application.run_turn import TurnRunner
 from services.cognition.domain.turn import STEP_FORMAT, kind_of
 from soma_common.errors import Internal, SomaError, to_proto
+from soma_common.telemetry import spans
 from soma_common.telemetry.trace import parse_traceparent, set_trace
 
 _log = structlog.get_logger(__name__)
@@ -82,6 +83,8 @@ class RunningTurn:
         self._over = False
         self._task: asyncio.Task[None] | None = None
         self._unwinding: set[asyncio.Task[None]] = set()
+        if start.traceparent:
+            spans.follow(start.traceparent, start.turn_id)
 
     def launch(self, runner: TurnRunner, unwinding: set[asyncio.Task[None]]) -> None:
         """Starts to run. `unwinding` keeps the task while it ends after a cancel."""
@@ -162,6 +165,8 @@ class RunningTurn:
     async def _run(self, runner: TurnRunner) -> None:
         if self._start.traceparent:  # without one, the calls of this turn belong to the stream's trace
             set_trace(parse_traceparent(self._start.traceparent))
+            if spans.watched:
+                spans.stage("cognition.wait", (self.turn_id,))
         try:
             await runner.run(self._start, self)
             if not self._over:
@@ -190,6 +195,8 @@ class RunningTurn:
     ) -> None:
         if self._over:
             return
+        if spans.watched:
+            spans.stage("cognition.step", (self.turn_id,))
         self.session.send(
             cognition.Proposal(
                 turn_id=self.turn_id,
@@ -205,6 +212,8 @@ class RunningTurn:
 
     def _finish(self) -> None:
         self._over = True
+        if spans.watched:
+            spans.stage("cognition.confirm", (self.turn_id,), last=True)
         self.session.ended(self)
 
 

@@ -37,6 +37,7 @@ from soma_common.failpoints import failpoint_async
 from soma_common.grpc.token_life import token_seconds_left
 from soma_common.live import LiveHub
 from soma_common.live_merge import Fate
+from soma_common.telemetry import spans
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -85,6 +86,8 @@ class ChannelServicer(Watches, ChannelServiceServicer):
         try:
             yield ConnectResponse(welcome=self._welcome())
             while (frame := await stream.next_frame()) is not None:
+                if spans.watched:
+                    spans.stage("gateway.deliver", (delivery.turn_id for delivery in frame.deliveries), last=True)
                 yield frame
                 for refusal in frame.refusals:
                     observe_refusal(refusal.error)

@@ -18,6 +18,7 @@ from services.gateway.application.ports import BatchUnacceptable, BusSilent, Lan
 from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.nats import subjects
 from soma_common.nats.lanes import ensure_lanes
+from soma_common.telemetry import spans
 
 BOUND_REACHED: Final = 10077
 """JetStream's code of every bound of a stream; the description says which."""
@@ -54,10 +55,14 @@ class NatsLanes:
             # The client would keep it and send it whenever it is back, long after we have given up.
             raise BusSilent
         payload = InBatch(format=BATCH_FORMAT, tenant=tenant, items=items).SerializeToString()
+        if spans.watched:
+            spans.stage("gateway.gather", (item.message_id for item in items))
         try:
             stored = await self._js.publish(
                 subjects.inbound(tenant, lane), payload, timeout=timeout_s, headers={Header.MSG_ID: batch_id}
             )
+            if spans.watched:
+                spans.stage("gateway.store", (item.message_id for item in items))
             return stored.seq
         except NoStreamResponseError:
             await self._make_lanes()

@@ -14,6 +14,7 @@ from soma.router.v1.outbound_pb2 import AckBatch, OutBatch, Presence
 
 from services.gateway.application.ports import BusSilent
 from soma_common.nats import subjects
+from soma_common.telemetry import spans
 
 PENDING_BYTES = 64 * 1024 * 1024
 """Handed over and not yet looked at; over it NATS drops, and the routers hand over again."""
@@ -50,6 +51,8 @@ class NatsRouters:
             except DecodeError:
                 _log.error("out.undecodable", subject=message.subject, bytes=len(message.data))
                 return
+            if spans.watched:
+                spans.begin(handover.delivery.turn_id for handover in batch.deliveries)
             hand_over(subjects.tenant_of(message.subject), batch)
 
         return await self._nc.subscribe(

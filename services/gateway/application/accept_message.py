@@ -15,6 +15,8 @@ from services.gateway.application.write_lanes import LaneWriters
 from services.gateway.domain.admission import Submission, admit_cancel, admit_message
 from services.gateway.domain.mailbox_bounds import MailboxBounds
 from soma_common import ids
+from soma_common.telemetry import spans
+from soma_common.telemetry.trace import new_trace
 
 
 class AcceptMessage:
@@ -30,7 +32,9 @@ class AcceptMessage:
         lanes: int,
         max_content_bytes: int,
         now_ms: Callable[[], int],
+        trace_every: int = 0,
     ) -> None:
+        """Of messages that come without a trace every `trace_every`-th gets one that is sampled; 0: none."""
         self._directory = directory
         self._writers = writers
         self._mailboxes = mailboxes
@@ -38,6 +42,7 @@ class AcceptMessage:
         self._lanes = lanes
         self._max_content_bytes = max_content_bytes
         self._now_ms = now_ms
+        self._trace_every = self._until_traced = trace_every
 
     def message(self, submission: Submission, message: Message, sink: Sink, ref: int) -> int:
         """Queues a message. Returns the bytes it counts for until the sink is told.
@@ -51,6 +56,13 @@ class AcceptMessage:
         self._writers.check_room(submission.tenant)
         inbound = admit_message(submission, message, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms())
         self._mailboxes.check_session(submission.tenant, inbound.session_id)
+        if not inbound.traceparent and self._trace_every:
+            self._until_traced -= 1
+            if not self._until_traced:
+                self._until_traced = self._trace_every
+                inbound.traceparent = str(new_trace(sampled=True))
+        if inbound.traceparent:
+            spans.follow_message(inbound.traceparent, inbound.session_id, inbound.message_id)
         return self._queue(submission.tenant, inbound, sink, ref)
 
     def cancel(self, submission: Submission, turn_id: bytes, sink: Sink, ref: int) -> int:

@@ -25,6 +25,7 @@ from soma.cognition.v1.cognition_service_pb2_grpc import CognitionServiceStub
 
 from soma_common.clock import monotonic
 from soma_common.grpc.channel import open_channel
+from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import gauge
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class GrpcBrainLink:
 
     def start(self, start: StartTurn) -> None:
         """Runs a turn there."""
+        if spans.watched:
+            spans.stage("router.callbacks", (start.turn_id,))
         self._frame.starts.append(start)
         self._wake.set()
 
@@ -96,6 +99,8 @@ class GrpcBrainLink:
                 frame.ClearField("confirms")
                 frame.ClearField("add_inputs")
             for part in _parts(frame):
+                if spans.watched:
+                    spans.stage("router.frame", (start.turn_id for start in part.starts))
                 await self._call.write(part)
 
 
@@ -237,6 +242,8 @@ class BrainConnector:
 
     def _take(self, link: GrpcBrainLink, frame: RunTurnsResponse) -> None:
         if frame.proposals:
+            if spans.watched:
+                spans.stage("router.brain", (proposal.turn_id for proposal in frame.proposals))
             self._runner.on_proposals(link, frame.proposals)
         if frame.texts:
             self._runner.on_texts(link, frame.texts)

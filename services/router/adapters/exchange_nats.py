@@ -20,6 +20,7 @@ from soma.router.v1.outbound_pb2 import AckBatch, LiveBatch, OutBatch, Presence,
 
 from soma_common.failpoints import failpoint
 from soma_common.nats import subjects
+from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class NatsOutbox:
 
     def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
         """Sends an outcome to an adapter stream."""
+        if spans.watched:
+            spans.stage("router.callbacks", (delivery.turn_id,))
         self._batch(tenant, gateway).deliveries.add(stream=stream, delivery=delivery)
         self._wake.set()
 
@@ -106,6 +109,8 @@ class NatsOutbox:
 
     async def _publish(self, subject: str, batch: OutBatch | LiveBatch) -> str:
         """Sends one batch. Returns why it could not be: what is wrong with one must not cost the others theirs."""
+        if spans.watched and isinstance(batch, OutBatch):
+            spans.stage("router.outbox", (handover.delivery.turn_id for handover in batch.deliveries))
         try:
             await self._client.publish(subject, batch.SerializeToString())
         except (NatsError, OSError) as error:
@@ -189,6 +194,8 @@ class NatsInbox:
         except DecodeError:
             log.warning("router.undecodable", subject=message.subject)
             return
+        if spans.watched:
+            spans.stage("router.acked", batch.acks, last=True)
         self._desk.on_acks(subjects.tenant_of(message.subject), batch)
 
     async def _on_presence(self, message: Msg) -> None:

@@ -23,6 +23,7 @@ from services.router.domain.session import QueuedMessage, SessionKey
 from soma_common import ids
 from soma_common.clock import monotonic
 from soma_common.layout import BATCH_FORMAT
+from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ class Ingest:
             inbound.content,
             size=len(inbound.content),
         )
+        if message.traceparent:
+            spans.follow_message(message.traceparent, inbound.session_id, message.message_id)
         if not is_control:
             self._set_policy(message, inbound, tenant)
         return Entry(inbound, message, tenant, is_control)
