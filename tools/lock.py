@@ -1,7 +1,7 @@
 """Write requirements/*.lock from pyproject.toml: every version pinned, every file hashed, no registry named.
 
-`runtime.lock` is what a service's image installs; `dev.lock` adds what development and the gates need, at the same
-versions. Pins stay as they are unless pyproject.toml needs another; `--upgrade` takes the newest.
+`runtime.lock` is what a service's image installs; `dev.lock` adds what development, the gates and the benchmark's plots
+need, at the same versions. Pins stay as they are unless pyproject.toml needs another; `--upgrade` takes the newest.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {
     "requirements/runtime.lock": (),
-    "requirements/dev.lock": ("--group", "dev", "--constraint", "requirements/runtime.lock"),
+    "requirements/dev.lock": ("--group", "dev", "--group", "bench", "--constraint", "requirements/runtime.lock"),
 }
 RECIPE = (
     *("uv", "pip", "compile", "pyproject.toml", "--quiet", "--universal", "--python-version", "3.11"),

@@ -1,10 +1,16 @@
-"""What the machine's parts can do by themselves, in the same run: a synced JetStream publish, and a gRPC echo."""
+"""What the machine's parts can do by themselves, in the same run: a synced JetStream publish, a gRPC echo, a commit of
+one row, a synced block. Each one after the other, nothing at once: no turn is faster than the sum of those it needs.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
+from pathlib import Path
 from time import monotonic
 
+import asyncpg
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from nats.js.api import StorageType, StreamConfig
@@ -14,6 +20,9 @@ from tests.bench.stack import Stack
 
 _SUBJECT = "limits.raw"
 _PAYLOAD = b"x" * 300
+_BLOCK = b"x" * 4096
+_FILE_BYTES = 16 * 1024 * 1024
+"""As one file of PostgreSQL's log, which is written over and over too."""
 
 
 async def synced_publish(stack: Stack, seconds: float) -> list[float]:
@@ -51,4 +60,37 @@ async def grpc_echo(seconds: float) -> list[float]:
     finally:
         await server.stop(0)
         await asyncio.sleep(0)
+    return taken
+
+
+async def row_commit(stack: Stack, seconds: float) -> list[float]:
+    """Latencies in seconds of one-row transactions on the stack's own PostgreSQL, synced before they return."""
+    connection = await asyncpg.connect(stack.postgres_dsn())
+    taken: list[float] = []
+    try:
+        await connection.execute("CREATE TABLE public.bench_commits (id bigserial PRIMARY KEY, body bytea NOT NULL)")
+        insert = await connection.prepare("INSERT INTO public.bench_commits (body) VALUES ($1)")
+        until = monotonic() + seconds
+        while (began := monotonic()) < until:
+            await insert.fetch(_PAYLOAD)
+            taken.append(monotonic() - began)
+        await connection.execute("DROP TABLE public.bench_commits")
+    finally:
+        await connection.close()
+    return taken
+
+
+def synced_block(folder: Path, seconds: float) -> list[float]:
+    """Latencies in seconds of 4 KiB written into a file that has its size already, each with fdatasync."""
+    taken: list[float] = []
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_FILE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        until, at = monotonic() + seconds, 0
+        while (began := monotonic()) < until:
+            os.pwrite(file.fileno(), _BLOCK, at)
+            os.fdatasync(file.fileno())
+            taken.append(monotonic() - began)
+            at = (at + len(_BLOCK)) % _FILE_BYTES
     return taken

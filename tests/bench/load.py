@@ -6,8 +6,9 @@ Each session sends a message, waits for the outcome of its turn, and sends the n
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
-from contextlib import AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
 from statistics import quantiles
 from time import monotonic, monotonic_ns
@@ -20,6 +21,10 @@ from soma_common.client.channel_client import ChannelClient
 from tests.bench import stack as stacks
 
 _TEXT = "x" * 256
+LAST_ANSWERS_S = 30.0
+"""What the turns that run at the end get to be answered; those that are not are errors."""
+QUANTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 98, 99)
+"""Percents that describe a distribution well enough to draw it."""
 
 
 @dataclass(slots=True)
@@ -48,6 +53,14 @@ def percentile(values: list[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1] * 1000
 
 
+def distribution(values: list[float]) -> list[float]:
+    """The percentiles `QUANTILES`, in milliseconds; nothing of nothing."""
+    if len(values) < 2:
+        return []
+    cuts = quantiles(values, n=100, method="inclusive")
+    return [cuts[percent - 1] * 1000 for percent in QUANTILES]
+
+
 class _Session:
     """One session of the loop."""
 
@@ -70,6 +83,7 @@ class _Session:
     def answered(self, message_id: bytes, error: Error | None) -> None:
         if error is not None:
             self.run.result.errors += 1
+            self.run.left -= 1
         elif self.run.measuring:
             self.run.result.accepts.append(monotonic() - self.sent_at)
 
@@ -114,8 +128,12 @@ async def turns(
     *,
     live: bool = False,
     warm_s: float = 1.0,
+    window: AbstractContextManager[object] | None = None,
 ) -> Result:
-    """Runs `sessions` closed loops over `streams` adapter streams for `seconds`, after a warm-up."""
+    """Runs `sessions` closed loops over `streams` adapter streams for `seconds`, after a warm-up.
+
+    `window` is entered when the measured time begins and left when it ends: whoever looks at CPU looks at that time.
+    """
     result = Result(sessions, streams)
     run = _Run(result)
     label = uuid.uuid4().hex[:8]
@@ -136,16 +154,22 @@ async def turns(
             )
             for number in range(streams)
         ]
+        # As every service does once it is ready, and an adapter that lives for long should: what exists now stays.
+        gc.collect()
+        gc.freeze()
         for number in range(sessions):
             session = _Session(clients[number % streams], agent, f"{label}-{number}", run)
             run.by_name[session.name] = session
             session.send()
         await asyncio.sleep(warm_s)
-        run.measuring, began = True, monotonic()
-        await asyncio.sleep(seconds)
-        run.measuring, result.seconds = False, monotonic() - began
+        with window or nullcontext():
+            run.measuring, began = True, monotonic()
+            await asyncio.sleep(seconds)
+            run.measuring, result.seconds = False, monotonic() - began
         run.stopping = True
-        deadline = monotonic() + 30
+        deadline = monotonic() + LAST_ANSWERS_S
         while run.left > 0 and monotonic() < deadline:
             await asyncio.sleep(0.02)
+        result.errors += run.left
+        gc.unfreeze()
     return result

@@ -23,8 +23,8 @@ from soma.controlplane.v1.tenant_service_pb2_grpc import TenantServiceStub
 from soma_common.embedded.postgres import PostgresConfig, PostgresServer
 from soma_common.grpc.channel import open_channel
 from somastack.home import Home
-from somastack.state import Phase, StackState
 from somastack.layout import Layout, is_taken
+from somastack.state import Phase, StackState
 
 TENANT = "bench"
 CHANNEL = "load"

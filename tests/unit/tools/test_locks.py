@@ -42,7 +42,12 @@ def test_development_runs_what_services_run() -> None:
 def test_every_requirement_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert asked_for(project["project"]["dependencies"]) <= pins(RUNTIME).keys()
-    assert asked_for(project["dependency-groups"]["dev"]) <= pins(DEV).keys()
+    for group in project["dependency-groups"].values():
+        assert asked_for(group) <= pins(DEV).keys()
+
+
+def test_services_do_not_install_what_draws_plots() -> None:
+    assert not {"matplotlib", "numpy"} & pins(RUNTIME).keys()
 
 
 def test_stubs_are_generated_by_the_grpc_that_runs_them() -> None:
