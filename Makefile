@@ -58,6 +58,10 @@ $(LEVELS): setup
 bench: setup ## Measure: turns per second, latencies, CPU, memory, beside the machine's own limits
 	$(RUN) -m tests.bench $(ARGS)
 
+.PHONY: bench-peers
+bench-peers: setup ## The same turn on Restate, DBOS and two FastAPI apps beside ours (.peers holds them; ARGS=--quick)
+	GRPC_ENABLE_FORK_SUPPORT=0 $(RUN) -m tests.peers $(ARGS)
+
 .PHONY: soak
 soak: setup ## The longer chaos tests, then hours of seeded random faults under load, invariants checked (ARGS="--minutes 60 --replay SEED")
 	$(RUN) -m pytest tests/chaos -m soak

@@ -1,0 +1,1 @@
+"""The peers' applications. They run in .peers, the peers' own environment: nothing of the product is imported here."""
