@@ -32,6 +32,7 @@ from soma_common.testing.eventually import eventually
 from tests.contract.test_method_rules import METHODS
 from tests.e2e.record import Record, answer
 from tests.e2e.stack import ECHO, Stack
+from tests.streams import write
 
 VICTIM, STRANGER = "demo", "acme"
 
@@ -199,7 +200,7 @@ async def _first_answer(channel: grpc.aio.Channel, path: str, method: MethodDesc
     call: Any
     if method.client_streaming:
         call = channel.stream_stream(path)(timeout=10)
-        await call.write(data)
+        await write(call, data)
         await call.read()
     elif method.server_streaming:
         call = channel.unary_stream(path)

@@ -23,6 +23,7 @@ from soma_common.errors import DOMAIN, STATUS_DETAILS_KEY, SomaError, from_proto
 from soma_common.testing.eventually import eventually
 from tests.e2e.record import Record, answer
 from tests.e2e.stack import ECHO, WITNESS, Stack
+from tests.streams import write
 
 REFUSED: dict[str, tuple[InboundMessage, "ErrorReason.ValueType"]] = {
     "U+0000": (InboundMessage(message=text_message("a\0b")), ErrorReason.ERROR_REASON_CONTENT_INVALID),
@@ -219,7 +220,7 @@ async def _stream_error(stack: Stack, *frames: ConnectRequest) -> SomaError:
     async with stack.channels() as gateway:
         call = gateway.Connect()
         for frame in frames:
-            await call.write(frame)
+            await write(call, frame)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await asyncio.wait_for(_read_to_the_end(call), 10)
     return from_rpc_error(raised.value)

@@ -18,6 +18,8 @@ from soma.common.v1 import message_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
 from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
 
+from tests.streams import write
+
 WAIT_S = 10.0
 
 
@@ -78,8 +80,9 @@ class ScriptedRouter:
         return self.frames[0].welcome
 
     async def send(self, frame: cognition.RunTurnsRequest) -> None:
+        """Sends a frame, unless the brain has ended the stream: `error` says why it did."""
         async with self._writing:  # a gRPC stream takes one write at a time
-            await self._call.write(frame)
+            await write(self._call, frame)
 
     async def start(self, *starts: cognition.StartTurn) -> None:
         await self.send(cognition.RunTurnsRequest(starts=starts))
@@ -136,7 +139,7 @@ class ScriptedRouter:
         return whole
 
     async def _beat(self) -> None:
-        while True:
+        while not self.over.is_set():
             await asyncio.sleep(self.welcome.heartbeat_ms / 1000)
             if not self.frozen:
                 await self.send(cognition.RunTurnsRequest(heartbeat=True))

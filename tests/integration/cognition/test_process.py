@@ -61,7 +61,8 @@ async def test_it_answers_and_ends_in_order_on_sigterm(tmp_path: Path) -> None:
             assert router.welcome.brain.startswith("cognition-7-")
             await router.start(stories.start("hello", model="offline/assistant"))
             assert "offline" in answer_of(await router.ending())
-            await router.start(stories.start("slow", turn_id=bytes(16), model="echo/delay-60000-60000"))
+            await router.start(stories.start("slow", turn_id=bytes(16), model="echo/words-1000x100ms"))
+            await router.until(lambda: any(text.turn_id == bytes(16) for text in router.texts))
             process.send_signal(signal.SIGTERM)
             await router.over.wait()
             assert router.error is None

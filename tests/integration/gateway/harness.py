@@ -42,6 +42,7 @@ from soma_common.nats.lanes import stream_name
 from soma_common.testing.auth import Identities
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
+from tests.streams import write
 
 if TYPE_CHECKING:
     from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceAsyncStub
@@ -215,7 +216,8 @@ class Adapter:
             await eventually(lambda: self.frames or self.ended)
 
     async def send(self, frame: ConnectRequest) -> None:
-        await self.call.write(frame)
+        """Sends a frame, unless the gateway has ended the stream: `error` says why it did."""
+        await write(self.call, frame)
 
     async def say(self, *refs: int, session: str = "s", text: str = "hi", key: str | None = None) -> None:
         await self.send(ConnectRequest(messages=[inbound(ref, session, text, key=key or f"k{ref}") for ref in refs]))
