@@ -4,7 +4,8 @@
     python -m tools.gates lint types        # some of them
     python -m tools.gates unit -- -k cursor # one level; what follows `--` goes to pytest
 
-A failing gate does not hide the next one; FAIL_FAST=1 stops at the first. The last line counts tests as pytest does.
+A failing gate does not hide the next one; FAIL_FAST=1 stops at the first. Failing tests are named once more at the end,
+each with what it found wrong. The last line counts tests as pytest does.
 In a whole run, checks that only compute run aside, beside tests that mostly wait; what measures times runs alone.
 The whole run has a time limit (TEST_LIMIT_S, seconds): a stage that hangs is ended with everything it started.
 """
@@ -30,6 +31,7 @@ PYTHON = sys.executable
 DEFAULT_LIMIT_S = 24 * 60
 STOP_GRACE_S = 15
 NO_TESTS_COLLECTED = 5  # pytest's exit code
+TOLD_LINES = 40  # of each failing test, at the end
 
 # The others measure times of the running stack: instrumented code would be another, slower product.
 MEASURED_LEVELS = ("unit", "contract", "integration")
@@ -131,11 +133,11 @@ def _tests(*, measured: bool) -> Iterator[Stage]:
     parts = [f"tests/integration/{part}" for part in LONG_PARTS]
     yield _level("integration", "integration-long", parts, aside=True, coverage=True)
     yield _level("integration", "integration", ["tests/integration", *others], coverage=True)
+    for level in LEVELS[len(MEASURED_LEVELS) :]:
+        yield replace(_level(level), after_aside=True)
     data = [str(_coverage(name)) for name in ("unit", "contract", "integration-long", "integration")]
     yield Stage("coverage", "coverage: all parts", ("coverage", "combine", *data), after_aside=True)
     yield Stage("coverage", "coverage so far", ("coverage", "report"), needs=REPORTS / "coverage")
-    for level in LEVELS[len(MEASURED_LEVELS) :]:
-        yield replace(_level(level), after_aside=True)
 
 
 def _level(
@@ -246,8 +248,14 @@ def _summarize(results: list[Result], seconds: float) -> None:
     for result in results:
         again = f"   again: make {result.stage.gate}" if _bad(result) else ""
         _say(f"  {result.outcome.value:8} {result.seconds:7.1f} s  {result.stage.what}{again}")
+    levels = [result.stage.level for result in results if result.stage.level]
+    failures = [failure for level in levels for failure in _failures(_report(level))]
+    if failures:
+        _say("\n== failing tests")
+    for test, told in failures:
+        _say("\n".join([test, *told]))
     tests = sum((result.tests for result in results), Counter[str]())
-    if any(result.stage.level for result in results):
+    if levels:
         order = ("failed", "passed", "skipped", "errors")
         counts = ", ".join(f"{tests[word]} {word}" for word in order if tests[word]) or "no tests ran"
         _say(f"==================== {counts} in {seconds:.2f}s ====================")
@@ -264,6 +272,22 @@ def _count(report: Path) -> Counter[str]:
         skipped = int(suite.get("skipped", 0))
         counts.update(bad, skipped=skipped, passed=int(suite.get("tests", 0)) - sum(bad.values()) - skipped)
     return counts
+
+
+def _failures(report: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each test that failed, by pytest's JUnit report, and what it found wrong."""
+    if not report.exists():
+        return
+    for case in ET.parse(report).getroot().iter("testcase"):
+        for problem in [*case.iterfind("failure"), *case.iterfind("error")]:
+            said = (problem.text or problem.get("message", "")).splitlines()
+            found = [line for line in said if line.startswith("E ")] or said
+            yield f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", _shortened(found)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    half = TOLD_LINES // 2
+    return lines if len(lines) <= TOLD_LINES else [*lines[:half], "...", *lines[-half:]]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
