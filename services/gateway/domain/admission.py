@@ -31,6 +31,12 @@ SERVED_POLICIES: Final = frozenset(ArrivalPolicy.values())
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _INVALID: Final = ErrorReason.ERROR_REASON_INVALID_REQUEST
+# A look-up in a generated enum costs about as much as a digest, so what each message needs is looked up once.
+_USER: Final = Role.ROLE_USER
+_NO_ROLE: Final = Role.ROLE_UNSPECIFIED
+_CHANNEL_ROLES: Final = frozenset((_NO_ROLE, _USER))
+_MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
+_CANCEL: Final = InboundKind.INBOUND_KIND_CANCEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ def admit_message(submission: Submission, message: Message, *, max_content_bytes
     if submission.policy not in SERVED_POLICIES:
         raise Refused(_INVALID, "policy: not one of this release; send one of them or leave it unset")
     content = _content(message, max_content_bytes)
-    return _inbound(submission, InboundKind.INBOUND_KIND_MESSAGE, content, ids.content_hash(content), now_ms)
+    return _inbound(submission, _MESSAGE, content, ids.content_hash(content), now_ms)
 
 
 def admit_cancel(submission: Submission, turn_id: bytes, *, now_ms: int) -> Inbound:
@@ -76,7 +82,7 @@ def admit_cancel(submission: Submission, turn_id: bytes, *, now_ms: int) -> Inbo
     _check_key(submission)
     if turn_id and len(turn_id) != ids.ID_BYTES:
         raise Refused(_INVALID, f"turn_id: {len(turn_id)} bytes; a turn id has {ids.ID_BYTES}, or leave it empty")
-    inbound = _inbound(submission, InboundKind.INBOUND_KIND_CANCEL, b"", ids.content_hash(b"cancel" + turn_id), now_ms)
+    inbound = _inbound(submission, _CANCEL, b"", ids.content_hash(b"cancel" + turn_id), now_ms)
     inbound.cancel_turn_id = turn_id
     return inbound
 
@@ -87,8 +93,8 @@ def stored_content(message: Message) -> bytes:
     Raises:
         Refused: it is nested too deeply.
     """
-    if message.role == Role.ROLE_UNSPECIFIED:
-        message.role = Role.ROLE_USER
+    if message.role == _NO_ROLE:
+        message.role = _USER
     try:
         return message.SerializeToString(deterministic=True)
     except EncodeError as error:
@@ -137,9 +143,10 @@ def _check_key(submission: Submission) -> None:
 
 def _content(message: Message, max_bytes: int) -> bytes:
     """Checks the message and serializes it."""
-    if message.role not in (Role.ROLE_UNSPECIFIED, Role.ROLE_USER):
+    if message.role not in _CHANNEL_ROLES:
         raise Refused(_INVALID, "message.role: a channel speaks as ROLE_USER; send that or leave it unset")
-    if not message.parts or all(_is_empty(part) for part in message.parts):
+    kinds = [part.WhichOneof("content") for part in message.parts]
+    if not any(_says(part, kind) for part, kind in zip(message.parts, kinds, strict=True)):
         raise Refused(ErrorReason.ERROR_REASON_CONTENT_EMPTY, "message.parts: nothing is said; send at least one part")
     content = stored_content(message)
     if len(content) > max_bytes:
@@ -148,25 +155,21 @@ def _content(message: Message, max_bytes: int) -> bytes:
             f"message: {len(content)} bytes; at most {max_bytes}: send big content as a file reference",
             metadata={"max_content_bytes": str(max_bytes)},
         )
-    _check_structure(message)
+    if kinds.count("text") < len(kinds) or len(kinds) > MAX_PARTS or len(message.metadata) > MAX_METADATA:
+        _validate(message)
     # A zero byte is rare and harmless outside a text, so the texts are looked at only when there is one.
     if b"\0" in content and any("\0" in text for text in _texts(message)):
         raise Refused(ErrorReason.ERROR_REASON_CONTENT_INVALID, "message: a text holds U+0000; remove it")
     return content
 
 
-def _is_empty(part: Part) -> bool:
-    kind = part.WhichOneof("content")
-    return kind is None or (kind == "text" and not part.text)
+def _says(part: Part, kind: str | None) -> bool:
+    """Whether a part holds anything."""
+    return bool(part.text) if kind == "text" else kind is not None
 
 
-def _check_structure(message: Message) -> None:
-    if (
-        all(part.WhichOneof("content") == "text" for part in message.parts)
-        and len(message.parts) <= MAX_PARTS
-        and len(message.metadata) <= MAX_METADATA
-    ):
-        return
+def _validate(message: Message) -> None:
+    """The contract's rules, for all but a few parts of plain text."""
     try:
         protovalidate.validate(message)
     except protovalidate.ValidationError as error:
