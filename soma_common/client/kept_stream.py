@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,7 +61,8 @@ class KeptStream:
     def __init__(self, channel: grpc.aio.Channel, traffic: Traffic) -> None:
         self._stub = ChannelServiceStub(channel)
         self._traffic = traffic
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._woken = False
         self._heard_at = self._wrote_at = 0.0
         self._silent = False
         self.number = 0
@@ -76,7 +76,9 @@ class KeptStream:
 
     def wake(self) -> None:
         """There may be something to send, or a reason to close."""
-        self._wake.set()
+        self._woken = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def run(self) -> None:
         """Keeps a stream until `closing` or refused for good."""
@@ -142,8 +144,10 @@ class KeptStream:
         """
         interval = welcome.heartbeat_ms / 1000
         loop = asyncio.get_running_loop()
+        clock = _Wakeups(loop, interval, lambda: self._wrote_at, self.wake)
         try:
             while True:
+                self._woken = False
                 frame = self._traffic.next_frame(welcome)
                 if frame is None:
                     if self.closing or self._traffic.finished():
@@ -154,19 +158,54 @@ class KeptStream:
                         call.cancel()
                         return
                     if loop.time() - self._wrote_at < interval:
-                        await self._sleep_until(self._wrote_at + interval)
+                        await self._news()
                         continue
                     frame = ConnectRequest(heartbeat=True)
                 await call.write(frame)
                 self._wrote_at = loop.time()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             _log.debug("channel_client.write_failed", error=repr(error))  # the reader learns how the stream ended
+        finally:
+            clock.cancel()
 
-    async def _sleep_until(self, when: float) -> None:
-        self._wake.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(when):
-                await self._wake.wait()
+    async def _news(self) -> None:
+        """Returns when `wake` was called since the last look at what there is to send."""
+        if self._woken:
+            return
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class _Wakeups:
+    """Wakes a writer that has been idle for an interval. One timer for the stream's life: one for each time the writer
+    waits costs more than the frame that ends the wait.
+    """
+
+    __slots__ = ("_active_at", "_interval", "_loop", "_timer", "_wake")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        interval_s: float,
+        active_at: Callable[[], float],
+        wake: Callable[[], None],
+    ) -> None:
+        """`active_at` returns when the writer last wrote, by the loop's clock."""
+        self._loop, self._interval, self._active_at, self._wake = loop, interval_s, active_at, wake
+        self._timer = loop.call_later(interval_s, self._due)
+
+    def cancel(self) -> None:
+        """Wakes nobody any more."""
+        self._timer.cancel()
+
+    def _due(self) -> None:
+        now = self._loop.time()
+        due = self._active_at() + self._interval
+        self._timer = self._loop.call_at(due if due > now else now + self._interval, self._due)
+        self._wake()
 
 
 def _unavailable(message: str) -> Unavailable:
