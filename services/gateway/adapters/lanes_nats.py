@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Final
 
@@ -11,13 +12,14 @@ import structlog
 from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.api import Header
-from nats.js.errors import APIError, NoStreamResponseError
+from nats.js.errors import APIError
 from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.gateway.application.ports import BatchUnacceptable, BusSilent, LaneFull
 from soma_common.layout import BATCH_FORMAT, LaneLayout
 from soma_common.nats import subjects
 from soma_common.nats.lanes import ensure_lanes
+from soma_common.nats.requests import Requests
 from soma_common.telemetry import spans
 
 BOUND_REACHED: Final = 10077
@@ -35,6 +37,7 @@ class NatsLanes:
         """`tenant_bound`: batches of one tenant in one lane, for lanes that are made here."""
         self._nc = nc
         self._js: JetStreamContext = nc.jetstream()
+        self._requests = Requests(nc)
         self._layout = layout
         self._tenant_bound = tenant_bound
 
@@ -58,13 +61,14 @@ class NatsLanes:
         if spans.watched:
             spans.stage("gateway.gather", (item.message_id for item in items))
         try:
-            stored = await self._js.publish(
-                subjects.inbound(tenant, lane), payload, timeout=timeout_s, headers={Header.MSG_ID: batch_id}
+            answer = await self._requests.request(
+                subjects.inbound(tenant, lane), payload, timeout_s, {Header.MSG_ID: batch_id}
             )
+            place = _place(answer.data)
             if spans.watched:
                 spans.stage("gateway.store", (item.message_id for item in items))
-            return stored.seq
-        except NoStreamResponseError:
+            return place
+        except nats.errors.NoRespondersError:
             await self._make_lanes()
             raise BusSilent from None
         except APIError as error:
@@ -81,6 +85,14 @@ class NatsLanes:
                 await self.ensure()
         except (nats.errors.Error, APIError, OSError, TimeoutError) as error:
             _log.warning("lanes.unavailable", error=repr(error))
+
+
+def _place(answer: bytes) -> int:
+    """The sequence that JetStream's answer to a publish names. Raises APIError when it names an error instead."""
+    said = json.loads(answer)
+    if "error" in said:
+        raise APIError.from_error(said["error"])
+    return int(said["seq"])
 
 
 def _translated(error: APIError, tenant_bound: int) -> Exception:
