@@ -22,7 +22,7 @@ async def eventually(
 
 
 async def eventually(
-    predicate: Callable[[], Any], timeout_s: float = 5.0, what: str = "", interval_s: float = 0.02
+    predicate: Callable[[], Any], timeout_s: float = 15.0, what: str = "", interval_s: float = 0.02
 ) -> Any:
     """Return the first true result of `predicate` (plain or async), asked every `interval_s` seconds.
 

@@ -44,6 +44,7 @@ from soma_common.testing.watched import watched_violations
 from tests.chaos.controls import Controls
 from tests.chaos.stack import CHARGE, CLERK, ECHO, SLOW, TENANTS, FaultyStack
 from tests.chaos.watchers import Watchers
+from tests.stalls import Stalls
 
 if TYPE_CHECKING:
     from soma.router.v1.turn_service_pb2_grpc import TurnServiceAsyncStub
@@ -107,6 +108,9 @@ class Load:
         """When receipts came (monotonic)."""
         self.drain_s = 0.0
         """How long the last open message took to be answered after the last was sent."""
+        self.drain_stalled_s = 0.0
+        """How much of that the machine stood still."""
+        self.stalls = Stalls()
         self.repeated = 0
         """Deliveries that came to a second adapter instance after the first one had them."""
         self.resent = 0
@@ -128,6 +132,7 @@ class Load:
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        await self._exit.enter_async_context(self.stalls)
         for tenant in self.tenants:
             await self.connect(tenant)
         for name in self._names():
@@ -193,7 +198,7 @@ class Load:
 
     # ---- watching
 
-    async def flows(self, each: int = 3, timeout_s: float = 20.0) -> None:
+    async def flows(self, each: int = 3, timeout_s: float = 45.0) -> None:
         """Wait until every partition has had so many more outcomes from now on."""
         before = {partition: len(self.arrivals[partition]) for partition in self.partitions}
 
@@ -260,6 +265,7 @@ class Load:
         with suppress(AssertionError):  # The checker names what is not answered.
             await eventually(lambda: not self.story.unanswered(), answered_within_s)
         self.drain_s = time.monotonic() - stopped_at
+        self.drain_stalled_s = self.stalls.since(stopped_at)
         await self.watchers.finish()
         await asyncio.sleep(0.3)  # What comes twice or too late comes now.
         return self.story.violations() + await self._journal_problems()

@@ -251,7 +251,9 @@ class FaultyStack:
         async with asyncio.timeout(READY_TIMEOUT_S):
             await process.ended()
         died_at = time.monotonic()
-        await eventually(lambda: len(self.logged(part, "failpoint.hit")) > before, 2, f"{part} says it reached {point}")
+        await eventually(
+            lambda: len(self.logged(part, "failpoint.hit")) > before, 10, f"{part} says it reached {point}"
+        )
         return died_at
 
     # ---- life

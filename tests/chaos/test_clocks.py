@@ -44,7 +44,7 @@ async def jumping() -> AsyncIterator[FaultyStack]:
 async def test_the_clocks_of_some_processes_jump(jumping: FaultyStack) -> None:
     database = await jumping.database()
     async with Load(jumping, ERRANDS) as load:
-        await eventually(lambda: _both_own(jumping), 20, "two routers with four partitions each", interval_s=0.1)
+        await eventually(lambda: _both_own(jumping), 45, "two routers with four partitions each", interval_s=0.1)
         await load.flows(each=1)
         owners, taken = await database.fetchval(_OWNERS), await _taken(jumping)
         # In the end they are right again: a server whose clock is behind refuses new tokens, as it should.

@@ -57,7 +57,7 @@ async def test_a_router_that_stops_hands_its_partitions_over(fleet: FaultyStack)
             await load.flows(each=2)
             taken = _taken_since(fleet, [other for other in ROUTERS if other != router], asked_at)
             assert taken.keys() == owned, "all of them and nothing else moved"
-            handovers.append(max(taken.values()))
+            handovers.append(max(taken.values()) - load.stalls.since(asked_at, asked_at + max(taken.values())))
             seen_s = load.silence(asked_at)
             print(f"handover of {len(owned)} partitions: {max(taken.values()):.3f} s, seen by clients: {seen_s:.3f} s")
             await fleet.is_up(router)
@@ -88,6 +88,8 @@ async def test_a_router_that_comes_back_at_once_moves_partitions_once(fleet: Fau
 async def test_a_model_call_under_way_is_repeated_once_and_announced(fleet: FaultyStack) -> None:
     """Its router stops in the middle of an answer: the turn goes on elsewhere, and its watchers are told."""
     await _spread(fleet, ROUTERS)
+    session = SessionName("demo", CLERK, "long", "long")
+    owner = (await _owners(fleet))[ids.partition_of(session.id, PARTITIONS)]
     seen: list[LiveEvent] = []
     outcomes: list[Delivery] = []
     calls = len(fleet.model.calls)
@@ -97,10 +99,8 @@ async def test_a_model_call_under_way_is_repeated_once_and_announced(fleet: Faul
     ) as client:  # fmt: skip
         await client.send(CLERK, "long", "a long answer")
         await eventually(lambda: any(event.HasField("text") for event in seen), 10, "the first words")
-        session = SessionName("demo", CLERK, "long", "long")
-        owner = (await _owners(fleet))[ids.partition_of(session.id, PARTITIONS)]
         await fleet.terminate(owner)
-        await eventually(lambda: bool(outcomes), 15, "the outcome")
+        await eventually(lambda: bool(outcomes), 30, "the outcome")
         await asyncio.sleep(0.3)  # a second one would come now
         assert ["".join(part.text for part in outcome.message.parts) for outcome in outcomes] == [LONG_ANSWER]
         made = [(call.step, call.dispatch) for call in fleet.model.calls[calls:]]
@@ -183,7 +183,7 @@ async def _spread(stack: FaultyStack, routers: Sequence[str]) -> None:
         counts = [owners.count(router) for router in routers]
         return sum(counts) == PARTITIONS and max(counts) - min(counts) <= 1
 
-    await eventually(even, 20, "partitions are spread evenly", interval_s=0.1)
+    await eventually(even, 45, "partitions are spread evenly", interval_s=0.1)
 
 
 def _taken_since(stack: FaultyStack, routers: Sequence[str], since: float) -> dict[int, float]:

@@ -34,6 +34,6 @@ async def test_a_seed_is_a_plan() -> None:
 @pytest.mark.parametrize("guard", QUICK)
 async def test_what_breaks_without_a_guard_is_noticed(guard: str) -> None:
     experiment = next(each for each in EXPERIMENTS if each.guards == guard)
-    found = await try_out(experiment, within_s=60)
+    found = await try_out(experiment, within_s=150)
     print(f"\nWITHOUT {found.row()}")
     assert found.violation

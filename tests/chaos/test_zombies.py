@@ -21,7 +21,15 @@ from soma_common.testing.eventually import eventually
 from tests.chaos.load import Load, Mix
 from tests.chaos.report import Recoveries
 from tests.chaos.stack import FaultyStack
-from tests.chaos.witness import CommitWitness, Speech, commit_witness, speech_witness, terms_that_came_back
+from tests.chaos.witness import (
+    CommitWitness,
+    Speech,
+    commit_witness,
+    speech_witness,
+    terms_that_came_back,
+    zombies_words,
+)
+from tests.stalls import Stalls
 
 ERRANDS = Mix(echo=8, slow=4, clerk=4)
 ROUTER, OTHER_ROUTER, BRAIN = "router-0", "router-1", "cognition-0"
@@ -74,8 +82,8 @@ class Eyes:
 async def watched(pairs: FaultyStack) -> AsyncIterator[Eyes]:
     """Conversations, and everything that routers do, from here to the end of the block."""
     locks = CommitWitness(await pairs.database())
-    async with commit_witness(pairs) as database, speech_witness(pairs) as speech:
-        watching = asyncio.create_task(locks.watch_locks("router-_", 60.0))
+    async with commit_witness(pairs) as database, speech_witness(pairs) as speech, Stalls() as stalls:
+        watching = asyncio.create_task(locks.watch_locks("router-_", 60.0, stalls))
         try:
             async with Load(pairs, ERRANDS) as load:
                 yield Eyes(pairs, load, database, speech, locks)
@@ -108,7 +116,7 @@ async def test_router_while_the_database_works_for_it(pairs: FaultyStack, connec
             await looking.execute(_HOLD_COMMITS if connection == "writer" else _HOLD_COMMITS + _HOLD_BEATS)
             name = f"{ROUTER} {connection}"
             await looking.execute("INSERT INTO witness.held VALUES ($1, $2)", name, IN_COMMIT_S)
-            await eventually(lambda: looking.fetchval(_IS_HELD, name), 10, "it is in the statement", interval_s=0.01)
+            await eventually(lambda: looking.fetchval(_IS_HELD, name), 20, "it is in the statement", interval_s=0.01)
             frozen_at = pairs.freeze(ROUTER)
             await looking.execute("TRUNCATE witness.held")
             await _replaced_and_woken(eyes, f"SIGSTOP within a statement of its {connection}", frozen_at)
@@ -127,7 +135,7 @@ async def test_brain(pairs: FaultyStack, point: str, at: int) -> None:
     await _both_work(pairs)
     async with Load(pairs, ERRANDS) as load:
         frozen_at = await _is_frozen(pairs, BRAIN)
-        await eventually(lambda: _says(pairs, BRAINS, 1.0), 10, "both routers have noticed")
+        await eventually(lambda: _says(pairs, BRAINS, 1.0), 20, "both routers have noticed")
         await load.flows(each=2)
         recoveries.add(load, frozen_at)
         pairs.thaw(BRAIN)
@@ -143,7 +151,7 @@ async def _replaced_and_woken(eyes: Eyes, fault: str, frozen_at: float) -> None:
     """From the freeze to the end: taken over and answered meanwhile, awake and fenced off, of use again."""
     stack, load = eyes.stack, eyes.load
     recoveries = Recoveries(fault, 5.0)
-    await eventually(lambda: _owns_everything(stack), 10, "the other one owns everything")
+    await eventually(lambda: _owns_everything(stack), 20, "the other one owns everything")
     await load.flows(each=2)
     recoveries.add(load, frozen_at)
     woken_at = time.time()
@@ -153,9 +161,8 @@ async def _replaced_and_woken(eyes: Eyes, fault: str, frozen_at: float) -> None:
 
     commits = await eyes.database.commits()
     assert not terms_that_came_back(commits)
-    back_at = min(c.at for c in commits if c.writer.startswith(f"{ROUTER} ") and c.at > woken_at)
-    said = [entry for entry in eyes.speech.batches.get(ROUTER, []) if woken_at < entry[0] < back_at]
-    # What was behind its last look at the lease, in its hand or in the socket's buffer, goes out on waking up.
+    said = zombies_words(commits, eyes.speech, ROUTER, woken_at)
+    print(f"said on waking up: {said}")
     assert len(said) <= len(load.tenants), f"it held nothing yet, and said {said} (woken at {woken_at})"
     await recoveries.hold(load)
     print(f"longest lock of a router: {eyes.locks.longest_lock_s:.3f} s")
@@ -166,7 +173,7 @@ async def _replaced_and_woken(eyes: Eyes, fault: str, frozen_at: float) -> None:
 async def _is_frozen(stack: FaultyStack, part: str) -> float:
     """Wait until a part has stopped itself; returns the moment (monotonic)."""
     pid = stack.process(part).pid
-    await eventually(lambda: _state(pid) == "T", 20, f"{part} stops itself", interval_s=0.02)
+    await eventually(lambda: _state(pid) == "T", 45, f"{part} stops itself", interval_s=0.02)
     return time.monotonic()
 
 
@@ -184,7 +191,7 @@ async def _both_work(stack: FaultyStack) -> None:
     async def all_is_even() -> bool:
         return await _says(stack, OWNED, 4.0) and await _says(stack, BRAINS, 2.0)
 
-    await eventually(all_is_even, 20, "two routers with four partitions and two brains each", interval_s=0.1)
+    await eventually(all_is_even, 45, "two routers with four partitions and two brains each", interval_s=0.1)
 
 
 async def _says(stack: FaultyStack, metric: str, value: float) -> bool:

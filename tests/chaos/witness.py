@@ -16,6 +16,7 @@ from soma.router.v1.outbound_pb2 import OutBatch
 from soma_common.nats.connection import connect_nats
 from somastack.parts import NatsPart
 from tests.chaos.stack import FaultyStack
+from tests.stalls import Stalls
 
 _COMMIT_WITNESS: Final = """
 CREATE SCHEMA IF NOT EXISTS witness;
@@ -65,11 +66,14 @@ class CommitWitness:
         rows = await self._connection.fetch("SELECT at, partition, term, writer FROM witness.commits ORDER BY number")
         return [Commit(row["at"], row["partition"], str(row["term"]), row["writer"]) for row in rows]
 
-    async def watch_locks(self, router: str, seconds: float) -> None:
-        """Look ten times a second for how long the connections of a router have held a lock."""
+    async def watch_locks(self, router: str, seconds: float, stalls: Stalls) -> None:
+        """Look ten times a second for how long the connections of a router have held a lock, but for the time in which
+        the machine stood still.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             held_s = float(await self._connection.fetchval(_LONGEST_TRANSACTION, f"{router} %"))
+            held_s -= stalls.since(time.monotonic() - held_s)
             self.longest_lock_s = max(self.longest_lock_s, held_s)
             await asyncio.sleep(0.1)
 
@@ -112,6 +116,15 @@ async def speech_witness(stack: FaultyStack) -> AsyncIterator[Speech]:
         yield speech
     finally:
         await client.close()
+
+
+def zombies_words(commits: list[Commit], speech: Speech, router: str, woken_at: float) -> list[tuple[float, int, int]]:
+    """What a router that was frozen and replaced said from its waking up (seconds since the epoch) to the moment at
+    which it held a partition again. That may be what was behind its last look at the lease when it froze, in its hand
+    or in the socket's buffer: a batch for each tenant.
+    """
+    back_at = min(c.at for c in commits if c.writer.startswith(f"{router} ") and c.at > woken_at)
+    return [entry for entry in speech.batches.get(router, []) if woken_at < entry[0] < back_at]
 
 
 def terms_that_came_back(commits: list[Commit]) -> list[Commit]:

@@ -35,9 +35,9 @@ from soma_common.grpc.channel import open_channel
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.testing.auth import Identities
 from soma_common.testing.embedded import Database
-from soma_common.testing.eventually import eventually
 from tests.integration.controlplane.conftest import Caller, Plane, refused
 from tests.integration.controlplane.test_process import running_process
+from tests.stalls import Stalls
 
 TENANT, AGENT = "tenants/demo", "tenants/demo/agents/helper"
 
@@ -183,7 +183,7 @@ async def test_the_feed_carries_a_pause_within_a_second(admin: Caller, plane: Pl
     await admin.tenant()
     await admin.agent(debounce_ms=20, max_running_turns=2)
     token = plane.identities.bearer("router-0", "*", ["service"])
-    async with open_channel(plane.target, token=token, service="controlplane") as channel:
+    async with Stalls() as stalls, open_channel(plane.target, token=token, service="controlplane") as channel:
         feed = ConfigFeed(channel, "router-0")
         task = asyncio.create_task(feed.run())
         try:
@@ -192,11 +192,11 @@ async def test_the_feed_carries_a_pause_within_a_second(admin: Caller, plane: Pl
             assert known is not None
             assert (known.spec.debounce_ms, known.spec.max_running_turns, known.paused) == (20, 2, False)
             paused = (await admin.agents.PauseAgent(PauseAgentRequest(name=AGENT))).agent
-            await eventually(lambda: feed.agent("demo", "helper") == paused, 1.0)
+            await stalls.within(1.0, lambda: feed.agent("demo", "helper") == paused)
             held = (await admin.tenants.PauseTenant(PauseTenantRequest(name=TENANT))).tenant
-            await eventually(lambda: feed.tenant("demo") == held, 1.0)
+            await stalls.within(1.0, lambda: feed.tenant("demo") == held)
             resumed = (await admin.tenants.ResumeTenant(ResumeTenantRequest(name=TENANT))).tenant
-            await eventually(lambda: feed.tenant("demo") == resumed, 1.0)
+            await stalls.within(1.0, lambda: feed.tenant("demo") == resumed)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

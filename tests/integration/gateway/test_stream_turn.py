@@ -350,7 +350,7 @@ async def test_a_refused_message_ends_the_call_that_waits_for_its_fate(world: Wo
 async def test_a_fate_that_is_not_known_in_time_says_that_the_message_is_stored(world: World) -> None:
     stub = await world.stub(await world.gateway())
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await _send_and_wait(stub, timeout_s=1.0)
+        await _send_and_wait(stub, timeout_s=2.0)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert errors.from_rpc_error(caught.value).metadata["message_id"] == MESSAGE.hex()
     assert len(await world.router.stored()) == 1

@@ -37,6 +37,7 @@ from soma_common.nats.connection import connect_nats
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
 from tests.integration.router.store import Store, step
+from tests.stalls import Stalls
 from tests.unit.router.builders import AGENT, CHANNEL, PARTITIONS, TENANT, inbound
 
 SESSION = SessionName(TENANT, AGENT, CHANNEL, "s")
@@ -161,7 +162,11 @@ async def test_watchers_find_the_next_owner_by_its_announcement(store: Store, na
     """The new owner knows of no interest; it tells of the new dispatch all the same, and the watcher asks it."""
     partition = await store.take(PARTITION)
     _, turn = await store.started(partition, inbound(), 1)
-    async with running(nats_server, store, "router-0", "router-1") as (old, new), a_hub(nats_server) as hub:
+    async with (
+        Stalls() as stalls,
+        running(nats_server, store, "router-0", "router-1") as (old, new),
+        a_hub(nats_server) as hub,
+    ):
         old.owns(partition, turn)
         turn.text, turn.text_length = ["of the dead"], 11
         events: list[LiveEvent] = []
@@ -173,14 +178,14 @@ async def test_watchers_find_the_next_owner_by_its_announcement(store: Store, na
             new.owns(partition, turn)
             new.desk.restarted(turn)
             new.desk.state(turn)
-            await eventually(lambda: any(event.HasField("restarted") for event in events), 1.0)
-            await eventually(lambda: turn.session.id in new.desk._interest, 1.0)
+            await stalls.within(1.0, lambda: any(event.HasField("restarted") for event in events))
+            await stalls.within(1.0, lambda: turn.session.id in new.desk._interest)
             for offset, said in enumerate("living"):
                 turn.text.append(said)
                 turn.text_length += 1
                 new.desk.text(turn, offset, said)
             again = next(n for n, event in enumerate(events) if event.HasField("restarted"))
-            await eventually(lambda: texts(events[again:]) == {1: "living"}, 1.0)
+            await stalls.within(1.0, lambda: texts(events[again:]) == {1: "living"})
             reading.cancel()
 
 

@@ -80,7 +80,7 @@ async def test_the_first_copy_counts_when_it_is_complete(running: Running) -> No
     assert not running.feed.ready.is_set()
     assert running.feed.tenant("demo") is None
     await watch.put(WatchConfigResponse(snapshot=True, complete=True, version=7))
-    await asyncio.wait_for(running.feed.ready.wait(), 2)
+    await asyncio.wait_for(running.feed.ready.wait(), 15)
     assert running.feed.tenant("demo") == DEMO
     assert running.feed.agent("demo", "assistant") == ASSISTANT
     assert running.feed.agent("other", "assistant") is None
@@ -103,7 +103,7 @@ async def test_changes_and_deletions_follow(running: Running) -> None:
 async def test_the_last_copy_stays_until_the_next_is_complete(running: Running) -> None:
     first = await running.controlplane.watched(1)
     await first.put(WatchConfigResponse(snapshot=True, complete=True, tenants=[DEMO], version=1))
-    await asyncio.wait_for(running.feed.ready.wait(), 2)
+    await asyncio.wait_for(running.feed.ready.wait(), 15)
     await first.put(None)
     second = await running.controlplane.watched(2)
     assert running.feed.tenant("demo") == DEMO

@@ -30,6 +30,7 @@ from soma_common.telemetry.metrics import REGISTRY
 from soma_common.testing.auth import Identities
 from soma_common.testing.eventually import eventually
 from tests.integration.soma_common.conftest import TURN, Stack
+from tests.streams import write
 
 DEMO = ListToolsRequest(parent="tenants/demo")
 
@@ -78,7 +79,7 @@ async def test_a_field_that_names_no_tenant_is_an_invalid_request(stack: Stack, 
 async def test_a_call_that_touches_no_tenant_needs_a_subject_of_all(stack: Stack) -> None:
     async with stack.channel("demo", ["service"]) as channel:
         call = CognitionServiceStub(channel).RunTurns()
-        await call.write(RunTurnsRequest())
+        await write(call, RunTurnsRequest())
         error = await refused(call.read())
     assert error.metadata["policy_reasons"] == "all_tenants_required"
 
@@ -177,7 +178,7 @@ async def test_the_deadline_ends_the_handler(stack: Stack) -> None:
     async with stack.channel() as channel:
         error = await refused(ToolServiceStub(channel).ListTools(DEMO, timeout=0.2))
         assert reason_name(error.reason) == "DEADLINE_EXCEEDED"
-        await asyncio.wait_for(ended.wait(), 2)
+        await asyncio.wait_for(ended.wait(), 15)
 
 
 async def test_the_methods_own_timeout_holds_where_the_caller_gives_none(stack: Stack) -> None:
@@ -312,7 +313,7 @@ async def test_health_is_public_and_watchers_see_the_stop(stack: Stack) -> None:
         await eventually(lambda: seen, what="the first state")
         started = time.monotonic()
         await stack.server.stop(5)
-        assert time.monotonic() - started < 1, "a watcher must not hold up the stop"
+        assert time.monotonic() - started < 4, "a watcher must not hold up the stop"
         await asyncio.wait([following])
         following.exception()
     assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]

@@ -133,8 +133,8 @@ async def test_a_stop_that_hangs_is_cut_off(start: Start) -> None:
         await probe.logged("service.ready")
         started = time.monotonic()
         probe.process.send_signal(signal.SIGTERM)
-        await probe.ended(5)
-        assert time.monotonic() - started < 3
+        await probe.ended(15)
+        assert time.monotonic() - started < 10
         assert probe.line("service.stop_step_cut_off") is not None
 
 
