@@ -157,7 +157,7 @@ class GroupCommitter:
         return live
 
     async def _try(self, items: list[CommitItem]) -> None:
-        """Writes a group and takes its new places over. The items of the one before are told meanwhile, its own later."""
+        """Writes a group and takes its new places over. Meanwhile the items of the one before are told."""
         group = Group()
         for item in items:
             item.write(group)
