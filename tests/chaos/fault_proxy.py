@@ -19,6 +19,7 @@ import asyncio
 import socket
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
@@ -28,6 +29,10 @@ MAX_HELD_BYTES: Final = 1024 * 1024
 """Of one direction of a connection; beyond it the proxy does not read on."""
 _RESET: Final = struct.pack("ii", 1, 0)
 """SO_LINGER that makes a close a reset."""
+
+
+Tap = Callable[[object, bool, bytes], None]
+"""Told of a piece of a connection: which one (its client's end), whether the client's side sent it, and the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ class _End(asyncio.Protocol):
             self.link.accepted(self)
 
     def data_received(self, data: bytes) -> None:
+        if self.link.tap is not None:
+            self.link.tap(self if self.is_client else self.other, self.is_client, data)
         self._held.append((asyncio.get_running_loop().time() + self.link.delay_s, data))
         self._held_bytes += len(data)
         self.pass_on()
@@ -130,6 +137,8 @@ class FaultLink:
     def __init__(self, source: str, server: str, target: Address) -> None:
         self.source, self.server, self.target = source, server, target
         self.port = 0
+        self.tap: Tap | None = None
+        """Is shown every piece that comes from either side, before any fault."""
         self.delay_s = 0.0
         self._there_is_hole = self._back_is_hole = self._refuses = False
         self._clients: set[_End] = set()
@@ -235,6 +244,8 @@ class FaultProxy:
 
     def __init__(self) -> None:
         self.links: dict[tuple[str, str], FaultLink] = {}
+        self.taps: dict[tuple[str, str], Tap] = {}
+        """Who is shown what passes a link; for links that are opened later."""
 
     async def __aenter__(self) -> FaultProxy:
         return self
@@ -249,6 +260,7 @@ class FaultProxy:
         link = self.links.get((source, server))
         if link is None:
             link = self.links[source, server] = FaultLink(source, server, target)
+            link.tap = self.taps.get((source, server))
             await link.start()
         return link
 
