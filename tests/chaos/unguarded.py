@@ -31,14 +31,10 @@ SLOW_COMMIT_S: Final = 4.5
 
 _ROUTER: Final = "services.router.application"
 _MOVE: Final = """UPDATE router.partitions p
-        SET head = f.head, mail_head = f.mail, mail_floor = f.floor, cursor_stream = f.stream, cursor_seq = f.seq, \
+    SET head = f.head, mail_head = f.mail, mail_floor = f.floor, cursor_stream = f.stream, cursor_seq = f.seq, \
 cursor_batch = f.batch
-        FROM unnest("""
-_FENCE_ROWS: Final = (
-    "f_id, f_term, f_head_old, f_head, f_mail_old, f_mail, f_floor, f_seq_old, f_stream, f_seq, f_batch)"
-    " AS f(id, term, head_old, head, mail_old, mail, floor, seq_old, stream, seq, batch)"
-)
-_LAST: Final = "IF cardinality(x_kind) > 0 THEN"
+    FROM unnest(p_fence) f"""
+_LAST: Final = "IF cardinality(p_dead) > 0 THEN"
 
 
 def replace(place: str, make: Callable[[Any], Any]) -> None:
@@ -333,16 +329,15 @@ IN_DATABASE: Final[dict[str, tuple[tuple[str, str, str], ...]]] = {
     ),
     "fence_lock": (
         # Looks first and writes last: another owner may come between.
-        ("commit_group", _MOVE, "SELECT p.id FROM router.partitions p, unnest("),
-        ("commit_group", "RETURNING p.id\n    )", ")"),
-        ("commit_group", "IF cardinality(x_kind) > 0 THEN", f"{_MOVE}{_FENCE_ROWS} WHERE p.id = f.id;\n    {_LAST}"),
+        ("commit_group", _MOVE, "PERFORM p.id FROM router.partitions p, unnest(p_fence) f"),
+        ("commit_group", _LAST, f"{_MOVE} WHERE p.id = f.id;\n    {_LAST}"),
     ),
-    "dedupe": (("commit_group", "ON CONFLICT (message_id, content_hash) DO NOTHING", ""),),
-    "strikes_durable": (("load_partition", "t.strikes + p_strike", "t.strikes"),),
+    "dedupe": (("commit_group", "IF found_count <> cardinality(p_messages) THEN", "IF false THEN"),),
+    "strikes_durable": (("load_partition", "THEN p_strike ELSE 0", "THEN 0 ELSE 0"),),
     "step_cas": (
         ("commit_group", "AND t.status <> 3 AND t.step_count = j.step - 1", "AND t.status <> 3"),
         ("commit_group", "AND t.status <> 3 AND t.step_count = e.base", "AND t.status <> 3"),
-        ("commit_group", "IF found_count <> cardinality(j_turn) THEN", "IF false THEN"),
+        ("commit_group", "IF found_count <> cardinality(p_journaled) THEN", "IF false THEN"),
     ),
 }
 """By guard: (function of the router's schema, what is there, what is put in its place)."""
@@ -390,7 +385,7 @@ async def make_commits_slow(connection: asyncpg.Connection[asyncpg.Record]) -> N
         "CREATE SCHEMA IF NOT EXISTS witness; CREATE UNLOGGED TABLE IF NOT EXISTS witness.slow (writer text);"
         " GRANT USAGE ON SCHEMA witness TO soma_router; GRANT SELECT ON witness.slow TO soma_router"
     )
-    checked = "IF coalesce(cardinality(held), 0) <> cardinality(f_id) THEN"
+    checked = "IF found_count <> cardinality(p_fence) THEN"
     slow = (
         "IF EXISTS (SELECT FROM witness.slow s WHERE current_setting('application_name') LIKE s.writer) THEN"
         f" PERFORM pg_sleep({SLOW_COMMIT_S}); END IF;\n    {checked}"
@@ -404,7 +399,7 @@ async def rewrite(
     """Puts other texts into the newest function of this name in the router's schema: each (what is there, instead)."""
     text = await connection.fetchval(
         "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'router'::regnamespace AND proname = $1"
-        " ORDER BY pronargs DESC LIMIT 1",
+        " ORDER BY oid DESC LIMIT 1",
         function,
     )
     for there, instead in changes:

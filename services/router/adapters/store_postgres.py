@@ -22,12 +22,14 @@ _T = TypeVar("_T")
 FENCED: Final = "SM001"
 CONFLICT: Final = "SM002"
 
+_NO_PAST: Final = SessionFacts(0, 0, 0)
+
 _TRANSIENT_CLASSES: Final = frozenset({"08", "40", "53", "55", "57", "58", "XX"})
 """Connection, rollback, resources, lock, shutdown or the server's own trouble (a quota that is used up is `XX000`):
 nothing is wrong with the group itself.
 """
 
-_PARAMETERS: Final = 95
+_PARAMETERS: Final = 15
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
 # Plans are made once, on tables that may be empty then: say what is right for full ones.
@@ -118,12 +120,11 @@ class PostgresGroupWriter:
 
     async def commit(self, group: Group) -> GroupResult:
         """Writes the group. Raises FenceLost, or StoreLost when it is not known whether it was written."""
-        parameters = [",".join(group.tenants)]
-        for table in (
+        parameters = [
+            ",".join(group.tenants),
             group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.inputs,
             group.refusals, group.steps, group.journaled, group.ends, group.deliveries, group.acks, group.dead,
-        ):  # fmt: skip
-            parameters.extend(table)  # type: ignore[arg-type]
+        ]  # fmt: skip
 
         async def call(connection: Connection) -> GroupResult:
             statement = await self._statement(connection)
@@ -136,7 +137,7 @@ class PostgresGroupWriter:
                 raise  # the server's farewell is an answer too: the line gives the connection up, or it is lost twice
             except asyncpg.PostgresError as error:
                 raise _translate(error, group) from error
-            return _result(row)
+            return _result(row, group)
 
         return await self._line.use(call)
 
@@ -181,15 +182,19 @@ def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
     return GroupRejected(f"{type(error).__name__}: {error}")
 
 
-def _result(row: Any) -> GroupResult:
-    inserted, inserted_partition, reused, reused_partition, sessions, turns, deliveries, done, paused, started = row
-    if not inserted:
-        return GroupResult(frozenset(), frozenset(), {}, frozenset(started or ()))
+def _result(row: Any, group: Group) -> GroupResult:
+    inserted, inserted_partition, reused, reused_partition, started, sessions, *facts = row
+    places = [(partition, position) for partition, position, *_ in group.messages]
+    new = frozenset(places if inserted is None else zip(inserted_partition or (), inserted, strict=True))
+    # Of sessions that were not there before the group nothing is told: there is nothing to tell.
+    known = {message[2]: _NO_PAST for place, message in zip(places, group.messages, strict=True) if place in new}
+    if sessions:
+        known.update(zip(sessions, map(SessionFacts, *facts), strict=True))
     return GroupResult(
-        frozenset(zip(inserted_partition, inserted, strict=True)),
+        new,
         frozenset(zip(reused_partition, reused, strict=True)) if reused else frozenset(),
-        {id_: SessionFacts(*facts) for id_, *facts in zip(sessions, turns, deliveries, done, paused, strict=True)},
-        frozenset(started or ()),
+        known,
+        frozenset((turn[0] for turn in group.turns) if started is None else started),
     )
 
 

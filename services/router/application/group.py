@@ -1,19 +1,17 @@
-"""A group commit as columns: what many sessions want written, in one call.
+"""A group commit as rows: what many sessions want written, in one call.
 
-An item writes itself into the columns (`CommitItem.write`), is told when the group is durable (`committed`), or that
+An item writes itself into the rows (`CommitItem.write`), is told when the group is durable (`committed`), or that
 its partition's term has ended (`abandoned`). Exactly one of the two is called, once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from services.router.domain.partition import Cursor, Partition
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from services.router.domain.session import Session
 
 
@@ -80,13 +78,14 @@ class CommitItem(Protocol):
         """The partition is not this router's any more; nothing was written."""
 
 
-def _columns(count: int) -> tuple[list[object], ...]:
-    return tuple([] for _ in range(count))
+Rows: TypeAlias = list[tuple[Any, ...]]
 
 
 @dataclass(slots=True)
 class Group:
-    """The columns of one call, in the order of the parameters of `router.commit_group`."""
+    """The rows of one call by part, in the order of the parameters of `router.commit_group` and of the fields of their
+    types there.
+    """
 
     tenants: set[str] = field(default_factory=set)
     hashes: dict[bytes, bytes] = field(default_factory=dict)
@@ -94,19 +93,19 @@ class Group:
     moves: dict[int, PartitionMove] = field(default_factory=dict)
     delivered: dict[Session, int] = field(default_factory=dict)
     """Number of the last delivery of each session that has one in this group."""
-    messages: tuple[list[object], ...] = field(default_factory=lambda: _columns(19))
-    turns: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
-    revisions: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
-    dispatches: tuple[list[object], ...] = field(default_factory=lambda: _columns(4))
-    controls: tuple[list[object], ...] = field(default_factory=lambda: _columns(5))
-    inputs: tuple[list[object], ...] = field(default_factory=lambda: _columns(2))
-    refusals: tuple[list[object], ...] = field(default_factory=lambda: _columns(7))
-    steps: tuple[list[object], ...] = field(default_factory=lambda: _columns(6))
-    journaled: tuple[list[object], ...] = field(default_factory=lambda: _columns(3))
-    ends: tuple[list[object], ...] = field(default_factory=lambda: _columns(9))
-    deliveries: tuple[list[object], ...] = field(default_factory=lambda: _columns(6))
-    acks: tuple[list[object], ...] = field(default_factory=lambda: _columns(2))
-    dead: tuple[list[object], ...] = field(default_factory=lambda: _columns(7))
+    messages: Rows = field(default_factory=list)
+    turns: Rows = field(default_factory=list)
+    revisions: Rows = field(default_factory=list)
+    dispatches: Rows = field(default_factory=list)
+    controls: Rows = field(default_factory=list)
+    inputs: Rows = field(default_factory=list)
+    refusals: Rows = field(default_factory=list)
+    steps: Rows = field(default_factory=list)
+    journaled: Rows = field(default_factory=list)
+    ends: Rows = field(default_factory=list)
+    deliveries: Rows = field(default_factory=list)
+    acks: Rows = field(default_factory=list)
+    dead: Rows = field(default_factory=list)
 
     def move(self, partition: Partition) -> PartitionMove:
         """The partition's place in this group; whoever takes a position moves it on."""
@@ -123,25 +122,23 @@ class Group:
         return number
 
     @staticmethod
-    def add(table: tuple[list[object], ...], row: Sequence[object]) -> None:
-        """Appends a row to the columns of a table."""
-        for column, value in zip(table, row, strict=True):
-            column.append(value)
+    def add(rows: Rows, row: tuple[Any, ...]) -> None:
+        """Appends a row to a part."""
+        rows.append(row)
 
-    def fence(self) -> tuple[list[object], ...]:
-        """The columns of the fence, in order of partition."""
-        columns = _columns(11)
+    def fence(self) -> Rows:
+        """The rows of the fence, in order of partition."""
+        rows: Rows = []
         for id_ in sorted(self.moves):
             move = self.moves[id_]
             p = move.partition
             # The floor as it is before the group: it may lag, it may never lead.
             floor = min(p.floor, p.mail_head + 1)
-            self.add(
-                columns,
+            rows.append(
                 (id_, p.term, p.head, move.head, p.mail_head, move.mail_head, floor)
                 + (p.cursor.seq, move.cursor.stream, move.cursor.seq, move.cursor.batch),
             )
-        return columns
+        return rows
 
     def settle(self) -> None:
         """Takes the new places over after the commit."""

@@ -231,11 +231,12 @@ async def test_waiting_messages_are_shown_with_their_place_and_age(store: Store)
     assert shown.oldest_queued_time is not None
 
 
-async def test_a_router_of_the_release_before_still_writes(store: Store) -> None:
-    """Its function has another number of parameters and stays beside this one."""
+@pytest.mark.parametrize("parameters", [81, 95])
+async def test_a_router_of_a_release_before_still_writes(store: Store, parameters: int) -> None:
+    """Its function takes a parameter for each column and stays beside this one."""
     count = await store.eye.fetchval("SELECT count(*) FROM pg_proc WHERE proname = 'commit_group'")
-    assert count == 2
-    columns = ", ".join(["$1"] + ["'{}'"] * 80)
+    assert count == 3
+    columns = ", ".join(["$1"] + ["'{}'"] * (parameters - 1))
     row = await store.eye.fetchrow(f"SELECT * FROM router.commit_group({columns})", MINE)
     assert row is not None
     assert row["inserted"] is None

@@ -59,17 +59,17 @@ class MemoryStore:
         result = self._store_messages(group)
         started = self._start_turns(group, result)
         self._control(group)
-        for turn, step, _, _, _, body in zip(*group.steps, strict=True):
+        for turn, step, _, _, _, body in group.steps:
             assert (turn, step) not in self.steps, "a step is journaled once"
             self.steps[turn, step] = body
-        for turn, *_ in zip(*group.ends, strict=True):
+        for turn, *_ in group.ends:
             assert self.turns[turn] == "running", "a turn ends once"
             self.turns[turn] = "ended"
         return replace(result, started=started)
 
     def _store_messages(self, group: Group) -> GroupResult:
         inserted, reused, sessions = set(), set(), {}
-        for row in zip(*group.messages, strict=True):
+        for row in group.messages:
             partition, position, session, message, digest, *_ = row
             fault = row[9]
             if (message, digest) in self.messages:
@@ -85,7 +85,7 @@ class MemoryStore:
 
     def _start_turns(self, group: Group, stored: GroupResult) -> frozenset[bytes]:
         started = set()
-        for turn, _, partition, _, _, first, last, _, fresh in zip(*group.turns, strict=True):
+        for turn, _, partition, _, _, first, last, _, fresh in group.turns:
             if fresh and ((partition, first) not in stored.inserted or (partition, first) in stored.reused):
                 continue
             assert turn not in self.turns, "a turn id is used once"
@@ -95,15 +95,15 @@ class MemoryStore:
         return frozenset(started)
 
     def _control(self, group: Group) -> None:
-        for _, _, turn, stop, paused in zip(*group.controls, strict=True):
+        for _, _, turn, stop, paused in group.controls:
             if turn is not None and self.turns.get(turn) == "running":
                 self.stops.setdefault(turn, stop)
             if paused is not None:
                 self.paused = paused
-        for turn, last in zip(*group.inputs, strict=True):
+        for turn, last in group.inputs:
             assert self.turns[turn] == "running", "only a running turn takes further inputs"
             self.last_inputs[turn] = last
-        for turn, _, _, _, position, _, body in zip(*group.refusals, strict=True):
+        for turn, _, _, _, position, _, body in group.refusals:
             assert turn not in self.turns, "a turn id is used once"
             self.turns[turn] = "ended"
             self.refused[position] = body

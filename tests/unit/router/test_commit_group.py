@@ -48,7 +48,7 @@ class Writer:
         self.writing += 1
         assert self.writing == 1, "groups are written one at a time"
         try:
-            names = [str(name) for name in group.dead[1]]
+            names = [row[1] for row in group.dead]
             self.groups.append(names)
             if self.gate is not None:
                 await self.gate.wait()
@@ -179,7 +179,7 @@ async def test_a_lost_store_abandons_everything(world: World) -> None:
 
 async def test_a_refused_item_does_not_stop_the_others(world: World) -> None:
     def refuse_the_bad_one(group: Group) -> None:
-        if "1.1" in group.dead[1]:
+        if "1.1" in [row[1] for row in group.dead]:
             raise GroupRejected("something is wrong with 1.1")
 
     world.writer.script = [refuse_the_bad_one] * 20
@@ -277,10 +277,11 @@ async def test_of_a_lane_message_only_what_the_database_refuses_is_set_aside(wor
     after = Item(p, "after")
 
     def refuse(group: Group) -> None:
-        if b"bad" in group.messages[13]:
+        stored = [row[13] for row in group.messages]
+        if b"bad" in stored:
             raise GroupRejected("something nobody thought of")
-        contents.extend(group.messages[13])
-        payloads.extend(group.dead[6])
+        contents.extend(stored)
+        payloads.extend(row[6] for row in group.dead)
 
     contents: list[object] = []
     payloads: list[object] = []

@@ -100,39 +100,39 @@ class DurableStore(MemoryStore):
         for move in moves:
             if move.partition.id == PARTITION:
                 self.head, self.mail_head, self.cursor = move.head, move.mail_head, move.cursor
-        for row in zip(*group.messages, strict=True):
+        for row in group.messages:
             if (row[0], row[1]) in result.inserted:
                 kept = (row[1], row[3], row[6], row[7], row[8], row[11], row[13], row[17], row[18], self.groups)
                 self.mail[cast(int, row[1])] = MessageRow(*cast(Any, kept))
         self._turns(group, result)
-        self.deliveries += [Delivery.FromString(cast(bytes, payload)) for payload in group.deliveries[5]]
+        self.deliveries += [Delivery.FromString(row[5]) for row in group.deliveries]
         facts = SessionFacts(self.turn_count, self.delivery_count, self.done, self.is_paused)
         sessions = dict.fromkeys(result.sessions, facts)
         return GroupResult(result.inserted, result.reused, sessions, result.started)
 
     def _turns(self, group: Group, result: GroupResult) -> None:
-        for row in zip(*group.turns, strict=True):
+        for row in group.turns:
             if row[0] in result.started:
                 self.stored_turns.append(StoredTurn(row[0], row[4], row[5], row[6], self.groups))
-        for turn_id, dispatch, *_ in zip(*group.dispatches, strict=True):
+        for turn_id, dispatch, *_ in group.dispatches:
             self._turn(turn_id).dispatch = cast(int, dispatch)
-        for _, position, turn_id, stop, paused in zip(*group.controls, strict=True):
+        for _, position, turn_id, stop, paused in group.controls:
             self.control = max(self.control, cast(int, position))
             self.is_paused = self.is_paused if paused is None else bool(paused)
             turn = self._turn(turn_id) if turn_id is not None else None
             if turn is not None and (turn.status == 1 or (turn.status == 2 and turn.stop == 6 and stop == 4)):
                 turn.status, turn.stop = 2, cast(int, stop)
-        for turn_id, last in zip(*group.inputs, strict=True):
+        for turn_id, last in group.inputs:
             turn = self._turn(turn_id)
             turn.last = max(turn.last, cast(int, last))
-        for turn_id, _, _, _, position, deliveries, _ in zip(*group.refusals, strict=True):
+        for turn_id, _, _, _, position, deliveries, _ in group.refusals:
             refused = StoredTurn(
                 cast(bytes, turn_id), -cast(int, position), cast(int, position), cast(int, position), 0
             )
             refused.status, refused.outcome = 3, int(Outcome.REJECTED)
             self.stored_turns.append(refused)
             self.delivery_count = max(self.delivery_count, cast(int, deliveries))
-        for turn_id, _, _, outcome, _, _, done, number, deliveries in zip(*group.ends, strict=True):
+        for turn_id, _, _, outcome, _, _, done, number, deliveries in group.ends:
             turn = self._turn(turn_id)
             assert turn.status != 3
             assert number == turn.number == self.turn_count + 1, "turns are numbered without gaps"

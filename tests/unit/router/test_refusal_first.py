@@ -19,8 +19,8 @@ async def test_no_turn_is_stored_over_a_refusal_that_is_not() -> None:
 
         async def watched(group: Group) -> GroupResult:
             result = await commit(group)
-            order.extend(f"refused {row[4]}" for row in zip(*group.refusals, strict=True))
-            order.extend(f"started {row[5]}-{row[6]}" for row in zip(*group.turns, strict=True))
+            order.extend(f"refused {row[4]}" for row in group.refusals)
+            order.extend(f"started {row[5]}-{row[6]}" for row in group.turns)
             return result
 
         engine.store.commit = watched  # type: ignore[method-assign]

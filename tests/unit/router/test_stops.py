@@ -109,7 +109,7 @@ async def test_a_cancel_is_done_with_in_the_transaction_that_ends_its_message(en
     groups: list[tuple[int, int]] = []
 
     def watch(group: Group) -> None:
-        groups.append((len(group.ends[0]), len(group.controls[0])))
+        groups.append((len(group.ends), len(group.controls)))
 
     engine.accept(control(InboundKind.INBOUND_KIND_PAUSE, "p"), message("1"), message("2"))
     await engine.quiet()
@@ -168,7 +168,7 @@ async def test_a_cancel_of_a_turn_that_was_written_apart_from_its_message_is_kep
     await engine.outcomes(1)
 
     def apart(group: Group) -> GroupRejected | None:
-        return GroupRejected("not together") if group.turns[0] and group.messages[0] else None
+        return GroupRejected("not together") if group.turns and group.messages else None
 
     engine.store.refuse = apart
     target = ids.turn_id(inbound().session_id, keys("1")[0])
@@ -185,7 +185,7 @@ async def test_a_session_stays_in_memory_until_its_controls_are_stored(engine: E
     release, commit = asyncio.Event(), engine.store.commit
 
     async def slow_for_controls(group: Group) -> GroupResult:
-        if group.controls[0]:
+        if group.controls:
             await release.wait()
         return await commit(group)
 
