@@ -2,7 +2,7 @@
 
     python -m tests.bench [--quick] [--rounds N] [--json FILE] [--also FILE ...] [--write-docs]
     python -m tests.bench report FILE [--also FILE ...] [--write-docs]      tables and pages again, without measuring
-    python -m tests.bench fairness | frozen | ...                          other questions; each has its own --help
+    python -m tests.bench fairness | frozen | waterfall | commit | ...     other questions; each has its own --help
 
 The load client runs in this process, on the same cores as the stack, and its CPU is in the tables.
 """
@@ -10,10 +10,11 @@ The load client runs in this process, on the same cores as the stack, and its CP
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +27,8 @@ from tests.bench import bars, docs, plots, report
 from tests.bench.cases import CASES, QUICK, Plan, told
 from tests.bench.measure import Measurement
 
-OTHERS: Final = {"fairness": "fairness", "frozen": "frozen_brain", "commit": "commit"}
-"""Commands, with the modules of tests/bench whose `main(arguments, say)` is called and says whether all holds."""
+NAMES: Final = {"frozen": "frozen_brain"}
+"""Commands that are not called as their module."""
 RESULTS: Final = Path(".reports/bench.json")
 
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -36,12 +37,19 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 def main(arguments: list[str]) -> int:
     """Runs what the arguments say; returns the exit code."""
     command = arguments[0] if arguments else ""
-    if command in OTHERS:
-        module = importlib.import_module(f"tests.bench.{OTHERS[command]}")
-        return 0 if module.main(arguments[1:], console.print) else 1
     if command == "report":
         return _report(arguments[1:])
+    if (other := _other(command)) is not None:
+        return 0 if other(arguments[1:], console.print) else 1
     return _measure(arguments)
+
+
+def _other(command: str) -> Callable[[list[str], Callable[[str], None]], bool] | None:
+    """The measurement of that name: a module of tests/bench whose `main(arguments, say)` says whether all holds."""
+    name = f"tests.bench.{NAMES.get(command, command)}"
+    if not command.isidentifier() or importlib.util.find_spec(name) is None:
+        return None
+    return getattr(importlib.import_module(name), "main", None)
 
 
 def _measure(arguments: list[str]) -> int:
@@ -51,7 +59,7 @@ def _measure(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, help="measured time of each case (6, with --quick 2.5)")
     parser.add_argument("--kills", type=int, help="kills of each part for the recovery times (3, with --quick 1)")
     parser.add_argument("--only", nargs="*", default=[], metavar="CASE", choices=[case.name for case in CASES],
-                        help='only these cases, as "echo 64/4"')  # fmt: skip
+                        help='only these cases, as "echo 64/4"; no kills')  # fmt: skip
     parser.add_argument("--json", type=Path, default=RESULTS, help=f"where the results go ({RESULTS})")
     _add_reading(parser)
     chosen = parser.parse_args(arguments)

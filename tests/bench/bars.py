@@ -1,7 +1,8 @@
 """What has to hold, and whether it does in a run's results. A bar is judged by the median of the rounds.
 
-Other measurements (`make bench ARGS=flat` and the like, `make bench-peers`) judge their own: their JSON files have at
-their top `"bars": [{"bar": what, "target": text, "measured": text, "holds": true or false}]`.
+Other measurements (`make bench ARGS=history` and the like) judge their own: their JSON files have at their top
+`"bars": [{"name": what, "value": what was measured, "target": text (may be missing), "holds": true or false}]`. What
+`make bench-peers` wrote is judged by `peer_bars`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tests.bench import peer_bars
 from tests.bench.report import Results, Spread, Table, by_case, spread
 
 ACCEPT_ABOVE_MS: Final = 0.7
@@ -110,13 +112,15 @@ def read_others(paths: Iterable[Path]) -> dict[str, list[dict[str, Any]]]:
 
     Raises ValueError for a file that says nothing about bars.
     """
-    found = {}
-    for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "bars" not in content:
-            raise ValueError(f'{path} has no "bars" at its top')
-        found[path.stem] = [{**bar, "holds": bool(bar["holds"])} for bar in content["bars"]]
-    return found
+    return {path.stem: _bars_of(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths}
+
+
+def _bars_of(path: Path, content: Any) -> list[dict[str, Any]]:
+    if isinstance(content, dict) and "bars" in content:
+        return [dict(bar) for bar in content["bars"]]
+    if isinstance(content, dict) and "rows" in content:
+        return peer_bars.bars(content)
+    raise ValueError(f"{path} holds neither bars nor what peers did")
 
 
 def table(bars: list[Bar]) -> Table:
@@ -126,4 +130,6 @@ def table(bars: list[Bar]) -> Table:
 
 
 def _of_other(bar: dict[str, Any]) -> Bar:
-    return Bar(bar["bar"], bar["target"], bar["measured"], bar["holds"])
+    value = bar["value"]
+    measured = f"{value:.2f}" if isinstance(value, float) else str(value)
+    return Bar(bar["name"], bar.get("target", ""), measured, bool(bar["holds"]))

@@ -14,6 +14,9 @@ SWEEP: Final = (1, 4, 16, 64, 256, 1024)
 PARTS: Final = ("router-0", "cognition-0", "gateway-0", "nats", "postgres")
 """Whom the recovery times are about."""
 
+WATERFALLS: Final = ((1, 1), (64, STREAMS), (64, 64))
+"""Sessions and streams of the shapes whose turns are followed hop by hop."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -68,7 +71,17 @@ class Plan:
     """So far apart that a part has been up for long enough when its turn comes again that the supervisor restarts it
     as after a first death."""
     only: tuple[str, ...] = ()
-    """Names of the cases to take; all if empty."""
+    """Names of the cases to take; all if empty. If there are some, nothing is killed and no turn is followed."""
+
+    @property
+    def waterfalls(self) -> tuple[tuple[int, int], ...]:
+        """Sessions and streams of the shapes whose turns are followed."""
+        return () if self.only else WATERFALLS
+
+    @property
+    def kills_of_each(self) -> int:
+        """Kills of each part."""
+        return 0 if self.only else self.kills
 
     def cases(self, number: int) -> list[Case]:
         """The cases of a round; rounds count from 0. The sweep's rounds are spread over the run."""
@@ -82,12 +95,14 @@ class Plan:
         return self.warm_s + self.seconds + (2.5 if case.live else 0.7)
 
     def steps(self) -> Iterator[float]:
-        """About how long each step of the run takes, in order: start, then limits and cases by round, then kills."""
+        """About how long each step of the run takes, in order: start, then limits and cases by round,
+        then waterfalls and kills."""
         yield 10.0 + self.idle_s
         for number in range(self.rounds):
             yield 4 * self.limits_s + 0.5
             yield from (self.case_s(case) for case in self.cases(number))
-        yield from [self.kill_every_s] * (self.kills * len(PARTS))
+        yield from [self.seconds + 2 * self.warm_s + 2.0] * len(self.waterfalls)
+        yield from [self.kill_every_s] * (self.kills_of_each * len(PARTS))
 
     @property
     def total_s(self) -> float:

@@ -129,10 +129,12 @@ async def turns(
     live: bool = False,
     warm_s: float = 1.0,
     window: AbstractContextManager[object] | None = None,
+    kind: type[ChannelClient] | None = None,
 ) -> Result:
     """Runs `sessions` closed loops over `streams` adapter streams for `seconds`, after a warm-up.
 
     `window` is entered when the measured time begins and left when it ends: whoever looks at CPU looks at that time.
+    `kind` is the class of the clients, if it is not the product's.
     """
     result = Result(sessions, streams)
     run = _Run(result)
@@ -140,7 +142,7 @@ async def turns(
     async with AsyncExitStack() as open_clients:
         clients = [
             await open_clients.enter_async_context(
-                ChannelClient(
+                (kind or ChannelClient)(
                     stack.gateway,
                     token=stack.token,
                     tenant=stacks.TENANT,

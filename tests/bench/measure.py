@@ -3,6 +3,7 @@
     {"format": 1, "complete": bool, "plan": {...}, "machine": {...},
      "limits": [{"round": 1, "publish_p50_ms": ..., ...}],             one a round
      "cases": [{"round": 1, "case": "echo 64/4", "turns_per_s": ..., ...}],
+     "waterfall": [{"sessions": 1, "streams": 1, "hops": [{"name", "turns", "mean_us", "p50_us", "p99_us"}], ...}],
      "recovery": [{"round": 1, "part": "router-0", "next_answer_s": ..., "all_s": ...}],
      "memory": {"idle": {process: MB}, "loaded": {process: MB}}}
 
@@ -22,7 +23,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from tests.bench import limits, load, machine, processes, recovery, stack
+from tests.bench import limits, load, machine, processes, recovery, stack, waterfall
 from tests.bench.cases import AGENTS, Case, Plan, Progress, told
 
 FORMAT: Final = 1
@@ -46,6 +47,7 @@ class Measurement:
             "machine": machine.described(),
             "limits": [],
             "cases": [],
+            "waterfall": [],
             "recovery": [],
             "memory": {},
         }
@@ -62,6 +64,7 @@ class Measurement:
                 await self._round(running, number)
                 self._keep(self.results)
             self.results["memory"]["loaded"] = _memory(running)
+            await self._waterfalls(running)
             await self._recoveries(running)
         finally:
             await stack.stop(running)
@@ -94,11 +97,20 @@ class Measurement:
             self.results["cases"].append({"round": number + 1, **row})
             self._done(number, case.name, _one_line(row), row, began)
 
+    async def _waterfalls(self, running: stack.Stack) -> None:
+        for number, (sessions, streams) in enumerate(self._plan.waterfalls):
+            began = monotonic()
+            seen = await waterfall.measure(running, sessions, streams, self._plan.seconds, self._plan.warm_s)
+            self.results["waterfall"].append(seen)
+            what, found = f"hops {sessions}/{streams}", f"{len(seen['hops'])} of them"
+            self._done(number, what, found, seen, began, rounds=len(self._plan.waterfalls))
+        self._keep(self.results)
+
     async def _recoveries(self, running: stack.Stack) -> None:
-        async for began, row in recovery.measure(running, self._plan.kills, self._plan.kill_every_s):
+        async for began, row in recovery.measure(running, self._plan.kills_of_each, self._plan.kill_every_s):
             self.results["recovery"].append(row)
             what = f"the next answer after {row['next_answer_s']:.2f} s, every session's after {row['all_s']:.2f} s"
-            self._done(row["round"] - 1, f"kill -9 {row['part']}", what, row, began, rounds=self._plan.kills)
+            self._done(row["round"] - 1, f"kill -9 {row['part']}", what, row, began, rounds=self._plan.kills_of_each)
 
     def _done(self, number: int, what: str, seen: str, row: dict[str, Any], began: float, rounds: int = 0) -> None:
         self._progress.done(monotonic() - began)

@@ -13,11 +13,12 @@ from typing import Any, Final
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
+from tests.bench import report
 from tests.bench.cases import PARTS, STREAMS
 from tests.bench.load import QUANTILES
-from tests.bench.report import PROCESSES, Results, Spread, by_case, cpu_by_process, spread
+from tests.bench.report import PROCESSES, Results, by_case, cpu_by_process, spread
 
 STYLE: Final = {
     "svg.hashsalt": "somastack",  # ids in the file are made from it, not by chance
@@ -34,6 +35,8 @@ STYLE: Final = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
+MANY: Final = 16
+"""Sessions from which on turns share frames and commits."""
 BLUE, ORANGE, GREEN, GREY = "#1f5fa8", "#d9730d", "#2b8a5b", "#8a8a8a"
 COLOURS: Final = dict(
     zip(
@@ -70,43 +73,47 @@ def _sessions(results: Results) -> Figure | None:
         return None
     figure, (left, right) = _two_panels()
     _line(left, sweep, "turns_per_s", BLUE, "over 4 streams")
+    for name, marker, colour, label in (
+        ("echo 64/64", "D", ORANGE, "64 sessions over 64 streams"),
+        ("slow 64/4", "s", GREEN, "brain takes 0-20 ms"),
+    ):
+        if name in by_case(results):
+            _line(left, [by_case(results)[name]], "turns_per_s", colour, label, marker=marker)
     left.set(title="turns per second", xlabel="sessions (turns in flight)", ylim=(0, None))
+    left.legend(loc="upper left", fontsize=8)
     for number, (figure_name, colour, label) in enumerate(
         (("p50_ms", BLUE, "turn p50"), ("p99_ms", ORANGE, "turn p99"), ("accept_p50_ms", GREEN, "accept p50"),
          ("accept_p99_ms", GREY, "accept p99"))
     ):  # fmt: skip
-        _line(right, sweep, figure_name, colour, label, dashed=number >= 2)
+        _line(right, sweep, figure_name, colour, label, line="--" if number >= 2 else "-")
     right.set(title="latency in ms", xlabel="sessions (turns in flight)", yscale="log")
     _plain(right.yaxis)
-    right.legend(loc="upper left")
+    right.legend(loc="upper left", fontsize=8)
     for axes in (left, right):
         counts = [rows[0]["sessions"] for rows in sweep]
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
     return figure
 
 
+def _of_sweep(row: dict[str, Any]) -> bool:
+    return bool(row["agent"] == "echo" and row["streams"] == min(STREAMS, row["sessions"]))
+
+
 def _cpu(results: Results) -> Figure | None:
-    """CPU per turn by process, stacked."""
-    cases = {name: rows for name, rows in by_case(results).items() if not rows[0]["live"]}
-    if not cases:
+    """CPU per turn by process, stacked; on a scale of their own what few sessions cost."""
+    cases = {name: cpu_by_process(rows) for name, rows in by_case(results).items() if not rows[0]["live"]}
+    few = {name: used for name, used in cases.items() if by_case(results)[name][0]["sessions"] < MANY}
+    groups = [group for group in (few, {n: used for n, used in cases.items() if n not in few}) if group]
+    if not groups:
         return None
-    figure = Figure(figsize=(9, 1.2 + 0.38 * len(cases)), layout="constrained")
-    axes = figure.subplots()
-    names = list(cases)
-    by_name = {name: cpu_by_process(rows) for name, rows in cases.items()}
-    begun = [0.0] * len(names)
-    for process in PROCESSES:
-        sizes = [by_name[name][process] for name in names]
-        axes.barh(names, sizes, left=begun, color=COLOURS[process], label=process, height=0.7)
-        begun = [before + size for before, size in zip(begun, sizes, strict=True)]
-    for number, total in enumerate(begun):
-        axes.text(total, number, f" {total:.2f}", va="center")
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(title="CPU milliseconds per turn by process (brain sessions/streams)", xlim=(0, max(begun) * 1.1))
-    axes.legend(loc="lower right", fontsize=8)
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(cases)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(group) for group in groups])
+    for axes, group in zip(panels[:, 0], groups, strict=True):
+        _stacked(axes, group, PROCESSES, 2)
+    panels[0, 0].set_title("CPU milliseconds per turn by process (brain sessions/streams)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
@@ -126,7 +133,8 @@ def _distributions(results: Results) -> Figure | None:
     for axes in (left, right):
         axes.set(xscale="log", ylim=(0, 100))
         _plain(axes.xaxis)
-        axes.legend(loc="lower right", fontsize=8)
+        if axes.lines:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
     return figure if any(any_drawn) else None
 
 
@@ -152,7 +160,7 @@ def _recovery(results: Results) -> Figure | None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(title="seconds after kill -9", xlim=(0, None))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
     return figure
 
 
@@ -163,39 +171,30 @@ def _memory(results: Results) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 1.9), layout="constrained")
     axes = figure.subplots()
-    begun = [0.0] * len(sizes)
-    for process in PROCESSES[1:]:
-        parts = [of.get(process, 0.0) for of in sizes.values()]
-        axes.barh(list(sizes), parts, left=begun, color=COLOURS[process], label=process, height=0.6)
-        begun = [before + part for before, part in zip(begun, parts, strict=True)]
-    for number, total in enumerate(begun):
-        axes.text(total, number, f" {total:.0f}", va="center")
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(title="memory in MB (PSS) by process", xlim=(0, max(begun) * 1.1))
+    _stacked(axes, sizes, PROCESSES[1:], 0)
+    axes.set_title("memory in MB (PSS) by process")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 
 def _waterfall(results: Results) -> Figure | None:
-    """Where the time of one turn goes, hop by hop."""
-    rows = results.get("waterfall", [])
-    if not rows:
+    """Where the time of a turn goes, hop by hop, for each shape that was looked at."""
+    shapes = [(shape, report.hops(shape)) for shape in results.get("waterfall", [])]
+    if not shapes:
         return None
-    figure = Figure(figsize=(9, 1.0 + 0.36 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    begun = 0.0
-    for number, row in enumerate(rows):
-        axes.barh(number, row["p50_us"], left=begun, color=BLUE, height=0.6)
-        axes.barh(
-            number, max(row["p99_us"] - row["p50_us"], 0), left=begun + row["p50_us"], color="#c5d6ea", height=0.3
-        )
-        axes.text(begun + row["p50_us"], number - 0.32, f" {row['p50_us']:.0f} / {row['p99_us']:.0f}", fontsize=8)
-        begun += row["p50_us"]
-    axes.set_yticks(range(len(rows)), [row["hop"] for row in rows])
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set(title="microseconds of a turn by hop: p50 (dark) / p99 (light), each after the one before", xlim=(0, None))
+    figure = Figure(figsize=(9, 0.8 + 0.27 * sum(len(rows) + 2 for _, rows in shapes)), layout="constrained")
+    panels = figure.subplots(len(shapes), 1, squeeze=False, height_ratios=[len(rows) + 1 for _, rows in shapes])
+    for axes, (shape, rows) in zip(panels[:, 0], shapes, strict=True):
+        begun = 0.0
+        for number, row in enumerate(rows):
+            axes.barh(number, row["of_turn_us"], left=begun, color=GREY if " -> " in row["name"] else BLUE, height=0.7)
+            begun += row["of_turn_us"]
+            axes.text(begun, number, f" {row['p50_us']:.0f} / {row['p99_us']:.0f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        of = f"{shape['sessions']} sessions over {shape['streams']} streams"
+        axes.set(title=f"{of}: mean microseconds of a turn; p50 / p99 of each hop", xlim=(0, begun * 1.12))
     return figure
 
 
@@ -209,6 +208,20 @@ PLOTS: Final[dict[str, tuple[str, Callable[[Results], Figure | None]]]] = {
 }
 
 
+def _stacked(axes: Axes, bars: dict[str, dict[str, float]], parts: Iterable[str], digits: int) -> None:
+    """Horizontal bars made of their processes' shares, with the sum at the end."""
+    begun = [0.0] * len(bars)
+    for part in parts:
+        sizes = [of.get(part, 0.0) for of in bars.values()]
+        axes.barh(list(bars), sizes, left=begun, color=COLOURS[part], label=part, height=0.7)
+        begun = [before + size for before, size in zip(begun, sizes, strict=True)]
+    for number, total in enumerate(begun):
+        axes.text(total, number, f" {total:.{digits}f}", va="center")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlim=(0, max(begun) * 1.12))
+
+
 def _two_panels() -> tuple[Figure, tuple[Axes, Axes]]:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -216,18 +229,24 @@ def _two_panels() -> tuple[Figure, tuple[Axes, Axes]]:
 
 
 def _line(
-    axes: Axes, cases: Iterable[list[dict[str, Any]]], figure: str, colour: str, label: str, *, dashed: bool = False
+    axes: Axes,
+    cases: Iterable[list[dict[str, Any]]],
+    figure: str,
+    colour: str,
+    label: str,
+    *,
+    line: str = "-",
+    marker: str = "o",
 ) -> None:
-    points: list[tuple[int, Spread]] = []
-    for rows in cases:
-        seen = spread(rows, figure)
-        if seen is not None:
-            points.append((rows[0]["sessions"], seen))
-    counts, middles = [count for count, _ in points], [seen.median for _, seen in points]
-    ranges = [[seen.median - seen.low for _, seen in points], [seen.high - seen.median for _, seen in points]]
+    """Medians against the number of sessions, with the range of the rounds."""
+    seen = {rows[0]["sessions"]: found for rows in cases if (found := spread(rows, figure)) is not None}
+    ranges = [
+        [found.median - found.low for found in seen.values()],
+        [found.high - found.median for found in seen.values()],
+    ]
     axes.errorbar(
-        counts, middles, yerr=ranges, color=colour, label=label, marker="o", markersize=4, capsize=3,
-        linestyle="--" if dashed else "-",
+        list(seen), [found.median for found in seen.values()], yerr=ranges,
+        color=colour, label=label, marker=marker, markersize=4, capsize=3, linestyle=line,
     )  # fmt: skip
 
 

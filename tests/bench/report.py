@@ -24,6 +24,9 @@ PROCESSES: Final = (
 )  # fmt: skip
 """In the order of tables and plots."""
 
+HOP_IS_RARE_BELOW: Final = 0.05
+"""Hops that a smaller part of the turns has are left out: another order of things, or a second dispatch."""
+
 Results = dict[str, Any]
 
 
@@ -85,7 +88,8 @@ def spread(rows: Iterable[dict[str, Any]], figure: str) -> Spread | None:
 
 def tables(results: Results) -> list[Table]:
     """Every table of the report for which there are figures."""
-    made = [turns(results), tokens(results), cpu(results), memory(results), recovery(results), limits(results)]
+    made = [turns(results), tokens(results), cpu(results), *waterfalls(results)]
+    made += [memory(results), recovery(results), limits(results)]
     return [table for table in made if table.rows]
 
 
@@ -166,6 +170,30 @@ def limits(results: Results) -> Table:
         (what, _told(taken, f"{name}_p50_ms", 2), _told(taken, f"{name}_p99_ms", 2)) for name, what in LIMITS.items()
     ]
     return Table("The machine in the same run, one after the other", ("", "p50 ms", "p99 ms"), rows if taken else [])
+
+
+def hops(shape: dict[str, Any]) -> list[dict[str, Any]]:
+    """The hops of a turn that are not rare, with `of_turn_us`: what each adds to the mean turn. In order."""
+    rows = shape["hops"]
+    most = max((row["turns"] for row in rows), default=1)
+    return [
+        {**row, "of_turn_us": row["mean_us"] * row["turns"] / most}
+        for row in rows
+        if row["turns"] >= most * HOP_IS_RARE_BELOW
+    ]
+
+
+def waterfalls(results: Results) -> list[Table]:
+    """Where the time of a turn goes, a table for each shape that was looked at."""
+    columns = ("hop", "mean us of a turn", "p50 us", "p99 us")
+    return [
+        Table(
+            f"Hops of a turn, {shape['sessions']} sessions over {shape['streams']} streams",
+            columns,
+            [(row["name"], *(f"{row[f]:.0f}" for f in ("of_turn_us", "p50_us", "p99_us"))) for row in hops(shape)],
+        )
+        for shape in results.get("waterfall", [])
+    ]
 
 
 def note(taken: list[dict[str, Any]]) -> str:

@@ -26,7 +26,6 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from time import monotonic_ns
 from typing import Any, ClassVar, Final
-from unittest.mock import patch
 
 import uvloop
 from soma.common.v1.message_pb2 import Error
@@ -198,14 +197,9 @@ async def _look_at_writer(dsn: str, seen: Counter[str]) -> None:
 
 async def measure(running: stack.Stack, sessions: int, streams: int, seconds: float, warm_s: float) -> dict[str, Any]:
     """Runs one shape and returns its rows."""
-    with patch.object(load, "ChannelClient", SamplingClient):
-        return await _measure(running, sessions, streams, seconds, warm_s)
-
-
-async def _measure(running: stack.Stack, sessions: int, streams: int, seconds: float, warm_s: float) -> dict[str, Any]:
     SamplingClient.seen = {}
     SamplingClient.every = 1
-    first = await load.turns(running, "echo", sessions, streams, 1.0, warm_s=warm_s)
+    first = await load.turns(running, "echo", sessions, streams, 1.0, warm_s=warm_s, kind=SamplingClient)
     SamplingClient.every = max(1, round(first.rate * seconds / SAMPLES))
     SamplingClient.seen = {}
     writer: Counter[str] = Counter()
@@ -213,7 +207,7 @@ async def _measure(running: stack.Stack, sessions: int, streams: int, seconds: f
     before = await _groups(running.home)
     everybody = {**running.pids, "client": os.getpid()}
     cpu, began = {name: processes.cpu_s(pid) for name, pid in everybody.items()}, monotonic_ns()
-    result = await load.turns(running, "echo", sessions, streams, seconds, warm_s=0.5)
+    result = await load.turns(running, "echo", sessions, streams, seconds, warm_s=0.5, kind=SamplingClient)
     wall_s = (monotonic_ns() - began) / 1e9
     cores = {name: (processes.cpu_s(pid) - cpu[name]) / wall_s for name, pid in everybody.items()}
     after = await _groups(running.home)
