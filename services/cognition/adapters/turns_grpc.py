@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import structlog
 from grpc import aio
@@ -30,6 +30,12 @@ FRAME_BYTES: Final = 1024 * 1024
 """A frame is closed when it holds so much; one item alone may be larger (bounded by the largest gRPC message)."""
 
 FRAME_ITEMS: Final = 512
+
+_LINGER_S: Final = 0.002
+_LINGER_TURNS: Final = 16
+_LINGER_BELOW: Final = 0.25
+"""With so many turns of a router running, a frame that would speak of less than this part of them waits for company: a
+frame, and the group commit that it may cause, costs far more than an item. Text never waits, nor do few turns."""
 
 _ITEMS_PER_CREDIT: Final = 4
 _SPARE_ITEMS: Final = 4096
@@ -65,7 +71,7 @@ class CognitionService(cognition_grpc.CognitionServiceServicer):
         try:
             yield self._welcome(session)
             while True:
-                for frame in frames_of(await outbox.take(FRAME_ITEMS)):
+                for frame in frames_of(await gathered(outbox, session)):
                     if spans.watched:
                         spans.stage("cognition.frame", (proposal.turn_id for proposal in frame.proposals))
                     yield frame
@@ -124,6 +130,26 @@ async def _read(
     except Exception:  # noqa: BLE001 - boundary: however reading ends, the stream must not go on without a reader
         _log.warning("router.stream_broken", router=session.router, exc_info=True)
         session.close(None)
+
+
+class _Load(Protocol):
+    """How many turns a router runs here."""
+
+    @property
+    def running(self) -> int: ...
+
+
+async def gathered(outbox: Gather[Outgoing], load: _Load) -> list[Outgoing]:
+    """What goes out next: all there is, with a little patience for more under load. Raises GatherClosed at the end."""
+    items = await outbox.take(FRAME_ITEMS)
+    if (
+        load.running >= _LINGER_TURNS
+        and len(items) < load.running * _LINGER_BELOW
+        and not any(type(item) is cognition.TurnText for item in items)
+    ):
+        await asyncio.sleep(_LINGER_S)
+        items += outbox.take_now(FRAME_ITEMS)
+    return items
 
 
 def frames_of(items: list[Outgoing]) -> Iterator[cognition.RunTurnsResponse]:

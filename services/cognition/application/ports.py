@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from google.protobuf import struct_pb2
 from soma.cognition.v1 import cognition_service_pb2 as cognition
@@ -32,8 +32,7 @@ class ToolDescription:
     """JSON Schema of the arguments."""
 
 
-@dataclass(frozen=True, slots=True)
-class CallOrigin:
+class CallOrigin(NamedTuple):
     """Which step of which turn a call is made for. Sent along, so that the other side can count and trace."""
 
     turn_id: bytes
@@ -43,8 +42,7 @@ class CallOrigin:
     traceparent: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRequest:
+class ModelRequest(NamedTuple):
     """One call of a model."""
 
     model: str

@@ -18,6 +18,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 from google.protobuf import struct_pb2
@@ -44,6 +45,10 @@ from services.cognition.domain.conversation import Conversation
 from services.cognition.domain.turn import STEP_FORMAT, Next, Turn, check_depth, read_step, replay
 from soma_common.errors import DeadlineExceeded, FailedPrecondition, Internal, SomaError, reason_name, to_proto
 from soma_common.failpoints import failpoint_async
+from soma_common.timers import Deadline, SharedTimers
+
+_DEADLINE_GRAIN_S: Final = 0.01
+"""How much later than its time a step may end, in seconds."""
 
 _log = structlog.get_logger(__name__)
 
@@ -74,6 +79,7 @@ class TurnRunner:
     def __init__(self, models: Models, tools: Tools, policy: RunPolicy) -> None:
         # Kept, because asking for the running loop is a system call (getpid) before Python 3.12, several per turn.
         self._loop = asyncio.get_running_loop()
+        self._deadlines = SharedTimers(_DEADLINE_GRAIN_S)
         self._models = models
         self._tools = tools
         self._policy = policy
@@ -163,9 +169,11 @@ class TurnRunner:
                 text.add,
             )
 
-        scope = asyncio.timeout_at(deadline)
+        task = asyncio.current_task(self._loop)
+        assert task is not None
+        scope = Deadline(self._deadlines, deadline, task)
         try:
-            async with scope:
+            with scope:
                 tools = await self._tools_of(agent, start.session.tenant, deadline) if agent.tools else ()
                 answer = await retrying(
                     ask,
@@ -178,7 +186,7 @@ class TurnRunner:
             text.finish()
             return answer
         except TimeoutError as late:
-            if not scope.expired():
+            if not scope.expired:
                 raise
             raise _too_late(agent, deadline < step_deadline) from late
         finally:

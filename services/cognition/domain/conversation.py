@@ -104,8 +104,10 @@ class Conversation:
         """The inputs that no interim reply has answered yet; at least the newest. Raises ITEM_CORRUPT if one cannot be
         read or there is none.
         """
-        replies = zip(self.steps, self._seen(), strict=True)
-        answered = max((seen for step, seen in replies if is_interim(step)), default=0)
+        answered = 0
+        if self.steps:
+            replies = zip(self.steps, self._seen(), strict=True)
+            answered = max((seen for step, seen in replies if is_interim(step)), default=0)
         waiting = self._inputs[answered:] or self._inputs[-1:]
         if not waiting:
             raise Internal(reasons.ERROR_REASON_ITEM_CORRUPT, "the turn was started without a message to answer")

@@ -12,7 +12,6 @@ Any other name is refused with MODEL_REJECTED.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import re
 import time
@@ -25,6 +24,7 @@ from soma.common.v1 import error_reason_pb2 as reasons
 from services.cognition.application.ports import Emit, ModelAnswer, ModelRequest
 from services.cognition.domain.conversation import text_of
 from soma_common.errors import FailedPrecondition
+from soma_common.timers import SharedTimers
 
 _DELAY: Final = re.compile(r"delay-(\d{1,6})-(\d{1,6})")
 _CLOCK: Final = re.compile(r"clock-(\d{1,5})x(\d{1,5})ms")
@@ -32,7 +32,10 @@ _WORDS: Final = re.compile(r"words(?:-(\d{1,5})x(\d{1,5})ms)?")
 
 
 class EchoModel:
-    """Port `Model` without a model."""
+    """Port `Model` without a model. Made on the event loop it runs on."""
+
+    def __init__(self) -> None:
+        self._timers = SharedTimers()
 
     async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
         """The unanswered inputs' text, in the way the model's name says. Raises MODEL_REJECTED for a name not listed
@@ -41,34 +44,33 @@ class EchoModel:
         if request.model == "echo":
             return ModelAnswer(text)
         if delay := _DELAY.fullmatch(request.model):
-            await asyncio.sleep(random.uniform(int(delay[1]), int(delay[2])) / 1000)
+            await self._timers.sleep(random.uniform(int(delay[1]), int(delay[2])) / 1000)
             return ModelAnswer(text)
         if clock := _CLOCK.fullmatch(request.model):
-            return await _say((str(time.monotonic_ns()) for _ in range(int(clock[1]))), int(clock[2]) / 1000, emit)
+            return await self._say((str(time.monotonic_ns()) for _ in range(int(clock[1]))), int(clock[2]), emit)
         if words := _WORDS.fullmatch(request.model):
-            return await _say_words(text, int(words[1] or 0), int(words[2] or 0) / 1000, emit)
+            return await self._say(_repeated(text, int(words[1] or 0)), int(words[2] or 0), emit)
         raise FailedPrecondition(
             reasons.ERROR_REASON_MODEL_REJECTED,
             f"there is no echo/{request.model}; there are echo/echo, echo/delay-A-B, echo/words, echo/words-NxMms"
             " and echo/clock-NxMms",
         )
 
+    async def _say(self, words: Iterable[str], delay_ms: int, emit: Emit) -> ModelAnswer:
+        said: list[str] = []
+        more = iter(words)
+        while True:
+            if delay_ms:
+                await self._timers.sleep(delay_ms / 1000)
+            word = next(more, None)
+            if word is None:
+                break
+            piece = f" {word}" if said else word
+            said.append(piece)
+            emit(piece)
+        return ModelAnswer("".join(said), output_tokens=len(said))
 
-async def _say_words(text: str, count: int, delay_s: float, emit: Emit) -> ModelAnswer:
+
+def _repeated(text: str, count: int) -> Iterable[str]:
     words = text.split() or [text]
-    return await _say(islice(cycle(words), count or len(words)), delay_s, emit)
-
-
-async def _say(words: Iterable[str], delay_s: float, emit: Emit) -> ModelAnswer:
-    said: list[str] = []
-    more = iter(words)
-    while True:
-        if delay_s:
-            await asyncio.sleep(delay_s)
-        word = next(more, None)
-        if word is None:
-            break
-        piece = f" {word}" if said else word
-        said.append(piece)
-        emit(piece)
-    return ModelAnswer("".join(said), output_tokens=len(said))
+    return islice(cycle(words), count or len(words))
