@@ -14,7 +14,7 @@ SWEEP: Final = (1, 4, 16, 64, 256, 1024)
 PARTS: Final = ("router-0", "cognition-0", "gateway-0", "nats", "postgres")
 """Whom the recovery times are about."""
 
-WATERFALLS: Final = ((1, 1), (64, STREAMS), (64, 64))
+WATERFALLS: Final = ((1, 1), (64, STREAMS))
 """Sessions and streams of the shapes whose turns are followed hop by hop."""
 
 
@@ -101,7 +101,7 @@ class Plan:
         for number in range(self.rounds):
             yield 4 * self.limits_s + 0.5
             yield from (self.case_s(case) for case in self.cases(number))
-        yield from [self.seconds + 2 * self.warm_s + 2.0] * len(self.waterfalls)
+        yield from [self.seconds + self.warm_s + 3.0] * len(self.waterfalls)
         yield from [self.kill_every_s] * (self.kills_of_each * len(PARTS))
 
     @property

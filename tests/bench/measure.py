@@ -102,7 +102,7 @@ class Measurement:
             began = monotonic()
             seen = await waterfall.measure(running, sessions, streams, self._plan.seconds, self._plan.warm_s)
             self.results["waterfall"].append(seen)
-            what, found = f"hops {sessions}/{streams}", f"{len(seen['hops'])} of them"
+            what, found = f"hops {sessions}/{streams}", f"p50 {seen['p50_ms']:.1f} ms in {len(seen['hops'])}"
             self._done(number, what, found, seen, began, rounds=len(self._plan.waterfalls))
         self._keep(self.results)
 

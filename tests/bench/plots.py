@@ -193,8 +193,9 @@ def _waterfall(results: Results) -> Figure | None:
         axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        of = f"{shape['sessions']} sessions over {shape['streams']} streams"
-        axes.set(title=f"{of}: mean microseconds of a turn; p50 / p99 of each hop", xlim=(0, begun * 1.12))
+        axes.margins(y=0.02)
+        of = f"sessions/streams {shape['sessions']}/{shape['streams']}"
+        axes.set(title=f"{of}: microseconds of the mean turn; p50 / p99 of each hop", xlim=(0, begun * 1.12))
     return figure
 
 

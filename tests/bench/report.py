@@ -188,7 +188,7 @@ def waterfalls(results: Results) -> list[Table]:
     columns = ("hop", "mean us of a turn", "p50 us", "p99 us")
     return [
         Table(
-            f"Hops of a turn, {shape['sessions']} sessions over {shape['streams']} streams",
+            f"Hops of a turn, {shape['sessions']}/{shape['streams']} (sessions/streams)",
             columns,
             [(row["name"], *(f"{row[f]:.0f}" for f in ("of_turn_us", "p50_us", "p99_us"))) for row in hops(shape)],
         )

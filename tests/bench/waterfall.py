@@ -41,6 +41,8 @@ from tests.bench import load, processes, stack
 
 BESIDE: Final = frozenset({"gateway.store", "router.brain", "router.acked", "cognition.confirm"})
 """Spans beside the way of the answer: the receipt, what a brain's own spans tell better, what comes after it."""
+WHOLE: Final = frozenset({"gateway.gather", "router.gather", "router.commit", "cognition.step", "gateway.deliver"})
+"""Spans that a turn has to have of each process."""
 SAMPLES: Final = 500
 """About so many turns of a run are sampled; a process keeps the spans of more."""
 _LOOK_S: Final = 0.02
@@ -116,7 +118,8 @@ def waterfall(sent: Iterable[Sent], spans: Iterable[dict[str, Any]]) -> tuple[li
     beside: dict[str, Hop] = {}
     for turn in sent:
         of_turn = sorted(by_trace.get(turn.trace_id, ()), key=lambda span: span["start_ns"])
-        if not turn.answer or not any(span["name"] == "gateway.deliver" for span in of_turn):
+        # A process that has more spans than it keeps forgets the oldest: turns without some would be other turns.
+        if not turn.answer or not {span["name"] for span in of_turn} >= WHOLE:
             continue
         for number, (name, ns) in enumerate(_chain(turn, [s for s in of_turn if s["name"] not in BESIDE])):
             hop = hops.setdefault(name, Hop(name))
