@@ -12,12 +12,13 @@ from typing import Any
 import asyncpg
 from soma.common.v1.turn_pb2 import Delivery, StepBody
 
+from services.router.adapters.context_postgres import ContextReader
 from services.router.application.group import StoreLost
 from services.router.application.ports import StoredDelivery
 from services.router.application.read_sessions import MessageRow, SessionRow, StepRow, TurnRow
 from services.router.domain.arrival import replacement
 from services.router.domain.lane_window import CommittedPlace
-from services.router.domain.turn import Outcome
+from services.router.domain.turn import Outcome, TurnStatus
 from soma_common import ids
 from soma_common.errors import Unavailable
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
@@ -50,9 +51,23 @@ _QUEUED = (
     " AND NOT EXISTS (SELECT FROM router.turns r WHERE r.session_id = s.session_id AND r.number = s.turn_count + 1"
     "  AND r.status <> 3 AND m.position BETWEEN r.first_position AND r.last_position)"
 )
-_SESSIONS = (
-    "router.sessions s CROSS JOIN LATERAL (SELECT count(*) AS queued_count, min(m.ingest_time) AS oldest_queued_time"
+_QUEUES = (
+    "CROSS JOIN LATERAL (SELECT count(*) AS queued_count, min(m.ingest_time) AS oldest_queued_time"
     f" FROM router.messages m WHERE m.session_id = s.session_id AND {_QUEUED}) q"
+)
+# Sessions of tenant $1 in which something has no outcome, and perhaps some others: every message below its partition's
+# floor has ended, so what is looked at is what came since, not what there is.
+_OPEN = (
+    "SELECT DISTINCT m.session_id FROM router.partitions p CROSS JOIN LATERAL (SELECT m.session_id"
+    " FROM router.messages m WHERE m.partition = p.id AND m.position >= p.mail_floor AND m.tenant = $1 OFFSET 0) m"
+)
+_OPEN_SESSIONS = (
+    f"(SELECT s.* FROM ({_OPEN}) o CROSS JOIN LATERAL"
+    " (SELECT * FROM router.sessions s WHERE s.session_id = o.session_id OFFSET 0) s)"
+)
+_OPEN_TURNS = (
+    f"(SELECT t.* FROM {_OPEN_SESSIONS} s CROSS JOIN LATERAL (SELECT * FROM router.turns t"
+    " WHERE t.session_id = s.session_id AND t.number = s.turn_count + 1 AND t.status <> 3 OFFSET 0) t)"
 )
 _TURN_COLUMNS = (
     "t.turn_id, t.session_id, greatest(t.number, 0) AS number, t.status, t.outcome, t.dispatch, t.agent_revision,"
@@ -113,6 +128,7 @@ class PostgresHistory:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._contexts = ContextReader(self._fetch)
 
     @classmethod
     async def open(cls, dsn: str, name: str) -> PostgresHistory:
@@ -121,13 +137,18 @@ class PostgresHistory:
 
     async def close(self) -> None:
         """Closes the pool."""
+        await self._contexts.close()
         await self._pool.close()
 
+    async def _fetch(self, tenants: str, query: str, arguments: Sequence[object]) -> list[Any]:
+        async with self._as(tenants) as connection:
+            return await connection.fetch(query, *arguments)
+
     @asynccontextmanager
-    async def _as(self, tenant: str) -> AsyncIterator[Connection]:
+    async def _as(self, tenants: str) -> AsyncIterator[Connection]:
         try:
             async with self._pool.acquire(timeout=3.0) as connection, connection.transaction(readonly=True):
-                await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenant)
+                await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
                 yield connection  # type: ignore[misc]
         except (*CONNECTION_LOST, Unavailable, asyncpg.PostgresError) as error:
             raise StoreLost(str(error) or type(error).__name__) from error
@@ -154,24 +175,7 @@ class PostgresHistory:
 
     async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
         """The newest `limit` messages of ended turns, oldest first: inputs, and the answers that there were."""
-        async with self._as(tenant) as connection:
-            rows = await connection.fetch(
-                "SELECT t.number, ARRAY(SELECT m.content FROM router.messages m WHERE m.session_id = t.session_id"
-                f" AND m.position BETWEEN t.first_position AND t.last_position AND m.kind < 2 AND NOT {_REFUSED}"
-                " ORDER BY m.position) AS inputs,"
-                " (SELECT p.body FROM router.steps p WHERE p.turn_id = t.turn_id AND p.kind = 3) AS final"
-                # What was rolled back was said again in the turn that took its place.
-                " FROM router.turns t WHERE t.session_id = $1 AND t.status = 3 AND t.number > 0 AND t.outcome <> 6"
-                " ORDER BY t.number DESC LIMIT $2",
-                session_id,
-                limit,
-            )
-        said: list[bytes] = []
-        for row in reversed(rows):
-            said.extend(row["inputs"])
-            if row["final"] is not None:
-                said.append(StepBody.FromString(row["final"]).final.message.SerializeToString())
-        return said[-limit:]
+        return await self._contexts.newest(tenant, session_id, limit)
 
     async def agent_spec(self, tenant: str, agent: str, revision: str) -> bytes | None:
         """The agent of a revision that some turn was started with."""
@@ -241,7 +245,7 @@ class PostgresHistory:
         """One session."""
         async with self._as(tenant) as connection:
             row = await connection.fetchrow(
-                f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} WHERE s.session_id = $1", session_id
+                f"SELECT {_SESSION_COLUMNS} FROM router.sessions s {_QUEUES} WHERE s.session_id = $1", session_id
             )
         return _session(row) if row else None
 
@@ -257,7 +261,7 @@ class PostgresHistory:
         """Sessions of a tenant by (agent, channel, session), beyond a place in that order."""
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
-                f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS}"
+                f"SELECT {_SESSION_COLUMNS} FROM {_OPEN_SESSIONS if busy else 'router.sessions'} s {_QUEUES}"
                 " WHERE s.tenant = $1 AND ($2::text IS NULL OR s.agent = $2) AND ($3::text IS NULL OR s.channel = $3)"
                 " AND (s.agent, s.channel, s.session) > ($4, $5, $6)"
                 " AND ($7::boolean IS NULL OR $7 = EXISTS (SELECT FROM router.turns t WHERE t.session_id = s.session_id"
@@ -335,10 +339,11 @@ class PostgresHistory:
         self, tenant: str, status: int | None, before: tuple[datetime, bytes] | None, limit: int
     ) -> list[TurnRow]:
         """Turns of a tenant, newest first, before a place in that order."""
+        turns = "router.turns" if status in (None, TurnStatus.ENDED) else _OPEN_TURNS
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 # The page first: joined before, every turn of the tenant would be read.
-                "WITH t AS MATERIALIZED (SELECT * FROM router.turns t"
+                f"WITH t AS MATERIALIZED (SELECT * FROM {turns} t"
                 " WHERE t.tenant = $1 AND ($2::int IS NULL OR t.status = $2)"
                 " AND ($3::timestamptz IS NULL OR (t.create_time, t.turn_id) < ($3, $4::bytea))"
                 " ORDER BY t.create_time DESC, t.turn_id DESC LIMIT $5)"

@@ -9,7 +9,7 @@ import pytest
 
 from services.router.adapters.history_postgres import PostgresHistory
 from services.router.domain.arrival import Policy
-from services.router.domain.turn import Outcome
+from services.router.domain.turn import Outcome, TurnStatus
 from soma_common import ids
 from tests.integration.router.store import Store, end, start
 from tests.integration.router.test_commit_group_policies import MINE, arrives, refusal
@@ -45,6 +45,7 @@ async def fill(store: Store) -> None:
             " SELECT i, $1, 0, $2, p, p, p, 3, 1, 1, 'r', now() FROM unnest($3::bigint[], $4::bytea[]) AS m(p, i)",
             session, MINE, list(rows)[:TURNS], [key(f"t{prefix}{n}") for n in rows][:TURNS],
         )  # fmt: skip
+    await store.eye.execute("UPDATE router.partitions SET mail_floor = $1 WHERE id < 2", TURNS + 1)
     await store.eye.execute("ANALYZE router.sessions, router.messages, router.turns")
 
 
@@ -78,6 +79,7 @@ READS: dict[str, tuple[Callable[[PostgresHistory], Awaitable[object]], int]] = {
     "a session": (lambda h: h.session(MINE, SESSION), WAITING + 20),
     "turns of a session": (lambda h: h.session_turns(MINE, SESSION, None, 2000, 51), 300),
     "turns of a tenant": (lambda h: h.tenant_turns(MINE, None, None, 51), 300),
+    "running turns of a tenant": (lambda h: h.tenant_turns(MINE, TurnStatus.RUNNING, None, 51), 2 * WAITING + 20),
 }
 
 
