@@ -27,7 +27,7 @@ from tests.bench import bars, docs, plots, report
 from tests.bench.cases import CASES, QUICK, Plan, told
 from tests.bench.measure import Measurement
 
-NAMES: Final = {"frozen": "frozen_brain"}
+NAMES: Final = {"frozen": "frozen_brain", "long": "long_run"}
 """Commands that are not called as their module."""
 RESULTS: Final = Path(".reports/bench.json")
 
