@@ -40,7 +40,8 @@ class Recoveries:
         each = " ".join(f"{s:.2f}" for s in self._of_partitions)
         print(
             f"\nRECOVERY {self.fault}: max {max(self._of_partitions):.2f} s ({bar}; each: {each}), "
-            f"slowest conversation {max(self._of_sessions):.2f} s, the last answer after {load.drain_s:.2f} s; "
+            f"slowest conversation {max(self._of_sessions):.2f} s, the last answer after {load.drain_s:.2f} s "
+            f"({load.drain_stalled_s:.2f} s of them stalls); "
             f"the machine stood still for {' '.join(f'{s:.2f}' for s in self._stalled)} s; "
             + ", ".join(f"{count} {what}" for what, count in counts.items())
         )
