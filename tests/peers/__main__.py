@@ -28,7 +28,7 @@ from tests.peers.measure import Plan
 
 RESULTS: Final = Path(".reports/peers.json")
 PAGE: Final = Path("docs/benchmarks-peers.md")
-QUICK: Final = Plan(rounds=1, seconds=2.0, warm_s=0.8)
+QUICK: Final = Plan(rounds=1, seconds=2.0, warm_s=0.8, settle_s=1.0)
 VERSIONS: Final = ("restate-sdk", "dbos", "fastapi", "uvicorn", "httptools", "sqlalchemy", "psycopg")
 
 console = Console(width=None if sys.stdout.isatty() else 200)
@@ -105,8 +105,10 @@ def _named(name: str, only: list[str]) -> bool:
 
 
 def _show(results: dict[str, Any], *, write_docs: bool) -> int:
-    for table in [*report.tables(results), report.facts(results)]:
+    for table in report.tables(results):
         console.print(table.rich())
+    for line in report.told(results):
+        _say(line)
     if write_docs:
         drawn = plots.draw(results, PAGE.parent / "img")
         pictures = {str(path.relative_to(PAGE.parent)): text for path, text in drawn.items()}

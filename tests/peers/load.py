@@ -27,7 +27,7 @@ LAST_ANSWERS_S = 30.0
 class Routes:
     """Where a peer's turn and a session's state are; `{session}` is replaced."""
 
-    port: int
+    ports: tuple[int, ...]
     turn: str
     state: str
 
@@ -59,7 +59,8 @@ async def turns(
     `window` is entered when the measured time begins and left when it ends.
     """
     run = Run(routes, Result(sessions, connections))
-    links = [await http_client.connect(routes.port, http2=http2) for _ in range(connections)]
+    ports = [routes.ports[number % len(routes.ports)] for number in range(connections)]
+    links = [await http_client.connect(port, http2=http2) for port in ports]
     # As the product's load does.
     gc.collect()
     gc.freeze()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, Final
@@ -29,11 +29,15 @@ class Plan:
     rounds: int = 5
     seconds: float = 5.0
     warm_s: float = 1.5
+    settle_s: float = 3.0
+    """Of load on a system that has just started, before the first measured one."""
 
     def total_s(self, peers: list[Peer]) -> float:
         """About how long it takes."""
         cases = len(systems.OUR_CASES) + sum(len(peer.cases) for peer in peers)
-        return self.rounds * (cases * (self.seconds + self.warm_s + 0.7) + 12 + 5 * len(peers))
+        return self.rounds * (
+            cases * (self.seconds + self.warm_s + 0.7) + 12 + 5 * len(peers) + (1 + len(peers)) * self.settle_s
+        )
 
 
 async def take(plan: Plan, peers: list[Peer], versions: dict[str, str], say: Say, keep: Callable[..., None]) -> Any:
@@ -70,6 +74,7 @@ class _Round:
             for name, model in systems.BRAINS.items():
                 await running.agent(name, model)
             idle = _memory(running.everything)
+            await our_load.turns(running, "echo", 64, 4, self._plan.settle_s, warm_s=0)
             for case in systems.OUR_CASES:
                 usage = _usage(running.everything)
                 seen = await our_load.turns(
@@ -82,9 +87,11 @@ class _Round:
         """A system that speaks HTTP."""
         async with peer.start() as server:
             idle = _memory(server.pids)
+            routes = load.Routes(server.ports, peer.turn.replace("{brain}", "echo"), peer.state)
+            await load.turns(routes, 64, 64, self._plan.settle_s, http2=False, warm_s=0, window=nullcontext())
             for case in peer.cases:
                 usage = _usage(server.pids)
-                routes = load.Routes(server.port, peer.turn.replace("{brain}", case.brain), peer.state)
+                routes = load.Routes(server.ports, peer.turn.replace("{brain}", case.brain), peer.state)
                 seen, wrong = await load.turns(
                     routes, case.sessions, case.connections, self._plan.seconds,
                     http2=case.http2, warm_s=self._plan.warm_s, window=usage,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from tests.bench.report import Spread, Table, spread
-from tests.peers.facts import FACTS
+from tests.peers.facts import FACTS, Facts
 from tests.peers.measure import FOREIGN_CORES
 from tests.peers.systems import OURS, SHAPES
 
@@ -52,17 +52,28 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
     ]
     if not results["complete"]:
         blocks.append("**This run was cut off: what follows is what it had measured until then.**")
-    for table in [facts(results), *tables(results)]:
+    blocks += ["### What is compared", _facts(results).markdown().replace("---:", "---")]
+    for table in tables(results):
         blocks += [f"### {table.title}", table.markdown()]
     blocks += [f"![{text}]({path})" for path, text in pictures.items()]
     return "\n\n".join(blocks)
 
 
-def facts(results: Results) -> Table:
-    """What stands behind the names of the systems that were measured."""
-    names = {row["system"] for row in results["rows"]}
-    rows = [(name, each.set_up, each.on_disk, each.differs) for name, each in FACTS.items() if name in names]
+def told(results: Results) -> Iterator[str]:
+    """What each system that was measured had on disk before its answer, and what differs, in lines for a terminal."""
+    for name, each in _measured_facts(results).items():
+        yield f"{name}: on disk before the answer: {each.on_disk}."
+        yield f"  What differs: {each.differs}."
+
+
+def _facts(results: Results) -> Table:
+    rows = [(name, each.set_up, each.on_disk, each.differs) for name, each in _measured_facts(results).items()]
     return Table("What is compared", ("system", "set-up", "on disk before the answer", "what differs"), rows)
+
+
+def _measured_facts(results: Results) -> dict[str, Facts]:
+    names = {row["system"] for row in results["rows"]}
+    return {name: each for name, each in FACTS.items() if name in names}
 
 
 def _shape(results: Results, shape: str) -> Table:
@@ -80,7 +91,7 @@ def _shape(results: Results, shape: str) -> Table:
                 _told(spread(taken, "pss_mb"), 0),
                 _told(ratio(ours, taken, "turns_per_s") if theirs else None, 2),
                 _told(p99, 2),
-                _note(taken),
+                note(taken),
             )
         )
     return Table(SHAPES[shape], COLUMNS, rows)
@@ -107,7 +118,8 @@ def _told(value: Spread | None, digits: int) -> str:
     return value.told(digits) if value else ""
 
 
-def _note(taken: list[Row]) -> str:
+def note(taken: list[Row]) -> str:
+    """What speaks against a figure; empty when nothing does."""
     errors = sum(row["errors"] for row in taken)
     disturbed = sum(row["foreign_cores"] > FOREIGN_CORES for row in taken)
     notes = [f"{errors} errors"] if errors else []

@@ -24,19 +24,26 @@ from tests.peers import install
 
 READY_S = 30.0
 STOP_S = 10.0
+UVICORN = (
+    *("--host=127.0.0.1", "--loop=uvloop", "--http=httptools", "--no-access-log", "--log-level=warning"),
+    *("--backlog=1024", "--timeout-keep-alive=600"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running peer: the port that takes turns, and its processes by name."""
+    """A running peer: the ports that take turns, which clients are spread over, and its processes by name."""
 
-    port: int
+    ports: tuple[int, ...]
     pids: dict[str, int]
 
 
 @asynccontextmanager
-async def on_postgres(application: str, settings: Mapping[str, str]) -> AsyncIterator[Server]:
-    """An application of `apps` beside a PostgreSQL of its own: the product's, with the product's settings."""
+async def on_postgres(application: str, settings: Mapping[str, str], processes: int = 1) -> AsyncIterator[Server]:
+    """An application of `apps` beside a PostgreSQL of its own: the product's, with the product's settings.
+
+    Each of its processes has a port. Behind one port the system may give nearly all connections to one of them.
+    """
     async with AsyncExitStack() as stack:
         home = _home(stack)
         postgres = PostgresServer(PostgresConfig(home / "postgres"))
@@ -45,11 +52,16 @@ async def on_postgres(application: str, settings: Mapping[str, str]) -> AsyncIte
         connection = await asyncpg.connect(postgres.dsn(database="postgres"))
         await connection.execute("CREATE DATABASE peer TEMPLATE template0")
         await connection.close()
-        port = _free_port()
-        dsn = postgres.dsn(database="peer")
-        child = await _application(stack, home, application, port, {"PEER_DSN": dsn, **settings})
-        await _until_answers(f"http://127.0.0.1:{port}/openapi.json", child)
-        yield Server(port, {"application": child.pid, "postgres": postgres.process.pid})
+        environment = {"PEER_DSN": postgres.dsn(database="peer"), **settings}
+        ports: list[int] = []
+        pids: dict[str, int] = {}
+        # One after the other: the first makes the tables.
+        for number in range(processes):
+            ports.append(_free_port())
+            child = await _application(stack, home, application, ports[-1], environment)
+            await _until_answers(f"http://127.0.0.1:{ports[-1]}/openapi.json", child)
+            pids["application" if processes == 1 else f"application-{number}"] = child.pid
+        yield Server(tuple(ports), {**pids, "postgres": postgres.process.pid})
 
 
 @asynccontextmanager
@@ -77,15 +89,16 @@ async def restate(program: Path, partitions: int | None) -> AsyncIterator[Server
         # uvicorn speaks HTTP/1.1 only; hypercorn, which speaks HTTP/2, is slower by more than that costs.
         deployment = {"uri": f"http://127.0.0.1:{handlers}", "use_http_11": True}
         await _until_answers(f"http://127.0.0.1:{admin}/deployments", server, deployment)
-        yield Server(ingress, {"restate-server": server.pid, "application": application.pid})
+        yield Server((ingress,), {"restate-server": server.pid, "application": application.pid})
 
 
 async def _application(
     stack: AsyncExitStack, home: Path, name: str, port: int, settings: Mapping[str, str]
 ) -> ChildProcess:
-    command: list[str | Path] = [install.PYTHON, "-m", f"tests.peers.apps.{name}"]
-    environment = {"PYTHONPATH": str(install.ROOT), "PEER_PORT": str(port), **settings}
-    return await _child(stack, command, home / f"{name}.out", environment)
+    command: list[str | Path] = [install.PYTHON, "-m", "uvicorn", f"tests.peers.apps.{name}:app", f"--port={port}"]
+    command += UVICORN
+    environment = {"PYTHONPATH": str(install.ROOT), **settings}
+    return await _child(stack, command, home / f"{name}-{port}.out", environment)
 
 
 async def _child(

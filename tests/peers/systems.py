@@ -82,10 +82,10 @@ def peers(restate_server: Path | None) -> list[Peer]:
             start = partial(servers.restate, restate_server, partitions)
             cases = (*_HTTP1, *further)
             found.append(Peer(name, start, cases, "/Session/{session}/{brain}", "/Session/{session}/state"))
-    for name, application, settings in (
-        ("FastAPI, row lock", "rowlock_app", {"PEER_POOL": "16"}),
-        ("FastAPI, group commit", "groupcommit_app", {}),
-        ("DBOS", "dbos_app", {"PEER_DBOS": "sync", "PEER_POOL": "8"}),
+    for name, application, settings, processes in (
+        ("FastAPI, row lock", "rowlock_app", {"PEER_POOL": "8"}, 2),
+        ("FastAPI, group commit", "groupcommit_app", {}, 1),
+        ("DBOS", "dbos_app", {"PEER_POOL": "8"}, 2),
     ):
-        found.append(Peer(name, partial(servers.on_postgres, application, settings), _HTTP1))
+        found.append(Peer(name, partial(servers.on_postgres, application, settings, processes), _HTTP1))
     return found

@@ -120,7 +120,3 @@ async def _write() -> None:
             continue
         for item in group:
             item.done.set_result(item.session in fresh)
-
-
-if __name__ == "__main__":
-    turn.serve(app)

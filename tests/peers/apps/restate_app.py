@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import orjson
@@ -27,7 +28,8 @@ class FastJson(Serde[Any]):
 
 
 JSON = FastJson()
-session = restate.VirtualObject("Session")
+# The answer is kept a day for its key, as by default; the journal of a finished turn, for people to look at, is not.
+session = restate.VirtualObject("Session", journal_retention=timedelta(0))
 
 
 async def _append(context: restate.ObjectContext, request: Any) -> Any:
@@ -68,6 +70,3 @@ async def state(context: restate.ObjectSharedContext) -> Any:
 
 
 app = restate.app(services=[session])
-
-if __name__ == "__main__":
-    turn.serve(app)

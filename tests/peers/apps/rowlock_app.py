@@ -38,7 +38,7 @@ pool: asyncpg.Pool[asyncpg.Record]
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Open the pool before the first request."""
     global pool
-    pool = await open_pool(int(os.environ.get("PEER_POOL", "16")))
+    pool = await open_pool(int(os.environ["PEER_POOL"]))
     async with pool:
         yield
 
@@ -87,7 +87,3 @@ async def _commit(session: str, key: str, text: str, seen: int | None) -> bytes 
             if same and await connection.fetchval(WRITE, session, orjson.dumps(after), key, body):
                 return body
         return await connection.fetchval(ANSWERED, session, key)
-
-
-if __name__ == "__main__":
-    turn.serve(app)

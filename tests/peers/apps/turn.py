@@ -5,17 +5,11 @@ product with `context_messages=20` shows its brain. The answer carries the turn'
 that was lost, repeated or run out of order.
 """
 
-# The packages of .peers are not there where types are checked.
-# mypy: disable-error-code="import-not-found"
-
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from typing import Any
-
-import uvicorn
 
 CONTEXT_MESSAGES = 20
 
@@ -31,18 +25,3 @@ def append(state: dict[str, Any] | None, text: str) -> tuple[dict[str, Any], dic
 async def think() -> None:
     """A brain that takes a random 0 to 20 ms, as `echo/delay-0-20` of the product does."""
     await asyncio.sleep(random.uniform(0.0, 0.020))
-
-
-def serve(app: Any) -> None:
-    """Serve an ASGI application on PEER_PORT: one process, uvloop, the C parser of HTTP, no access log."""
-    uvicorn.run(
-        app,
-        host="127.0.0.1",
-        port=int(os.environ["PEER_PORT"]),
-        loop="uvloop",
-        http="httptools",
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=600,
-        backlog=1024,
-    )
