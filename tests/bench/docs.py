@@ -45,10 +45,12 @@ def _made_with(results: Results) -> str:
 
 def _method(results: Results) -> str:
     plan = results["plan"]
-    rounds = "one round" if plan["rounds"] == 1 else f"{plan['rounds']} interleaved rounds"
+    rounds = f"Medians of {plan['rounds']} interleaved rounds (lowest and highest in brackets)"
+    if plan["rounds"] == 1:
+        rounds = "One round"
     sweep = plan["sweep_rounds"]
     told = (
-        f"Medians of {rounds} (lowest and highest in brackets), each case {plan['seconds']:g} s after"
+        f"{rounds}, each case {plan['seconds']:g} s after"
         f" {plan['warm_s']:g} s to warm up; 256-byte messages, agents with 20 messages of context, everything synced"
         " before it is acknowledged."
     )
