@@ -42,16 +42,16 @@ FACTS: Final = {
         differs="the same",
     ),
     "FastAPI, row lock": Facts(
-        set_up="two uvicorn processes (uvloop, httptools), asyncpg with prepared statements, 8 connections each over the"
-        " Unix socket, the product's PostgreSQL with the product's settings; 4 round trips per turn; while a slow brain"
-        " thinks nothing is locked, the state is compared afterwards",
+        set_up="two uvicorn processes (uvloop, httptools), asyncpg with prepared statements, 8 connections each over"
+        " the Unix socket, the product's PostgreSQL with the product's settings; 4 round trips per turn; while a slow"
+        " brain thinks nothing is locked, the state is compared afterwards",
         on_disk="state, answer and idempotency key, in one transaction",
         differs="no inbox: the client must retry what a dead process had taken. No tenants, authorization, bus or"
         " process for the brain; the last 20 messages are kept",
     ),
     "FastAPI, group commit": Facts(
-        set_up="the same server and driver, one process; one writer commits what gathered while its last statement ran, in one round"
-        " trip; sessions are kept in memory",
+        set_up="the same server and driver, one process; one writer commits what gathered while its last statement ran,"
+        " in one round trip; sessions are kept in memory",
         on_disk="state, answer and idempotency key, in one statement for the group",
         differs="the same; and one process owns all sessions for good: nothing fences it from a second one",
     ),
