@@ -29,6 +29,10 @@ _SPANS_KEPT: Final = 8192
 _WATCHED_MOST: Final = 1024
 _WATCHED_NS: Final = 60 * 10**9
 """What has not moved on for so long is forgotten: the hooks look items up as long as anything is watched."""
+_FLAG: Final = slice(54, 55)
+"""The last digit of the flags; the sampled flag is its lowest bit."""
+_UNSAMPLED: Final = "02468ace"
+"""Also no digit at all is among these."""
 
 
 class Span(NamedTuple):
@@ -67,6 +71,8 @@ def follow(traceparent: str, *keys: bytes) -> None:
     """Watches an item from now on under `keys`, if its trace is sampled."""
     if len(traceparent) == _PLAIN_LENGTH and traceparent.endswith("00"):
         return  # nearly always, so it is seen without parsing
+    if traceparent[_FLAG] in _UNSAMPLED:  # most are, and reading one as a whole takes microseconds
+        return
     trace = parse_traceparent(traceparent)
     if trace is None or not trace.sampled:
         return
