@@ -1,7 +1,8 @@
 """The load on a peer that speaks HTTP: the same closed loop as the product's (`tests/bench/load.py`), and its check.
 
 Each session posts a message of 256 characters with an idempotency key, waits for the answer, and posts the next. Every
-answer must carry the text that was sent and the next number of its session.
+answer must carry the text that was sent and the next number of its session. At the end the last key is sent again,
+which must give the same answer and leave the state as it is.
 """
 
 from __future__ import annotations
@@ -85,15 +86,16 @@ async def turns(
 async def _session(run: Run, link: http_client.Connection, number: int) -> None:
     name = f"{run.label}-{number}"
     path = run.routes.turn.format(session=name)
-    sent = 0
+    sent, status, key, body, raw = 0, 0, "", b"", b""
     texts: list[str] = []
     try:
         while not run.stopping:
             sent += 1
             text = f"{sent:08d} ".ljust(MESSAGE_CHARS, "x")
             body = orjson.dumps({"text": text})
+            key = uuid.uuid4().hex
             began = monotonic()
-            status, raw = await link.request("POST", path, uuid.uuid4().hex, body)
+            status, raw = await link.request("POST", path, key, body)
             took = monotonic() - began
             if status != 200 or orjson.loads(raw) != {"number": sent, "text": text}:
                 run.wrong.append(f"session {number}, turn {sent}: {status} {raw[:200]!r}")
@@ -102,6 +104,8 @@ async def _session(run: Run, link: http_client.Connection, number: int) -> None:
             if run.measuring:
                 run.result.turns += 1
                 run.result.latencies.append(took)
+        if (again := await link.request("POST", path, key, body)) != (status, raw):
+            run.wrong.append(f"session {number}: the key of turn {sent} again: {again}, not {raw!r}")
         await _check_state(run, link, number, sent, texts)
     except (ConnectionError, OSError, ValueError) as error:
         run.wrong.append(f"session {number}, turn {sent}: {error!r}")
