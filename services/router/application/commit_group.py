@@ -3,11 +3,6 @@
 While a group is being written the next one gathers. A group is one transaction: the fence rows of all partitions in
 it are moved first; if one of them is not ours any more, nothing is written, that partition is given up and the rest
 is tried again.
-
-What follows from a durable group is work too: turns start, outcomes go out. Where another group waits already that one
-is sent first, and the items of the durable one are told while the database writes (`_tell`): neither waits for the
-other. At most one group is durable and untold, items are always told in the order of their groups, and what composes a
-group must not take what is untold for what is not there (`Partition.untold`, `Entry.waits`, `Starter.room`).
 """
 
 from __future__ import annotations
@@ -37,8 +32,6 @@ _LINGER_BELOW: Final = 24
 """Under load a little patience makes groups larger: transactions cost, items are nearly free. More of it costs sessions
 that wait for an echo more than it saves.
 """
-_SENT_FIRST: Final = 16
-"""So many items that wait are sent before those of the last group are told."""
 _LATER_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
@@ -71,8 +64,6 @@ class GroupCommitter:
         self._nudged = False
         self._later: list[CommitItem] = []
         self._later_timer: asyncio.TimerHandle | None = None
-        self._untold: tuple[list[CommitItem], Group, GroupResult] | None = None
-        """The last group, if it is durable and its items were not told."""
 
     def __len__(self) -> int:
         return len(self._gather) + len(self._later)
@@ -103,8 +94,6 @@ class GroupCommitter:
         """Writes groups until cancelled."""
         previous = 0
         while True:
-            if len(self._gather) < _SENT_FIRST:
-                self._tell()
             taken = await self._gather.take(_GROUP_LIMIT)
             if previous >= _LINGER_AFTER and len(taken) < _LINGER_BELOW:
                 await asyncio.sleep(_LINGER_S)
@@ -122,14 +111,12 @@ class GroupCommitter:
                 if group:
                     GROUP_ITEMS.observe(len(group))
                     await self._write(group)
-                else:
-                    self._tell()
 
     async def _write(self, items: list[CommitItem]) -> None:
         """Writes items in one group; without those of partitions that turn out to be lost, until none is or all are."""
         while live := self._still_held(items):
             try:
-                await self._try(live)
+                result = await self._try(live)
             except FenceLost as lost:
                 FENCED.inc(len(lost.partitions))
                 log.warning("router.fenced", partitions=sorted(lost.partitions))
@@ -144,6 +131,13 @@ class GroupCommitter:
                 self._on_store_lost()
                 for item in live:
                     item.abandoned()
+                return
+            for item in live:
+                # A term that ended while the group was written: it is in the store, and for the new owner to act on.
+                if item.partition.lost:
+                    item.abandoned()
+                else:
+                    item.committed(result)
             return
 
     def _still_held(self, items: list[CommitItem]) -> list[CommitItem]:
@@ -156,44 +150,14 @@ class GroupCommitter:
                 live.append(item)
         return live
 
-    async def _try(self, items: list[CommitItem]) -> None:
-        """Writes a group and takes its new places over. Meanwhile the items of the one before are told."""
+    async def _try(self, items: list[CommitItem]) -> GroupResult:
         group = Group()
         for item in items:
             item.write(group)
         with GROUP_SECONDS.time():
-            if self._untold is None:
-                result = await self._writer.commit(group)
-            else:
-                result = await self._commit_and_tell(group)
-        for move in group.moves.values():
-            if move.mail_head > move.partition.mail_head:
-                move.partition.untold = move.partition.mail_head + 1
+            result = await self._writer.commit(group)
         group.settle()
-        self._untold = items, group, result
-
-    async def _commit_and_tell(self, group: Group) -> GroupResult:
-        commit = asyncio.ensure_future(self._writer.commit(group))
-        try:
-            await asyncio.sleep(0)  # the call is sent
-            self._tell()
-            return await commit
-        finally:
-            commit.cancel()
-
-    def _tell(self) -> None:
-        """Tells the items of the last group that they are durable, unless that was done."""
-        if self._untold is None:
-            return
-        (items, group, result), self._untold = self._untold, None
-        for item in items:
-            # A term that ended while the group was written: it is in the store, and for the new owner to act on.
-            if item.partition.lost:
-                item.abandoned()
-            else:
-                item.committed(result)
-        for move in group.moves.values():
-            move.partition.untold = 0
+        return result
 
     async def _isolate(self, items: list[CommitItem], error: GroupRejected) -> None:
         """The database refuses something in the group: finds the item, so that the others do not wait for it."""

@@ -7,7 +7,6 @@ answered ends with a typed error, and a retry changes nothing.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -59,8 +58,6 @@ class Ingest:
         self._starter = runner.starter
         self._arrivals = runner.arrivals
         self._controls = runner.controls
-        self._waiting: Counter[bytes] = Counter()
-        """Entries that wait (`Entry.waits`), by session."""
         self.backlog = 0
         """Lane messages that are read and not committed; the reader asks for more only below its bound."""
         self.committer: GroupCommitter
@@ -163,19 +160,21 @@ class Ingest:
         sessions.
         """
         self._starter.open_group()
+        # Sessions of which something in this group has to wait: what comes after it there waits behind it.
+        passed_over: set[bytes] = set()
         for item in list(items):
             if isinstance(item, IngestItem) and not item.partition.lost:
                 for entry in item.entries:
                     session_id = entry.inbound.session_id
-                    start = None
-                    if not entry.is_control and session_id not in self._waiting:
-                        session = self._state.session(item.partition, session_id)
-                        start = self._starter.start_now(session, entry.message)
+                    if entry.is_control or session_id in passed_over:
+                        passed_over.add(session_id)
+                        continue
+                    session = self._state.session(item.partition, session_id)
+                    start = self._starter.start_now(session, entry.message)
                     if start is not None:
                         items.append(start)
                     else:
-                        entry.waits = True
-                        self._waiting[session_id] += 1
+                        passed_over.add(session_id)
         items.extend(self._starter.start_waiting())
         if self._starter.left_some:
             self.committer.nudge()
@@ -183,9 +182,6 @@ class Ingest:
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
         self.backlog -= item.cursor is not None
-        for entry in item.entries:
-            if entry.waits:
-                self._waits_no_more(entry)
         if result is None:
             return
         new = 0
@@ -203,13 +199,6 @@ class Ingest:
             entry.message.ingested_at = now
             self._hand_over(partition, entry, result)
         INGESTED.inc(new)
-
-    def _waits_no_more(self, entry: Entry) -> None:
-        entry.waits = False
-        session_id = entry.inbound.session_id
-        self._waiting[session_id] -= 1
-        if not self._waiting[session_id]:
-            del self._waiting[session_id]
 
     def _hand_over(self, partition: Partition, entry: Entry, result: GroupResult) -> None:
         inbound, message = entry.inbound, entry.message

@@ -32,10 +32,6 @@ class Entry:
     message: QueuedMessage
     tenant: str
     is_control: bool
-    waits: bool = False
-    """True from when its group is composed without a turn for it until it is told: nothing of its session that came
-    later may start before.
-    """
 
 
 @dataclass(slots=True)

@@ -68,14 +68,8 @@ class Starter:
 
     def open_group(self) -> None:
         """Called before each group: turns started in it may not be more than the brains take."""
-        self._room = min(self.room, _STARTS_PER_GROUP)
+        self._room = min(self._dispatcher.room, _STARTS_PER_GROUP)
         self._state.scheduler.open_group()
-
-    @property
-    def room(self) -> int:
-        """How many turns may start: as many as the brains take, without those that start already and are not told."""
-        untold = self._state.scheduler.running - len(self._state.running)
-        return self._dispatcher.room - untold
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
@@ -101,7 +95,8 @@ class Starter:
     @property
     def left_some(self) -> bool:
         """Whether more could be started than one group takes: they go with the next."""
-        return self._state.scheduler.startable and self.room > 0
+        scheduler = self._state.scheduler
+        return scheduler.startable and self._dispatcher.room > scheduler.started_in_group
 
     def end_first(self, session: Session) -> EndItem:
         """Ends the first waiting message, which no brain is to see: that needs no room and no gate."""

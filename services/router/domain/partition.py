@@ -86,8 +86,6 @@ class Partition:
     """True once its lane is read from `read_seq` on: until then what the lane brings is not for it, or it would skip
     what lies between.
     """
-    untold: int = 0
-    """First position of messages that are durable and not in `pending` yet; 0: there are none."""
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
 
@@ -100,5 +98,4 @@ class Partition:
     def floor(self) -> int:
         """Every message below this position has its outcome."""
         first = self.pending.first
-        floor = self.mail_head + 1 if first is None else first
-        return min(floor, self.untold) if self.untold else floor
+        return self.mail_head + 1 if first is None else first
