@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import Counter
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
 from soma_common.errors import reason_name
+from soma_common.telemetry.metrics import Counter
 
 OK: Final = "OK"
 CANCELLED: Final = "CANCELLED"

@@ -98,6 +98,7 @@ class LaneReader:
         self._window = window
         self._tenant_lane_batches = tenant_lane_batches
         self._stream = stream_name(lane)
+        self._lag = LANE_LAG.labels(lane)
         self._created = ""
         self._consumer: _Consumer | None = None
         self._wanted = asyncio.Event()
@@ -205,7 +206,7 @@ class LaneReader:
             batch_id = (message.headers or {}).get(_MSG_ID, "")
             self._ingest.on_message(self._lane, tenant_of(message.subject), self._created, seq, batch_id, message.data)
             self.last_seq, self.last_batch = seq, batch_id
-            LANE_LAG.labels(self._lane).set(pending)
+            self._lag.set(pending)
             if consumer.outstanding <= _PULL_BATCH // 2:
                 await self._pull(consumer)
 

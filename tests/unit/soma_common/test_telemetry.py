@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 
+from soma_common.telemetry import metrics
 from soma_common.telemetry.logging import LogWriter
 from soma_common.telemetry.metrics import REGISTRY
 from soma_common.telemetry.redaction import MAX_VALUE_CHARS, REDACTED, TRUNCATED, clean_event
@@ -118,3 +123,52 @@ def test_trace_context_goes_round() -> None:
 )
 def test_headers_that_say_nothing_are_ignored(header: str | None) -> None:
     assert parse_traceparent(header) is None
+
+
+def test_counting_shows_what_prometheus_own_classes_show() -> None:
+    """Ours count without locks; the text must be the same, bounds included."""
+    bounds = (0.5, 1, 2.5)
+    texts = []
+    for made in (metrics, prometheus_client):
+        counted = made.Counter("soma_probe_total", "Counts.", ["kind"], registry=None)
+        sizes = made.Histogram("soma_probe_seconds", "Sizes.", ["kind"], buckets=bounds, registry=None)
+        plain = made.Histogram("soma_plain_items", "Sizes.", buckets=bounds, registry=None)
+        for amount in (0, 0.25, 0.5, 0.75, 1, 2.5, 2.6, 1000):
+            counted.labels("a").inc(amount)
+            sizes.labels("b").observe(amount)
+            plain.observe(amount)
+        counted.labels("b").inc()
+        shown = prometheus_client.CollectorRegistry()
+        for metric in (counted, sizes, plain):
+            shown.register(metric)
+        texts.append(re.sub(r"(_created\S*) .*", r"\1", prometheus_client.generate_latest(shown).decode()))
+    assert texts[0] == texts[1]
+
+
+def test_a_counter_does_not_count_down_and_a_family_does_not_count() -> None:
+    counted = metrics.Counter("soma_probe_total", "Counts.", registry=None)
+    with pytest.raises(ValueError, match="up"):
+        counted.inc(-1)
+    family = metrics.Counter("soma_probe_total", "Counts.", ["kind"], registry=None)
+    with pytest.raises(AttributeError):
+        family.inc()
+
+
+def test_threads_lose_no_counts() -> None:
+    counted = metrics.Counter("soma_probe_total", "Counts.", registry=None)
+    each, before = 100_000, sys.getswitchinterval()
+
+    def count() -> None:
+        for _ in range(each):
+            counted.inc()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=count) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert next(sample.value for family in counted.collect() for sample in family.samples) == 4 * each
