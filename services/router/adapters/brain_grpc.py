@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import structlog
 from soma.cognition.v1.cognition_service_pb2 import (
+    DESCRIPTOR,
     AddInputs,
-    Confirm,
     RouterHello,
     RunTurnsRequest,
     RunTurnsResponse,
     StartTurn,
     StopTurn,
 )
-from soma.cognition.v1.cognition_service_pb2_grpc import CognitionServiceStub
 
 from soma_common.clock import monotonic
 from soma_common.grpc.channel import open_channel
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from services.router.application.run_turns import TurnRunner
 
 PROTOCOL: Final = 1
+_METHOD: Final = f"/{DESCRIPTOR.services_by_name['CognitionService'].full_name}/RunTurns"
 _CONNECT_TIMEOUT_S: Final = 3.0
 _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 1.0
@@ -44,92 +44,125 @@ log = structlog.get_logger(__name__)
 
 BRAINS = gauge("soma_router_brains", "Brains this router has a stream to.")
 
-_Call = grpc.aio.StreamStreamCall[RunTurnsRequest, RunTurnsResponse]
+_STARTS, _ADD_INPUTS = (
+    bytes([RunTurnsRequest.DESCRIPTOR.fields_by_name[name].number << 3 | 2]) for name in ("starts", "add_inputs")
+)
+"""What stands before each item of these fields on the wire: the field's number, and that a length follows."""
+
+_Item = tuple[bytes, int, bytes]
+"""Turn, dispatch, and the field of the frame that is about them."""
+
+_Call = grpc.aio.StreamStreamCall[bytes, RunTurnsResponse]
 
 
 class GrpcBrainLink:
-    """A stream that is up."""
+    """A stream that is up.
+
+    Turns are serialized when they are handed in and put behind each other as they go: fields of a message that stand
+    one after the other are the message. Kept in one message they would be copied into it, counted and then serialized.
+    """
 
     def __init__(self, call: _Call, brain: str, credit: int, may_speak: Callable[[], bool]) -> None:
         self.brain = brain
         self.credit = credit
         self._call = call
         self._may_speak = may_speak
-        self._frame = RunTurnsRequest()
+        self._head = RunTurnsRequest()
+        """The frame but for its turns and their inputs."""
+        self._starts: list[_Item] = []
+        self._inputs: list[_Item] = []
         self._wake = asyncio.Event()
 
     def start(self, start: StartTurn) -> None:
         """Runs a turn there."""
         if spans.watched:
             spans.stage("router.callbacks", (start.turn_id,))
-        self._frame.starts.append(start)
+        self._starts.append((start.turn_id, start.dispatch, _field(_STARTS, start)))
         self._wake.set()
 
     def confirm(self, turn_id: bytes, dispatch: int, step: int) -> None:
         """Says that a step is journaled."""
-        self._frame.confirms.append(Confirm(turn_id=turn_id, dispatch=dispatch, step=step))
+        self._head.confirms.add(turn_id=turn_id, dispatch=dispatch, step=step)
         self._wake.set()
 
     def stop(self, turn_id: bytes, dispatch: int) -> None:
         """Stops a turn there."""
-        self._frame.stops.append(StopTurn(turn_id=turn_id, dispatch=dispatch))
+        self._head.stops.add(turn_id=turn_id, dispatch=dispatch)
         self._wake.set()
 
     def add_inputs(self, turn_id: bytes, dispatch: int, first: int, inputs: list[bytes]) -> None:
         """Gives a turn there further inputs."""
-        self._frame.add_inputs.append(AddInputs(turn_id=turn_id, dispatch=dispatch, first=first, inputs=inputs))
+        added = AddInputs(turn_id=turn_id, dispatch=dispatch, first=first, inputs=inputs)
+        self._inputs.append((turn_id, dispatch, _field(_ADD_INPUTS, added)))
         self._wake.set()
 
     async def write(self, heartbeat_s: float) -> None:
         """Writes frames until the stream ends; at least one per heartbeat interval."""
+        beats = asyncio.create_task(self._beat(heartbeat_s), name=f"heartbeat {self.brain}")
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                head, self._head = self._head, RunTurnsRequest()
+                items, self._starts, self._inputs = [*self._starts, *self._inputs], [], []
+                if not self._may_speak():
+                    # The lease may be somebody else's by now: nothing of what was decided before may be confirmed or
+                    # started. A brain that is not confirmed must not wait for it for ever, a final above all: its turn
+                    # is over here, nobody would stop it later.
+                    head.stops.extend(StopTurn(turn_id=c.turn_id, dispatch=c.dispatch) for c in head.confirms)
+                    head.ClearField("confirms")
+                    items = []
+                for turn_ids, frame in _frames(head, items):
+                    if spans.watched:
+                        spans.stage("router.frame", turn_ids)
+                    await self._call.write(frame)
+        finally:
+            beats.cancel()
+
+    async def _beat(self, heartbeat_s: float) -> None:
+        """Says at every interval that this end lives, whether or not other frames went: a frame per interval costs
+        less than a timer around each.
+        """
         while True:
-            try:
-                async with asyncio.timeout(heartbeat_s):
-                    await self._wake.wait()
-            except TimeoutError:
-                self._frame.heartbeat = True
-            self._wake.clear()
-            frame, self._frame = self._frame, RunTurnsRequest()
-            if not self._may_speak():
-                # The lease may be somebody else's by now: nothing of what was decided before may be confirmed or
-                # started. A brain that is not confirmed must not wait for it for ever, a final above all: its turn is
-                # over here, nobody would stop it later.
-                frame.stops.extend(StopTurn(turn_id=c.turn_id, dispatch=c.dispatch) for c in frame.confirms)
-                frame.ClearField("starts")
-                frame.ClearField("confirms")
-                frame.ClearField("add_inputs")
-            for part in _parts(frame):
-                if spans.watched:
-                    spans.stage("router.frame", (start.turn_id for start in part.starts))
-                await self._call.write(part)
+            await asyncio.sleep(heartbeat_s)
+            self._head.heartbeat = True
+            self._wake.set()
 
 
-def _parts(frame: RunTurnsRequest) -> Iterator[RunTurnsRequest]:
-    """A frame in pieces that the transport takes: many turns may start at once, each with megabytes to read. A turn's
-    further inputs stay behind its start."""
-    items: list[StartTurn | AddInputs] = [*frame.starts, *frame.add_inputs]
-    if len(items) < 2 or frame.ByteSize() <= _FRAME_BYTES:
-        yield frame
+def _field(tag: bytes, message: StartTurn | AddInputs) -> bytes:
+    """An item of a repeated field of the frame, as it stands on the wire."""
+    body = message.SerializeToString()
+    size, left = bytearray(), len(body)
+    while left > 0x7F:
+        size.append(left & 0x7F | 0x80)
+        left >>= 7
+    size.append(left)
+    return b"".join((tag, size, body))
+
+
+def _frames(head: RunTurnsRequest, items: list[_Item]) -> Iterator[tuple[list[bytes], bytes]]:
+    """A frame in pieces that the transport takes, each with whom it is about: many turns may start at once, each with
+    megabytes to read. A turn's further inputs stay behind its start.
+    """
+    first = head.SerializeToString()
+    if len(items) < 2 or len(first) + sum(len(item[2]) for item in items) <= _FRAME_BYTES:
+        yield [item[0] for item in items], b"".join((first, *(item[2] for item in items)))
         return
-    frame.ClearField("starts")
-    frame.ClearField("add_inputs")
-    yield frame
-    stopped = {stop.turn_id: stop.dispatch for stop in frame.stops}
-    part, size = RunTurnsRequest(), 0
+    yield [], first
+    stopped = {stop.turn_id: stop.dispatch for stop in head.stops}
+    part: list[_Item] = []
+    size = 0
     for item in items:
-        if stopped.get(item.turn_id, 0) >= item.dispatch:
+        turn_id, dispatch, wire = item
+        if stopped.get(turn_id, 0) >= dispatch:
             continue  # in one frame the stop would have kept it from running
-        more = item.ByteSize()
-        if size and size + more > _FRAME_BYTES:
-            yield part
-            part, size = RunTurnsRequest(), 0
-        if isinstance(item, StartTurn):
-            part.starts.append(item)
-        else:
-            part.add_inputs.append(item)
-        size += more
-    if size:
-        yield part
+        if size and size + len(wire) > _FRAME_BYTES:
+            yield [turn_id for turn_id, _, _ in part], b"".join(wire for _, _, wire in part)
+            part, size = [], 0
+        part.append(item)
+        size += len(wire)
+    if part:
+        yield [turn_id for turn_id, _, _ in part], b"".join(wire for _, _, wire in part)
 
 
 class _Silence:
@@ -185,7 +218,7 @@ class BrainConnector:
             channel = open_channel(self._target, token=self._token, service="cognition")
             began = monotonic()
             try:
-                await self._serve(CognitionServiceStub(channel))
+                await self._serve(channel)
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
                 log.info("router.brain_unreachable", target=self._target, error=_brief(error))
             finally:
@@ -193,14 +226,16 @@ class BrainConnector:
             wait_s = _FIRST_WAIT_S if monotonic() - began > _LONGEST_WAIT_S else min(wait_s * 2, _LONGEST_WAIT_S)
             await asyncio.sleep(wait_s)
 
-    async def _serve(self, stub: CognitionServiceStub) -> None:
-        # Without an iterator of requests the call is written to; the types know only the other way.
-        call = cast(_Call, stub.RunTurns())  # type: ignore[call-arg]
+    async def _serve(self, channel: grpc.aio.Channel) -> None:
+        # Not by the stub: frames are written as bytes. Without an iterator of requests the call is written to.
+        open_stream: Any = channel.stream_stream(_METHOD, response_deserializer=RunTurnsResponse.FromString)
+        call: _Call = open_stream()
         link: GrpcBrainLink | None = None
         writer: asyncio.Task[None] | None = None
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await call.write(RunTurnsRequest(hello=RouterHello(router=self._router, protocol=PROTOCOL)))
+                hello = RunTurnsRequest(hello=RouterHello(router=self._router, protocol=PROTOCOL))
+                await call.write(hello.SerializeToString())
                 first = await call.read()
             if not isinstance(first, RunTurnsResponse) or not first.HasField("welcome"):
                 raise ConnectionError("the brain did not welcome this router")

@@ -3,7 +3,8 @@
 import asyncio
 from typing import Any, cast
 
-from soma.cognition.v1.cognition_service_pb2 import AddInputs, RunTurnsRequest, StartTurn, StopTurn
+import pytest
+from soma.cognition.v1.cognition_service_pb2 import AddInputs, Confirm, RunTurnsRequest, StartTurn, StopTurn
 
 from services.router.adapters.brain_grpc import GrpcBrainLink
 from soma_common.testing.eventually import eventually
@@ -17,8 +18,8 @@ class Call:
     def __init__(self) -> None:
         self.frames: list[RunTurnsRequest] = []
 
-    async def write(self, frame: RunTurnsRequest) -> None:
-        self.frames.append(frame)
+    async def write(self, frame: bytes) -> None:
+        self.frames.append(RunTurnsRequest.FromString(frame))
 
 
 def start(number: int, size: int = 700_000, dispatch: int = 1) -> StartTurn:
@@ -77,6 +78,36 @@ async def test_further_inputs_stay_behind_the_start_of_their_turn_and_large_ones
     order = [(kind, item.turn_id[-1]) for frame in frames for kind, item in _items(frame)]
     for number in range(3):
         assert order.index(("start", number)) < order.index(("inputs", number))
+
+
+async def test_an_idle_stream_says_at_every_interval_that_it_lives() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    writing = asyncio.create_task(link.write(heartbeat_s=0.01))
+    await eventually(lambda: len(call.frames) >= 3)
+    writing.cancel()
+    assert call.frames == [RunTurnsRequest(heartbeat=True)] * len(call.frames)
+    await asyncio.gather(writing, return_exceptions=True)
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("heartbeat")]
+
+
+@pytest.mark.parametrize("size", [0, 90, 110, 16_000, 16_400, 500_000])
+async def test_a_frame_holds_whole_what_was_handed_in(size: int) -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    first, second = start(1, size), start(2, 0)
+    link.start(first)
+    link.start(second)
+    link.confirm(b"c" * 16, 300, 2)
+    link.stop(b"s" * 16, 1)
+    link.add_inputs(first.turn_id, 1, 1, [b"in", b"puts"])
+    (frame,) = await frames_of(link, call, 2)
+    assert frame == RunTurnsRequest(
+        starts=[first, second],
+        confirms=[Confirm(turn_id=b"c" * 16, dispatch=300, step=2)],
+        stops=[StopTurn(turn_id=b"s" * 16, dispatch=1)],
+        add_inputs=[AddInputs(turn_id=first.turn_id, dispatch=1, first=1, inputs=[b"in", b"puts"])],
+    )
 
 
 async def test_who_may_not_speak_stops_what_it_does_not_confirm() -> None:
