@@ -7,7 +7,7 @@ lease is overdue says nothing at all.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,7 +16,16 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
-from soma.router.v1.outbound_pb2 import AckBatch, LiveBatch, OutBatch, Presence, WatchQuery, WatchSnapshot
+from soma.router.v1.outbound_pb2 import (
+    AckBatch,
+    Handover,
+    LiveBatch,
+    LiveHandover,
+    OutBatch,
+    Presence,
+    WatchQuery,
+    WatchSnapshot,
+)
 
 from soma_common.failpoints import failpoint
 from soma_common.nats import subjects
@@ -107,49 +116,53 @@ class NatsOutbox:
                 LOST.inc(len(errors))
                 log.warning("router.exchange_lost", batches=len(errors), error=errors[0])
 
-    async def _publish(self, subject: str, batch: OutBatch | LiveBatch) -> str:
+    async def _publish(self, subject: str, batch: bytes) -> str:
         """Sends one batch. Returns why it could not be: what is wrong with one must not cost the others theirs."""
-        if spans.watched and isinstance(batch, OutBatch):
-            spans.stage("router.outbox", (handover.delivery.turn_id for handover in batch.deliveries))
         try:
-            await self._client.publish(subject, batch.SerializeToString())
+            await self._client.publish(subject, batch)
         except (NatsError, OSError) as error:
             return str(error) or type(error).__name__
         return ""
 
 
-def _parts(batch: OutBatch) -> list[OutBatch]:
-    """A batch in pieces that fit the bus."""
-    if len(batch.deliveries) + len(batch.live) <= _BATCH_ITEMS and batch.ByteSize() <= _BATCH_BYTES:
-        return [batch]
-    parts = [OutBatch(router=batch.router)]
-    size = 0
-    for item in [*batch.deliveries, *batch.live]:
+def _parts(batch: OutBatch) -> Iterator[bytes]:
+    """A batch in pieces that fit the bus, serialized: nearly always it is one, so its size is not asked first."""
+    if spans.watched:
+        spans.stage("router.outbox", (handover.delivery.turn_id for handover in batch.deliveries))
+    whole = batch.SerializeToString()
+    if len(whole) <= _BATCH_BYTES and len(batch.deliveries) + len(batch.live) <= _BATCH_ITEMS:
+        yield whole
+        return
+    part, size = OutBatch(router=batch.router), 0
+    items: list[Handover | LiveHandover] = [*batch.deliveries, *batch.live]
+    for item in items:
         more = item.ByteSize()
-        if size and size + more > _BATCH_BYTES:
-            parts.append(OutBatch(router=batch.router))
-            size = 0
+        if size and (size + more > _BATCH_BYTES or len(part.deliveries) + len(part.live) >= _BATCH_ITEMS):
+            yield part.SerializeToString()
+            part, size = OutBatch(router=batch.router), 0
         size += more
-        if item.DESCRIPTOR.name == "Handover":
-            parts[-1].deliveries.append(item)  # type: ignore[arg-type]
+        if isinstance(item, Handover):
+            part.deliveries.append(item)
         else:
-            parts[-1].live.append(item)  # type: ignore[arg-type]
-    return parts
+            part.live.append(item)
+    yield part.SerializeToString()
 
 
-def _live_parts(batch: LiveBatch) -> list[LiveBatch]:
-    """The events of one session in pieces that fit the bus."""
-    if batch.ByteSize() <= _BATCH_BYTES:
-        return [batch]
-    parts, size = [LiveBatch()], 0
+def _live_parts(batch: LiveBatch) -> Iterator[bytes]:
+    """The events of one session in pieces that fit the bus, serialized."""
+    whole = batch.SerializeToString()
+    if len(whole) <= _BATCH_BYTES:
+        yield whole
+        return
+    part, size = LiveBatch(), 0
     for event in batch.events:
         more = event.ByteSize()
         if size and size + more > _BATCH_BYTES:
-            parts.append(LiveBatch())
-            size = 0
+            yield part.SerializeToString()
+            part, size = LiveBatch(), 0
         size += more
-        parts[-1].events.append(event)
-    return parts
+        part.events.append(event)
+    yield part.SerializeToString()
 
 
 class NatsInbox:
