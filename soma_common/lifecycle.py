@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 import uvloop
 
+from soma_common.enums import keep_enum_values
 from soma_common.failpoints import arm_failpoints
 from soma_common.settings import EXIT_BAD_SETTINGS, ServiceSettings, StartRefused
 from soma_common.telemetry.logging import setup_logging
@@ -150,6 +151,7 @@ def run_service(main: Callable[[Lifecycle], Awaitable[None]], settings: ServiceS
     logs = setup_logging(settings.service, settings.service_instance, settings.log_file, settings.log_level)
     try:
         arm_failpoints(settings.failpoints)
+        keep_enum_values()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             exit_code = runner.run(_live(main, settings.stop_timeout_s))
     finally:
