@@ -280,7 +280,7 @@ def _failures(report: Path) -> Iterator[tuple[str, list[str]]]:
         return
     for case in ET.parse(report).getroot().iter("testcase"):
         for problem in [*case.iterfind("failure"), *case.iterfind("error")]:
-            said = (problem.text or problem.get("message", "")).splitlines()
+            said = (problem.text or problem.get("message") or "").splitlines()
             found = [line for line in said if line.startswith("E ")] or said
             yield f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}", _shortened(found)
 

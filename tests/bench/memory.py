@@ -40,8 +40,8 @@ class Samples:
     @property
     def peak_mib(self) -> float:
         """The most that everything was at one look."""
-        looks = zip(*self.taken.values(), strict=True)
-        return max(sum(size for _, size in look) for look in looks) / MIB
+        sums: list[float] = [sum(size for _, size in look) for look in zip(*self.taken.values(), strict=True)]
+        return max(sums) / MIB
 
     def slope(self, name: str, settled: float) -> float:
         """Growth of a process in bytes per unit of progress, from `settled` on; 0 of less than three looks."""
