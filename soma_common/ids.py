@@ -30,11 +30,10 @@ class InvalidName(ValueError):
 
 
 def _digest(kind: bytes, *parts: bytes) -> bytes:
-    h = blake2b(kind, digest_size=ID_BYTES, person=b"somastack")
+    framed = [kind]
     for part in parts:
-        h.update(len(part).to_bytes(4, "big"))
-        h.update(part)
-    return h.digest()
+        framed += (len(part).to_bytes(4, "big"), part)
+    return blake2b(b"".join(framed), digest_size=ID_BYTES, person=b"somastack").digest()
 
 
 def session_id(tenant: str, agent: str, channel: str, session: str) -> bytes:

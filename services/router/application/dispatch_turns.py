@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -141,7 +141,7 @@ class Dispatcher:
         if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
             agent = self._state.directory.agent(session.key.tenant, session.key.agent)
             if agent is not None and agent.revision == turn.revision:
-                self._send_start(turn, link, agent.spec, list(session.context))
+                self._send_start(turn, link, agent.spec, session.context)
                 return
         self._spawn(self._load_and_start(turn, link, turn.dispatch))
 
@@ -191,7 +191,7 @@ class Dispatcher:
         stored = await self._history.agent_spec(key.tenant, key.agent, turn.revision)
         return AgentSpec.FromString(stored) if stored is not None else None
 
-    def _send_start(self, turn: Turn, link: BrainLink, spec: AgentSpec, context: list[bytes]) -> None:
+    def _send_start(self, turn: Turn, link: BrainLink, spec: AgentSpec, context: Collection[bytes]) -> None:
         key = turn.session.key
         turn.patience_s = self._stuck_margin_s + (spec.step_timeout_ms or DEFAULT_STEP_TIMEOUT_MS) / 1000
         turn.context_limit = spec.context_messages or DEFAULT_CONTEXT
@@ -206,12 +206,8 @@ class Dispatcher:
             traceparent=turn.inputs[0].traceparent,
         )
         session = start.session
-        session.tenant, session.agent, session.channel, session.session = (
-            key.tenant,
-            key.agent,
-            key.channel,
-            key.session,
-        )
+        session.tenant, session.agent = key.tenant, key.agent
+        session.channel, session.session = key.channel, key.session
         turn.inputs_told = len(turn.inputs)
         turn.progress_at = monotonic()
         if turn.dispatch > 1:
@@ -235,11 +231,14 @@ class Dispatcher:
         return self._state.runs(turn)
 
 
-def _newest(context: list[bytes], limit: int) -> list[bytes]:
+def _newest(context: Collection[bytes], limit: int) -> Collection[bytes]:
     """The newest messages of a context: at most `limit`, and no more bytes than fit a frame beside other turns."""
+    if len(context) <= limit and sum(map(len, context)) <= MAX_CONTEXT_BYTES:
+        return context
+    kept = list(context)
     size = 0
-    for count, message in enumerate(reversed(context)):
+    for count, message in enumerate(reversed(kept)):
         size += len(message)
         if count == limit or size > MAX_CONTEXT_BYTES:
-            return context[len(context) - count :]
-    return context
+            return kept[len(kept) - count :]
+    return kept

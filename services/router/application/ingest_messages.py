@@ -19,7 +19,7 @@ from services.router.application.group import CommitItem, GroupResult
 from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem
 from services.router.domain.arrival import Policy
 from services.router.domain.partition import Cursor, Partition
-from services.router.domain.session import QueuedMessage, SessionKey
+from services.router.domain.session import QueuedMessage, Session, SessionKey
 from soma_common import ids
 from soma_common.clock import monotonic
 from soma_common.layout import BATCH_FORMAT
@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_DEBOUNCE_MS: Final = 300
 DEFAULT_DEBOUNCE_MAX_MS: Final = 2000
+_MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
 _CONTROLS: Final = frozenset(
     {
         InboundKind.INBOUND_KIND_CANCEL,
@@ -89,7 +90,7 @@ class Ingest:
             partition = owned.get(number)
             if partition is None or not partition.attached or seq <= partition.read_seq:
                 continue
-            if _is_addressed(inbound, subject_tenant):
+            if _is_addressed(inbound, subject_tenant, partition.sessions.get(inbound.session_id)):
                 entries.setdefault(number, []).append(self._entry(inbound, subject_tenant))
             else:
                 # Nobody to answer: no session can be named.
@@ -121,10 +122,10 @@ class Ingest:
     def _entry(self, inbound: Inbound, tenant: str) -> Entry:
         is_control = inbound.kind in _CONTROLS
         fault = 0
-        if not is_control and inbound.kind != InboundKind.INBOUND_KIND_MESSAGE:
+        if not is_control and inbound.kind != _MESSAGE:
             fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
-            inbound.kind = InboundKind.INBOUND_KIND_MESSAGE
-        if not 0 <= inbound.policy <= ArrivalPolicy.ARRIVAL_POLICY_REJECT:
+            inbound.kind = _MESSAGE
+        if not 0 <= inbound.policy <= Policy.REJECT:
             fault = ErrorReason.ERROR_REASON_SCHEMA_UNKNOWN
             inbound.policy = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED
         message = QueuedMessage(
@@ -219,16 +220,31 @@ class Ingest:
         self._arrivals.arrive(session, message)
 
 
-def _is_addressed(inbound: Inbound, tenant: str) -> bool:
+def _is_addressed(inbound: Inbound, tenant: str, known: Session | None) -> bool:
     """Whether an item can be stored: names and ids of the right form, a session of its own tenant, nothing that a
-    column or an index refuses.
+    column or an index refuses. The names of a session in memory (`known`, by the item's id) were looked at before.
     """
     return (
         len(inbound.message_id) == ids.ID_BYTES
         and len(inbound.content_hash) == ids.ID_BYTES
-        and ids.is_slug(inbound.agent)
+        and "\0" not in inbound.traceparent
+        and (_is_of(known.key, inbound, tenant) if known is not None else _is_well_named(inbound, tenant))
+    )
+
+
+def _is_of(key: SessionKey, inbound: Inbound, tenant: str) -> bool:
+    return (
+        key.session == inbound.session
+        and key.agent == inbound.agent
+        and key.channel == inbound.channel
+        and key.tenant == tenant
+    )
+
+
+def _is_well_named(inbound: Inbound, tenant: str) -> bool:
+    return (
+        ids.is_slug(inbound.agent)
         and ids.is_slug(inbound.channel)
         and ids.is_session(inbound.session)
         and inbound.session_id == ids.session_id(tenant, inbound.agent, inbound.channel, inbound.session)
-        and "\0" not in inbound.traceparent
     )

@@ -49,7 +49,8 @@ TURNS = counter("soma_router_turns_total", "Turns ended, by outcome.", ["outcome
 RUNNING = gauge("soma_router_turns_running", "Turns that run in this router.")
 STALE = counter("soma_router_stale_items_total", "Items of brains that were ignored because their dispatch is over.")
 TURN_SECONDS = histogram("soma_router_turn_seconds", "From the start of a turn's last dispatch to its durable end.")
-_TURNS_BY_OUTCOME = {outcome: TURNS.labels(outcome.name.lower()) for outcome in Outcome}
+_TURNS_BY_OUTCOME = {int(outcome): TURNS.labels(outcome.name.lower()) for outcome in Outcome}
+_STEP_KINDS: Final = {int(kind): kind for kind in StepKind}
 
 
 class TurnRunner:
@@ -167,10 +168,11 @@ class TurnRunner:
                 corrupt = Error(reason=ErrorReason.ERROR_REASON_ITEM_CORRUPT, message=text)
                 self.committer.put(failure(turn, corrupt, self._ended))
                 return
-            steps = [(StepKind(kind), proposal.body)]
+            steps = [(_STEP_KINDS[kind], proposal.body)]
             self.committer.put(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
         else:
-            self.committer.put(StepItem(turn.session.partition, turn, StepKind(kind), proposal.body, self._journaled))
+            step = StepItem(turn.session.partition, turn, _STEP_KINDS[kind], proposal.body, self._journaled)
+            self.committer.put(step)
 
     def _journaled(self, item: StepItem) -> None:
         turn = item.turn

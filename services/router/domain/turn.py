@@ -45,7 +45,7 @@ class Outcome(IntEnum):
     EXPIRED = 7
 
 
-_TRANSITIONS: Final[dict[tuple[TurnState, StepKind], TurnState]] = {
+_TRANSITIONS: Final[dict[tuple[TurnState, int], TurnState]] = {
     (TurnState.THINKING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
     (TurnState.REFLECTING, StepKind.MODEL_REPLY): TurnState.TOOL_CALL,
     (TurnState.TOOL_CALL, StepKind.TOOL_RESULTS): TurnState.REFLECTING,
@@ -71,8 +71,8 @@ class InvalidTransition(Exception):
 def after(state: TurnState, kind: int) -> TurnState:
     """The state of a turn in `state` once a step of `kind` is journaled. Raises InvalidTransition."""
     try:
-        return _TRANSITIONS[state, StepKind(kind)]
-    except (KeyError, ValueError):
+        return _TRANSITIONS[state, kind]
+    except KeyError:
         raise InvalidTransition(state, kind) from None
 
 
