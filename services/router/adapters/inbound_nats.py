@@ -101,7 +101,6 @@ class LaneReader:
         self._lag = LANE_LAG.labels(lane)
         self._created = ""
         self._consumer: _Consumer | None = None
-        self._wanted = asyncio.Event()
         self._changed = asyncio.Event()
         self.last_seq = 0
         """Last lane message seen: partitions for which it held nothing may move their cursor there."""

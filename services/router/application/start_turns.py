@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 STEP_FORMAT: Final = 1
 _REVISIONS_KNOWN: Final = 4096
-_STARTS_PER_GROUP: Final = 64
-"""Most turns that one group starts. What a flood starts passes every hop as one crowd, and whoever comes in its midst
-takes as long as the crowd: small crowds cost a little throughput and keep a neighbour's latency."""
+_STARTS_PER_GROUP: Final = 128
+"""Most turns that one group starts, over all tenants: what starts together passes every hop together. Larger crowds
+keep who comes in their midst waiting, smaller ones cost frames and transactions. What one tenant may start while
+others are there is less (`state.CROWD`).
+"""
 AGENT_GRACE_S: Final = 2.0
 """How long an accepted message waits for an agent that this router does not know before it ends with AGENT_GONE."""
 _AGENT_LOOK_S: Final = 0.25
