@@ -17,22 +17,33 @@ GRAIN_S: Final = 0.001
 """The loop's own: it counts in milliseconds."""
 
 
-class SharedTimer:
-    """One timer among those of its moment."""
+class _Timer:
+    """One among those of its moment."""
 
-    __slots__ = ("_callback", "_key", "_moment", "_timers")
+    __slots__ = ("_moment",)
 
-    def __init__(self, timers: SharedTimers, key: int, moment: _Moment, callback: Callable[[], object]) -> None:
-        self._timers = timers
-        self._key = key
-        self._moment = moment
-        self._callback = callback
+    _moment: _Moment
 
     def cancel(self) -> None:
         """It will not be called. After it was, this does nothing."""
         moment = self._moment
         if moment.waiting.pop(self, self) is None and not moment.waiting:
-            self._timers.let_go(self._key, moment)
+            moment.timers.let_go(moment)
+
+    def call(self) -> None:
+        """It is time."""
+        raise NotImplementedError
+
+
+class SharedTimer(_Timer):
+    """Calls back once, unless it is cancelled before."""
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, moment: _Moment, callback: Callable[[], object]) -> None:
+        self._moment = moment
+        self._callback = callback
+        moment.waiting[self] = None
 
     def call(self) -> None:
         """It is time."""
@@ -42,10 +53,12 @@ class SharedTimer:
 class _Moment:
     """Timers that end together, in the order they were made."""
 
-    __slots__ = ("handle", "waiting")
+    __slots__ = ("handle", "key", "timers", "waiting")
 
-    def __init__(self) -> None:
-        self.waiting: dict[SharedTimer, None] = {}
+    def __init__(self, timers: SharedTimers, key: int) -> None:
+        self.timers = timers
+        self.key = key
+        self.waiting: dict[_Timer, None] = {}
         self.handle: asyncio.TimerHandle
 
 
@@ -55,24 +68,27 @@ class SharedTimers:
     Made on the loop it is used with.
     """
 
-    __slots__ = ("_grain_s", "_loop", "_moments")
+    __slots__ = ("_empty", "_grain_s", "_loop", "_moments")
 
     def __init__(self, grain_s: float = GRAIN_S) -> None:
         self._loop = asyncio.get_running_loop()
         self._grain_s = grain_s
         self._moments: dict[int, _Moment] = {}
+        self._empty: _Moment | None = None
 
     def call_at(self, when: float, callback: Callable[[], object]) -> SharedTimer:
         """Calls at that time of the loop's clock."""
+        return SharedTimer(self.moment(when), callback)
+
+    def moment(self, when: float) -> _Moment:
+        """The one at which a timer of that time is called."""
         # What is a hair above a moment by the rounding of floating point belongs to it.
         key = ceil(when / self._grain_s - 1e-3)
         moment = self._moments.get(key)
         if moment is None:
-            moment = self._moments[key] = _Moment()
-            moment.handle = self._loop.call_at(key * self._grain_s, self._reached, key, moment)
-        timer = SharedTimer(self, key, moment, callback)
-        moment.waiting[timer] = None
-        return timer
+            moment = self._moments[key] = _Moment(self, key)
+            moment.handle = self._loop.call_at(key * self._grain_s, self._reached, moment)
+        return moment
 
     async def sleep(self, delay_s: float) -> None:
         """As `asyncio.sleep`."""
@@ -83,15 +99,24 @@ class SharedTimers:
         finally:
             timer.cancel()
 
-    def let_go(self, key: int, moment: _Moment) -> None:
-        """Nobody waits for a moment any more."""
-        if self._moments.get(key) is moment:
-            del self._moments[key]
-            moment.handle.cancel()
+    def let_go(self, moment: _Moment) -> None:
+        """Nobody waits for a moment any more.
 
-    def _reached(self, key: int, moment: _Moment) -> None:
-        if self._moments.get(key) is moment:
-            del self._moments[key]
+        The last such moment stays: where one deadline after another is set and taken back, they are of the same one.
+        """
+        empty = self._empty
+        if empty is moment:
+            return
+        if empty is not None and not empty.waiting and self._moments.get(empty.key) is empty:
+            del self._moments[empty.key]
+            empty.handle.cancel()
+        self._empty = moment
+
+    def _reached(self, moment: _Moment) -> None:
+        if self._empty is moment:
+            self._empty = None
+        if self._moments.get(moment.key) is moment:
+            del self._moments[moment.key]
         waiting = moment.waiting
         while waiting:
             # One by one: what is called may cancel others of its moment.
@@ -105,13 +130,13 @@ def _wake(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class Deadline:
+class Deadline(_Timer):
     """`asyncio.timeout_at` on shared timers, for a task that runs on their loop: `with Deadline(...) as scope`.
 
     The task is cancelled when the time is over, which leaves the block as TimeoutError.
     """
 
-    __slots__ = ("_cancelling", "_task", "_timer", "_timers", "_when", "expired")
+    __slots__ = ("_cancelling", "_task", "_timers", "_when", "expired")
 
     def __init__(self, timers: SharedTimers, when: float, task: asyncio.Task[object]) -> None:
         self._timers = timers
@@ -123,16 +148,18 @@ class Deadline:
 
     def __enter__(self) -> Deadline:
         self._cancelling = self._task.cancelling()
-        self._timer = self._timers.call_at(self._when, self._expire)
+        self._moment = self._timers.moment(self._when)
+        self._moment.waiting[self] = None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._timer.cancel()
+        self.cancel()
         if self.expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
-    def _expire(self) -> None:
+    def call(self) -> None:
+        """It is time."""
         self.expired = True
         self._task.cancel()

@@ -73,9 +73,10 @@ class TextStream:
 
     def finish(self) -> None:
         """Sends what is left, as far as the router takes it: the step that follows holds the whole text anyway."""
-        self.close()
-        self._send()
-        self.close()
+        if self._pending:  # only then there is a timer
+            self.close()
+            self._send()
+            self.close()
 
     def close(self) -> None:
         """Sends nothing more by itself."""
