@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
 ID_BYTES: Final = 16
 PARTITION_FUNCTION: Final = "soma-partition-v1"
+KNOWN_SESSIONS: Final = 4096
+"""Session keys whose digests are kept, about 3 MB at most: nearly every message is of a session that spoke lately."""
 
 _SLUG = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _SESSION = r"[A-Za-z0-9._~:@+=-]{1,128}"
@@ -29,13 +32,20 @@ class InvalidName(ValueError):
     """A resource name does not have the form its kind asks for."""
 
 
+def _begun(kind: bytes, *parts: bytes) -> blake2b:
+    """A digest that goes on after `parts`."""
+    return blake2b(kind + b"".join([_prefixed(part) for part in parts]), digest_size=ID_BYTES, person=b"somastack")
+
+
+def _prefixed(part: bytes) -> bytes:
+    return len(part).to_bytes(4, "big") + part
+
+
 def _digest(kind: bytes, *parts: bytes) -> bytes:
-    framed = [kind]
-    for part in parts:
-        framed += (len(part).to_bytes(4, "big"), part)
-    return blake2b(b"".join(framed), digest_size=ID_BYTES, person=b"somastack").digest()
+    return _begun(kind, *parts).digest()
 
 
+@lru_cache(KNOWN_SESSIONS)
 def session_id(tenant: str, agent: str, channel: str, session: str) -> bytes:
     """The 16-byte id of a session key."""
     return _digest(b"session", tenant.encode(), agent.encode(), channel.encode(), session.encode())
@@ -43,9 +53,15 @@ def session_id(tenant: str, agent: str, channel: str, session: str) -> bytes:
 
 def message_id(tenant: str, agent: str, channel: str, session: str, idempotency_key: str) -> bytes:
     """The 16-byte id of the message that `idempotency_key` names in its session."""
-    return _digest(
-        b"message", tenant.encode(), agent.encode(), channel.encode(), session.encode(), idempotency_key.encode()
-    )
+    digest = _messages_of(tenant, agent, channel, session).copy()
+    digest.update(_prefixed(idempotency_key.encode()))
+    return digest.digest()
+
+
+@lru_cache(KNOWN_SESSIONS)
+def _messages_of(tenant: str, agent: str, channel: str, session: str) -> blake2b:
+    """What the ids of a session's messages have in common; to be copied."""
+    return _begun(b"message", tenant.encode(), agent.encode(), channel.encode(), session.encode())
 
 
 def turn_id(session: bytes, message: bytes, generation: int = 0) -> bytes:

@@ -11,7 +11,7 @@ not taken in by the routers is bounded per (tenant, lane) by a window: the next 
 from __future__ import annotations
 
 import asyncio
-import uuid
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from soma_common.failpoints import failpoint_async
 
 ITEM_OVERHEAD_BYTES: Final = 512
 """More than an Inbound takes beside its content: ids, names and lengths at their largest are 480 bytes."""
+BATCH_ID_BYTES: Final = 16
 LINGER_S: Final = 0.001
 LINGER_AFTER: Final = 8
 """A batch of so many says that there is load ..."""
@@ -246,7 +247,8 @@ class _LaneWriter:
         return batch
 
     async def _store(self, batch: list[WaitingItem]) -> None:
-        started = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
         try:
             try:
                 await self._store_until(batch, started + self._bounds.deadline_s)
@@ -256,9 +258,7 @@ class _LaneWriter:
                 # Boundary: nobody else tells the senders, and what is not settled would count against the tenant for
                 # ever.
                 log.exception("lanes.store_failed", tenant=self._tenant, lane=self._lane, items=len(batch))
-                raise bus_unavailable(
-                    asyncio.get_running_loop().time() - started, self._bounds.silent_retry_ms
-                ) from error
+                raise bus_unavailable(loop.time() - started, self._bounds.silent_retry_ms) from error
         except Refused as refused:
             if refused.error.reason == ErrorReason.ERROR_REASON_BUS_UNAVAILABLE:
                 batch.extend(self._waiting)
@@ -268,7 +268,7 @@ class _LaneWriter:
                 item.sink.refused(item.ref, refused.error, item.size)
             return
         await failpoint_async("gateway.after_publish_before_ack")
-        self._observe(len(batch), asyncio.get_running_loop().time() - started)
+        self._observe(len(batch), loop.time() - started)
         self._settle(batch)
         for item in batch:
             item.sink.accepted(item.ref, item.inbound.message_id, item.size)
@@ -276,7 +276,7 @@ class _LaneWriter:
     async def _store_until(self, batch: list[WaitingItem], deadline: float) -> None:
         """Sends a batch under one id until it is resolved. Raises Refused."""
         loop, bounds = asyncio.get_running_loop(), self._bounds
-        batch_id = uuid.uuid4().hex
+        batch_id = os.urandom(BATCH_ID_BYTES).hex()
         items = [item.inbound for item in batch]
         pause = FIRST_PAUSE_S
         while True:

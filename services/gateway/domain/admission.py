@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import protovalidate
@@ -39,7 +40,7 @@ _MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
 _CANCEL: Final = InboundKind.INBOUND_KIND_CANCEL
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: there is one for each message, and that would cost three times as much
 class Submission:
     """What a channel asks for, apart from the content."""
 
@@ -123,12 +124,18 @@ def _inbound(
     )
 
 
-def _check_key(submission: Submission) -> None:
-    if not ids.is_session(submission.session):
+@lru_cache(ids.KNOWN_SESSIONS)
+def _check_names(agent: str, channel: str, session: str) -> None:
+    """Names that were found good are not looked at again while their session speaks; what is refused is not kept."""
+    if not ids.is_session(session):
         raise Refused(_INVALID, "session: must be 1 to 128 letters, digits and `._~:@+=-`")
-    for field, value in (("agent", submission.agent), ("channel", submission.channel)):
+    for field, value in (("agent", agent), ("channel", channel)):
         if not ids.is_slug(value):
             raise Refused(_INVALID, f"{field}: must be 1 to 63 lower-case letters, digits and inner hyphens")
+
+
+def _check_key(submission: Submission) -> None:
+    _check_names(submission.agent, submission.channel, submission.session)
     key = submission.idempotency_key
     if not key:
         raise Refused(
