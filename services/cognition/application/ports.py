@@ -6,9 +6,9 @@ retry, everything else will not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from google.protobuf import struct_pb2
 from soma.cognition.v1 import cognition_service_pb2 as cognition
@@ -149,6 +149,10 @@ class Outbox(Protocol):
         ...
 
 
+GoOn: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+"""What a turn does whose final was not taken."""
+
+
 class Journal(Protocol):
     """What one running turn says to its router, and what it hears of it."""
 
@@ -161,9 +165,10 @@ class Journal(Protocol):
         """Proposes a step and returns when it is journaled; only then may it be acted on."""
         ...
 
-    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
-        """Proposes the final; True when it is journaled. False if the turn has inputs beyond `inputs_seen`, now or
-        before it was journaled: then it never will be, and the turn goes on."""
+    def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int, go_on: GoOn) -> bool:
+        """Proposes the final, after which the turn has nothing to do. False if it has inputs beyond `inputs_seen`: then
+        nothing is proposed. If further ones come before it is journaled it never will be, and the turn goes on with
+        `go_on`."""
         ...
 
     def fail(self, step: int, body: turn_pb2.StepBody) -> None:

@@ -18,6 +18,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
@@ -86,7 +87,8 @@ class TurnRunner:
         self._tool_caller = ToolCaller(tools, backoff=policy.tool_backoff, max_result_bytes=policy.max_result_bytes)
 
     async def run(self, start: cognition.StartTurn, journal: Journal) -> None:
-        """Runs a turn from where its journal ends to its last step. Raises only what a defect raises, and a cancel.
+        """Runs a turn from where its journal ends until its last step is proposed. Raises only what a defect raises,
+        and a cancel.
 
         A journal that has its last step already is handed to nobody: the turn is over and nothing is proposed.
         """
@@ -97,25 +99,40 @@ class TurnRunner:
             _check_inputs(turn, len(start.inputs))
             agent = read_agent(start.agent_spec)
             conversation = Conversation(start.context, start.inputs, steps)
-            await self._live(start, journal, turn, agent, conversation)
+            turn_deadline = self._loop.time() + agent.turn_timeout_s
+            await self._live(start, journal, turn, agent, conversation, turn_deadline)
         except SomaError as error:
             # A journal that cannot be read is left as it is: the failure goes behind it.
-            number = max(len(steps), len(start.journal)) + 1
-            _log.warning(
-                "turn.failed",
-                tenant=start.session.tenant,
-                turn=start.turn_id.hex(),
-                step=number,
-                reason=reason_name(error.reason),
-                message=error.message,
-            )
-            journal.fail(number, turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error)))
+            _fail(start, journal, max(len(steps), len(start.journal)) + 1, error)
+
+    async def _go_on(
+        self,
+        start: cognition.StartTurn,
+        journal: Journal,
+        turn: Turn,
+        agent: Agent,
+        conversation: Conversation,
+        turn_deadline: float,
+        denied: turn_pb2.FinalMessage,
+    ) -> None:
+        """Goes on with a turn whose final was not taken because further inputs came: it becomes an interim reply."""
+        try:
+            await self._record(journal, turn, conversation, _interim_of(denied))
+            await self._live(start, journal, turn, agent, conversation, turn_deadline)
+        except SomaError as error:
+            _fail(start, journal, turn.steps + 1, error)
 
     async def _live(
-        self, start: cognition.StartTurn, journal: Journal, turn: Turn, agent: Agent, conversation: Conversation
+        self,
+        start: cognition.StartTurn,
+        journal: Journal,
+        turn: Turn,
+        agent: Agent,
+        conversation: Conversation,
+        turn_deadline: float,
     ) -> None:
+        """Takes step after step, until the turn is over or nothing is left to do but to have the final journaled."""
         loop = self._loop
-        turn_deadline = loop.time() + agent.turn_timeout_s
         while turn.next is not Next.NOTHING:
             if turn.next is Next.RUN_TOOLS:
                 await failpoint_async("cognition.after_confirm_before_tool")
@@ -126,15 +143,21 @@ class TurnRunner:
                 self._check_limits(turn, agent, conversation, loop.time() >= turn_deadline)
                 answer = await self._think(start, journal, turn, agent, conversation, turn_deadline)
                 step = self._step_of(answer, turn, agent, conversation)
-            await failpoint_async("cognition.before_proposal")
             if step.WhichOneof("body") == "final":
-                if await journal.conclude(turn.steps + 1, step, step.final.inputs_seen):
-                    return
-                step = _interim_of(step.final)
                 await failpoint_async("cognition.before_proposal")
-            await journal.record(turn.steps + 1, step)
-            turn.record(step)
-            conversation.steps.append(step)
+                final = step.final
+                go_on = partial(self._go_on, start, journal, turn, agent, conversation, turn_deadline, final)
+                if journal.conclude(turn.steps + 1, step, final.inputs_seen, go_on):
+                    return
+                step = _interim_of(final)
+            await self._record(journal, turn, conversation, step)
+
+    async def _record(self, journal: Journal, turn: Turn, conversation: Conversation, step: turn_pb2.StepBody) -> None:
+        """Has a step journaled, and only then takes it for made."""
+        await failpoint_async("cognition.before_proposal")
+        await journal.record(turn.steps + 1, step)
+        turn.record(step)
+        conversation.steps.append(step)
 
     async def _think(
         self,
@@ -215,9 +238,11 @@ class TurnRunner:
         body: turn_pb2.FinalMessage | turn_pb2.ModelReply
         if not answer.calls:
             body = step.final
-            body.message.role = message_pb2.ROLE_ASSISTANT
-            for text in (*conversation.interim_texts(), answer.text):
-                body.message.parts.add(text=text)
+            message = body.message
+            message.role = message_pb2.ROLE_ASSISTANT
+            for text in conversation.interim_texts():
+                message.parts.add(text=text)
+            message.parts.add(text=answer.text)
         elif not turn.has_room_for_tools(agent.max_steps):
             raise _step_limit(agent)
         else:
@@ -244,6 +269,18 @@ class TurnRunner:
                 f"the tools of this turn answered more than the {self._policy.max_turn_bytes} bytes a turn may hold",
                 {"max_turn_bytes": str(self._policy.max_turn_bytes)},
             )
+
+
+def _fail(start: cognition.StartTurn, journal: Journal, step: int, error: SomaError) -> None:
+    _log.warning(
+        "turn.failed",
+        tenant=start.session.tenant,
+        turn=start.turn_id.hex(),
+        step=step,
+        reason=reason_name(error.reason),
+        message=error.message,
+    )
+    journal.fail(step, turn_pb2.StepBody(format=STEP_FORMAT, failure=to_proto(error)))
 
 
 def _check_inputs(turn: Turn, inputs: int) -> None:

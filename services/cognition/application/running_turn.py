@@ -2,7 +2,7 @@
 
 record ----- proposes a step ----> confirm                    the step is journaled, the turn goes on
 conclude --- proposes a final ---> confirm                    the turn is over, its credit free at once
-                                   add_inputs                 the final is not taken, the turn goes on
+             (the task ends)       add_inputs                 the final is not taken, a new task goes on
 fail ------- proposes a failure, over
 cancel       over without a word
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -18,7 +19,7 @@ from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import turn_pb2
 
-from services.cognition.application.ports import Outgoing
+from services.cognition.application.ports import GoOn, Outgoing
 from services.cognition.application.run_turn import TurnRunner
 from services.cognition.domain.turn import STEP_FORMAT, kind_of
 from soma_common.errors import Internal, SomaError, to_proto
@@ -53,7 +54,7 @@ class RunningTurn:
     """One running turn and its voice towards the router (the port `Journal`)."""
 
     __slots__ = (
-        "_concludes",
+        "_go_on",
         "_journaled",
         "_loop",
         "_over",
@@ -78,8 +79,8 @@ class RunningTurn:
         self._loop = loop
         self._journaled = len(start.journal)
         self._proposed = 0
-        self._concludes = False  # whether what is proposed is the final
-        self._taken: asyncio.Future[bool] | None = None  # whether the router has taken what is proposed
+        self._go_on: GoOn | None = None  # what is to be done if the final, which is proposed, is not taken
+        self._taken: asyncio.Future[None] | None = None  # done when the router has taken the step that is proposed
         self._over = False
         self._task: asyncio.Task[None] | None = None
         self._unwinding: set[asyncio.Task[None]] = set()
@@ -89,17 +90,19 @@ class RunningTurn:
     def launch(self, runner: TurnRunner, unwinding: set[asyncio.Task[None]]) -> None:
         """Starts to run. `unwinding` keeps the task while it ends after a cancel."""
         self._unwinding = unwinding
-        self._task = self._loop.create_task(self._run(runner))
+        self._task = self._loop.create_task(self._run(partial(runner.run, self._start, self)))
 
     def confirm(self, dispatch: int, step: int) -> None:
         """The router has journaled a step. One that was not proposed is of another dispatch, or late: ignored."""
-        taken = self._taken
-        if dispatch != self.dispatch or step != self._proposed or taken is None or taken.done():
+        if dispatch != self.dispatch or step != self._proposed or self._over:
             return
-        self._journaled = step
-        if self._concludes:
-            self._finish()  # now, not when the task wakes: the router may use the credit in this very frame
-        taken.set_result(True)
+        if self._go_on is not None:
+            self._finish()  # its credit is free: the router may use it in this very frame
+            return
+        taken = self._taken
+        if taken is not None and not taken.done():
+            self._journaled = step
+            taken.set_result(None)
 
     def add_inputs(self, first: int, inputs: Sequence[bytes]) -> bool:
         """Takes further inputs, the first of them being number `first` from 0; those that are there already are not
@@ -111,9 +114,10 @@ class RunningTurn:
             return False
         further = inputs[len(self.inputs) - first :]
         self.inputs.extend(further)
-        taken = self._taken
-        if further and self._concludes and taken is not None and not taken.done():
-            taken.set_result(False)
+        if further and self._go_on is not None:
+            work, self._go_on = self._go_on, None
+            self._proposed = 0  # a late word about the final counts no more
+            self._task = self._loop.create_task(self._run(work))
         return True
 
     def cancel(self) -> None:
@@ -130,25 +134,28 @@ class RunningTurn:
 
     async def record(self, step: int, body: turn_pb2.StepBody) -> None:
         """Proposes a step and returns when it is journaled. However long that takes: the database may be away."""
-        await self._propose(step, body, call_count=len(body.model_reply.tool_calls))
+        taken = self._taken = self._loop.create_future()
+        self._proposed = step
+        self._send(step, kind_of(body), body, call_count=len(body.model_reply.tool_calls))
+        await taken
 
-    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
-        """Proposes the final; True when it is journaled and the turn over. False if the turn has inputs beyond
-        `inputs_seen`, now or before it was journaled. However long that takes, as for any step."""
+    def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int, go_on: GoOn) -> bool:
+        """Proposes the final, for which no task has to wait: the turn is over when it is confirmed. False if the turn
+        has inputs beyond `inputs_seen`; if they come before the confirmation, it goes on with `go_on`."""
         if inputs_seen < len(self.inputs):
             return False
-        self._concludes = True
+        self._go_on = go_on
+        self._proposed = step
         answer = body.final.message.SerializeToString()
-        taken = await self._propose(step, body, answer=answer, inputs_seen=inputs_seen)
-        self._concludes = False
-        return taken
+        self._send(step, cognition.STEP_KIND_FINAL, body, answer=answer, inputs_seen=inputs_seen)
+        return True
 
     def fail(self, step: int, body: turn_pb2.StepBody) -> None:
         """Proposes a failure and forgets the turn: the router takes it whatever was read, and if it cannot journal it,
         starts the turn again."""
         if self._over:
             return
-        self._send(step, body, answer=body.failure.SerializeToString())
+        self._send(step, cognition.STEP_KIND_FAILURE, body, answer=body.failure.SerializeToString())
         self._finish()
 
     def show(self, step: int, offset: int, text: str) -> bool:
@@ -162,14 +169,14 @@ class RunningTurn:
         )
         return True
 
-    async def _run(self, runner: TurnRunner) -> None:
+    async def _run(self, work: GoOn) -> None:
         if self._start.traceparent:  # without one, the calls of this turn belong to the stream's trace
             set_trace(parse_traceparent(self._start.traceparent))
             if spans.watched:
                 spans.stage("cognition.wait", (self.turn_id,))
         try:
-            await runner.run(self._start, self)
-            if not self._over:
+            await work()
+            if not self._over and self._go_on is None:
                 # Its journal has its last step already. To decline it would only make the router start it elsewhere;
                 # left alone it counts as stuck there, and is set aside if that goes on.
                 _log.error("turn.had_ended", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
@@ -177,21 +184,18 @@ class RunningTurn:
             _log.exception("turn.defect", turn=self.turn_id.hex(), tenant=self._start.session.tenant)
             self.fail(self._journaled + 1, _defect())
         finally:
-            if not self._over:
+            if not self._over and self._go_on is None:
                 self._finish()
 
-    async def _propose(
-        self, step: int, body: turn_pb2.StepBody, *, call_count: int = 0, answer: bytes = b"", inputs_seen: int = 0
-    ) -> bool:
-        """Sends a step and waits until it is journaled (True) or has no chance to be (False)."""
-        taken: asyncio.Future[bool] = self._loop.create_future()
-        self._taken = taken
-        self._proposed = step
-        self._send(step, body, call_count=call_count, answer=answer, inputs_seen=inputs_seen)
-        return await taken
-
     def _send(
-        self, step: int, body: turn_pb2.StepBody, *, call_count: int = 0, answer: bytes = b"", inputs_seen: int = 0
+        self,
+        step: int,
+        kind: cognition.StepKind.ValueType,
+        body: turn_pb2.StepBody,
+        *,
+        call_count: int = 0,
+        answer: bytes = b"",
+        inputs_seen: int = 0,
     ) -> None:
         if self._over:
             return
@@ -202,7 +206,7 @@ class RunningTurn:
                 turn_id=self.turn_id,
                 dispatch=self.dispatch,
                 step=step,
-                kind=kind_of(body),
+                kind=kind,
                 body=body.SerializeToString(),
                 answer=answer,
                 inputs_seen=inputs_seen,
@@ -212,6 +216,7 @@ class RunningTurn:
 
     def _finish(self) -> None:
         self._over = True
+        self._go_on = None  # it refers to this turn
         if spans.watched:
             spans.stage("cognition.confirm", (self.turn_id,), last=True)
         self.session.ended(self)

@@ -203,3 +203,40 @@ async def test_a_nameless_router_and_a_draining_brain_are_refusals() -> None:
     with pytest.raises(SomaError) as draining:
         connect(brain, "router-0")
     assert draining.value.reason == reasons.ERROR_REASON_DRAINING
+
+
+async def test_a_final_that_waits_for_its_confirmation_keeps_no_task() -> None:
+    brain = make_brain()
+    session, outbox = connect(brain, "router-0")
+    session.take(cognition.RunTurnsRequest(starts=[stories.start()]))
+    [final] = await outbox.take()
+    assert isinstance(final, cognition.Proposal)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert brain.turns, "the turn is not over"
+
+    further = cognition.AddInputs(
+        turn_id=final.turn_id, dispatch=1, first=1, inputs=[stories.user("more").SerializeToString()]
+    )
+    session.take(cognition.RunTurnsRequest(add_inputs=[further]))
+    [interim] = await outbox.take()
+    assert isinstance(interim, cognition.Proposal)
+    assert (interim.kind, interim.step) == (cognition.STEP_KIND_INTERIM_REPLY, 1)
+    stop = cognition.StopTurn(turn_id=final.turn_id, dispatch=1)
+    session.take(cognition.RunTurnsRequest(stops=[stop]))
+    assert not brain.turns
+    assert session.running == 0
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_turn_that_is_stopped_while_its_final_waits_is_over_once() -> None:
+    brain = make_brain()
+    session, outbox = connect(brain, "router-0")
+    session.take(cognition.RunTurnsRequest(starts=[stories.start()]))
+    await outbox.take()
+    confirm = cognition.Confirm(turn_id=stories.TURN, dispatch=1, step=1)
+    stop = cognition.StopTurn(turn_id=stories.TURN, dispatch=1)
+    session.take(cognition.RunTurnsRequest(confirms=[confirm, confirm], stops=[stop]))
+    session.take(cognition.RunTurnsRequest(confirms=[confirm]))
+    assert (len(brain.turns), session.running) == (0, 0)
