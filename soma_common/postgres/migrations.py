@@ -9,13 +9,15 @@ too, because in a rolling upgrade and when an upgrade is taken back both run bes
 to that says so in its first line, and then older releases refuse to start.
 
     -- soma:breaking         older releases cannot work with what this file makes
-    -- soma:no-transaction   runs outside of a transaction (CREATE INDEX CONCURRENTLY); must be safe to run again
+    -- soma:no-transaction   runs outside of a transaction (CREATE INDEX CONCURRENTLY), statement by statement, each of
+                             them up to a `;` that ends a line; must be safe to run again from the first one
 
 What was applied stands with a checksum in two tables, because release 0.1 refuses every number in the first one that it
 does not know: `<schema>.schema_migrations` has the first file and the breaking ones, `<schema>.schema_additions` the
 others.
 """
 
+import asyncio
 import hashlib
 import re
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import Literal
 import asyncpg
 import structlog
 
+from soma_common.clock import monotonic
 from soma_common.postgres.connect import Connection, connect, unavailable
 from soma_common.postgres.errors import store_errors
 from soma_common.settings import StartRefused
@@ -33,12 +36,14 @@ LOCK_TIMEOUT_S = 30
 """How long to wait for another process that migrates."""
 STATEMENT_TIMEOUT_S = 600.0
 """How long one file may take."""
+_LOCK_PAUSE_S = 0.05
 
 NO_TRANSACTION = "-- soma:no-transaction"
 BREAKING = "-- soma:breaking"
 BASE, ADDITIONS = "schema_migrations", "schema_additions"
 
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<name>[a-z0-9_]+)\.sql")
+_END_OF_STATEMENT = re.compile(r";\s*(?:\n|$)")
 _IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
 _log = structlog.get_logger(__name__)
 
@@ -91,7 +96,8 @@ async def apply_migrations(
     With mode `verify` nothing is changed. `dsn` connects as the schema's owner (any role that may read is enough to
     verify). What a newer release has only added is no obstacle. Raises MigrationError when files and database do not
     agree (an applied file changed, a newer release has changed what this one relies on, or the database is behind and
-    only `verify` was asked for), and Unavailable when the database does not answer.
+    only `verify` was asked for), and Unavailable when the database does not answer or others hold the tables for too
+    long.
     """
     if not _IDENTIFIER.fullmatch(schema):
         raise ValueError(f"{schema!r} is not a plain schema name")
@@ -115,12 +121,7 @@ async def apply_migrations(
 async def _apply(connection: Connection, schema: str, migrations: list[Migration]) -> list[str]:
     key = int.from_bytes(hashlib.blake2b(f"migrate {schema}".encode(), digest_size=8).digest(), "big", signed=True)
     await connection.execute(f"SET lock_timeout = '{LOCK_TIMEOUT_S}s'")
-    try:
-        await connection.execute("SELECT pg_advisory_lock($1)", key)
-    except asyncpg.LockNotAvailableError as error:
-        raise unavailable(
-            error, f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s"
-        ) from error
+    await _lock(connection, schema, key)
     if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
         # Not `IF NOT EXISTS`: that asks for the right to create schemas even when there is nothing to create.
         await connection.execute(f"CREATE SCHEMA {schema}")
@@ -146,17 +147,36 @@ async def _apply(connection: Connection, schema: str, migrations: list[Migration
     return [_label(migration) for migration in pending]
 
 
+async def _lock(connection: Connection, schema: str, key: int) -> None:
+    """Wait until no other process migrates.
+
+    By asking again and again: a statement that waits for the lock holds a snapshot, and CREATE INDEX CONCURRENTLY of
+    the process that has the lock would wait for that.
+    """
+    give_up_at = monotonic() + LOCK_TIMEOUT_S
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):
+        if monotonic() > give_up_at:
+            error = TimeoutError(f"the lock {key} is held")
+            raise unavailable(error, f"another process has been migrating schema {schema} for {LOCK_TIMEOUT_S} s")
+        await asyncio.sleep(_LOCK_PAUSE_S)
+
+
 async def _apply_one(connection: Connection, schema: str, migration: Migration) -> None:
     record = f"INSERT INTO {schema}.{migration.table} (number, name, checksum) VALUES ($1, $2, $3)"
     values = (migration.number, migration.name, migration.checksum)
     try:
         if migration.sql.startswith(NO_TRANSACTION):
-            await connection.execute(migration.sql)
+            for statement in _END_OF_STATEMENT.split(migration.sql.strip()):
+                if statement:
+                    await connection.execute(statement)
             await connection.execute(record, *values)
         else:
             async with connection.transaction():
                 await connection.execute(migration.sql)
                 await connection.execute(record, *values)
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+        what = f"migration {_label(migration)} of schema {schema} waits for what others do with its tables"
+        raise unavailable(error, what) from error
     except asyncpg.PostgresError as error:
         raise MigrationError(f"migration {_label(migration)} of schema {schema} failed: {error}") from error
 

@@ -113,6 +113,42 @@ async def test_a_file_may_ask_to_run_outside_of_a_transaction(postgres: Database
     assert len(await apply_migrations(postgres.owner_dsn("toolgw"), "toolgw", folder)) == 2
 
 
+async def test_an_index_is_made_while_other_processes_wait_for_it(postgres: Database, folder: Path) -> None:
+    """CREATE INDEX CONCURRENTLY waits for the snapshots of others: of no process that waits for it to end."""
+    dsn = postgres.owner_dsn("toolgw")
+    await apply_migrations(dsn, "toolgw", folder)
+    (folder / "0002_index.sql").write_text(
+        "-- soma:no-transaction\n"
+        "DROP INDEX CONCURRENTLY IF EXISTS toolgw.notes_text;\n"
+        "SELECT pg_sleep(0.3);\n"
+        "CREATE INDEX CONCURRENTLY notes_text ON toolgw.notes (text);\n"
+    )
+    applied = await asyncio.gather(*(apply_migrations(dsn, "toolgw", folder) for _ in range(4)))
+    assert sorted(map(len, applied)) == [0, 0, 0, 1]
+    connection = await connect(dsn)
+    assert await connection.fetchval("SELECT indisvalid FROM pg_index WHERE indexrelid = 'toolgw.notes_text'::regclass")
+    await connection.close()
+
+
+@pytest.mark.parametrize("head", ["", "-- soma:no-transaction\n"])
+async def test_a_transaction_that_stays_open_is_waited_for(
+    postgres: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    """A dump, for example. It is no fault of the file: whoever starts tries again."""
+    dsn = postgres.owner_dsn("toolgw")
+    await apply_migrations(dsn, "toolgw", folder)
+    index = "CREATE INDEX CONCURRENTLY notes_text ON toolgw.notes (text);" if head else SECOND
+    (folder / "0002_waits.sql").write_text(f"{head}DROP INDEX IF EXISTS toolgw.notes_text;\n{index}")
+    monkeypatch.setattr("soma_common.postgres.migrations.LOCK_TIMEOUT_S", 1)
+    other = await connect(dsn)
+    async with other.transaction():
+        await other.execute("INSERT INTO toolgw.notes VALUES (1, '')")
+        with pytest.raises(Unavailable, match="0002_waits of schema toolgw waits for"):
+            await apply_migrations(dsn, "toolgw", folder)
+    await other.close()
+    assert await apply_migrations(dsn, "toolgw", folder) == ["0002_waits"]
+
+
 @pytest.mark.parametrize("name", ["1_x.sql", "0001-x.sql", "0003_gap.sql", "0001_twice.sql"])
 def test_names_that_break_the_order_are_refused(folder: Path, name: str) -> None:
     (folder / name).write_text("SELECT 1")
