@@ -45,7 +45,8 @@ acknowledge nothing cost nobody else's theirs.
 """
 """Most deliveries of all channels held in memory."""
 _RECENT_PROCESSED: Final = 100_000
-_CHOICES: Final = 100_000
+_CHOICES: Final = 4096
+"""Most sessions whose stream is remembered: about 100 bytes each, kept by idle ones too, and one hash makes it anew."""
 
 log = structlog.get_logger(__name__)
 
