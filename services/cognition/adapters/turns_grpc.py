@@ -155,19 +155,32 @@ async def gathered(outbox: Gather[Outgoing], load: _Load) -> list[Outgoing]:
 def frames_of(items: list[Outgoing]) -> Iterator[cognition.RunTurnsResponse]:
     """Puts gathered items into as few frames as their size allows, keeping the order of each kind."""
     frame = cognition.RunTurnsResponse()
+    proposals: list[cognition.Proposal] = []
+    texts: list[cognition.TurnText] = []
     size = 0
     for item in items:
+        # To extend a field by many is half as dear as to append them one by one.
         if isinstance(item, cognition.Proposal):
-            frame.proposals.append(item)
-            size += len(item.body) + len(item.answer)
+            proposals.append(item)
+            size += item.ByteSize()
         elif isinstance(item, cognition.TurnText):
-            frame.texts.append(item)
-            size += len(item.text) * 4
+            texts.append(item)
+            size += item.ByteSize()
         elif isinstance(item, cognition.StopTurn):
             frame.declined.append(item)
         else:
             frame.MergeFrom(item)
         if size > FRAME_BYTES:
-            yield frame
+            yield _filled(frame, proposals, texts)
             frame, size = cognition.RunTurnsResponse(), 0
-    yield frame
+            proposals.clear()
+            texts.clear()
+    yield _filled(frame, proposals, texts)
+
+
+def _filled(
+    frame: cognition.RunTurnsResponse, proposals: list[cognition.Proposal], texts: list[cognition.TurnText]
+) -> cognition.RunTurnsResponse:
+    frame.proposals.extend(proposals)
+    frame.texts.extend(texts)
+    return frame

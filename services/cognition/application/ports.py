@@ -66,8 +66,7 @@ class RequestedCall:
     arguments: Mapping[str, Json] | None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelAnswer:
+class ModelAnswer(NamedTuple):
     """What a model answered. `text` is all of its text; what was emitted before is the beginning of it."""
 
     text: str

@@ -71,7 +71,8 @@ class Conversation:
 
     def read_up_to(self, inputs: Sequence[bytes]) -> None:
         """Has the next model call read the turn's inputs as they are now: those it had, and what came since."""
-        self._inputs.extend(inputs[len(self._inputs) :])
+        if len(inputs) > len(self._inputs):
+            self._inputs.extend(inputs[len(self._inputs) :])
 
     def context(self) -> list[message_pb2.Message]:
         """What was said before this turn, oldest first. What cannot be read is left out: the turn that was to answer it
@@ -115,7 +116,7 @@ class Conversation:
 
     def interim_texts(self) -> list[str]:
         """What interim replies of this turn have said, in order: it belongs to the turn's answer."""
-        return [step.model_reply.text for step in self.steps if is_interim(step)]
+        return [step.model_reply.text for step in self.steps if is_interim(step)] if self.steps else []
 
     def _seen(self) -> list[int]:
         """For each reply how many inputs it had read, 0 for every other step.
@@ -143,9 +144,10 @@ def read_message(stored: bytes) -> message_pb2.Message:
 
 def text_of(message: message_pb2.Message) -> str:
     """A message as a model reads it: texts as they are, data as JSON, files by name and address, a line each."""
-    if len(message.parts) == 1 and message.parts[0].WhichOneof("content") == "text":
-        return message.parts[0].text
-    return "\n".join(_part_text(part) for part in message.parts)
+    parts = message.parts
+    if len(parts) != 1:
+        return "\n".join(map(_part_text, parts))
+    return _part_text(parts[0])
 
 
 def spoken(message: message_pb2.Message) -> str:

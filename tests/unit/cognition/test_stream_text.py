@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from soma.common.v1 import turn_pb2
 
+from services.cognition.application.ports import GoOn
 from services.cognition.application.run_turn import RunPolicy
 from services.cognition.application.stream_text import TextStream, Timer
 
@@ -89,7 +90,7 @@ class Shown:
     async def record(self, step: int, body: turn_pb2.StepBody) -> None:
         raise AssertionError("text journals nothing")
 
-    async def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int) -> bool:
+    def conclude(self, step: int, body: turn_pb2.StepBody, inputs_seen: int, go_on: GoOn) -> bool:
         raise AssertionError("text ends nothing")
 
     def fail(self, step: int, body: turn_pb2.StepBody) -> None:
