@@ -14,6 +14,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import Header, StatusCode
 
+from soma_common.nats import direct
+
 
 class Requests:
     """Sends requests on one connection and gives the answers to those who wait for them."""
@@ -55,10 +57,10 @@ class Requests:
     async def _listen(self) -> None:
         async with self._starting:
             if not self._listening:
-                await self._nc.subscribe(f"{self._prefix}*", cb=self._answered)
+                await direct.subscribe(self._nc, f"{self._prefix}*", self._answered)
                 self._listening = True
 
-    async def _answered(self, message: Msg) -> None:
+    def _answered(self, message: Msg) -> None:
         answer = self._open.get(message.subject)
         if answer is not None and not answer.done():
             answer.set_result(message)

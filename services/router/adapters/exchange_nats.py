@@ -28,7 +28,7 @@ from soma.router.v1.outbound_pb2 import (
 )
 
 from soma_common.failpoints import failpoint
-from soma_common.nats import subjects
+from soma_common.nats import direct, subjects
 from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter
 
@@ -189,7 +189,7 @@ class NatsInbox:
             (subjects.presence("*", "*"), self._on_presence),
             ("soma.*.watch.*", self._on_watch),
         ):
-            self._subscriptions.append(await self._client.subscribe(subject, cb=handler))
+            self._subscriptions.append(await direct.subscribe(self._client, subject, handler))
 
     async def close(self) -> None:
         """Unsubscribes."""
@@ -201,7 +201,7 @@ class NatsInbox:
             except NatsError:
                 log.debug("router.unsubscribe_failed", subject=subscription.subject)
 
-    async def _on_acks(self, message: Msg) -> None:
+    def _on_acks(self, message: Msg) -> None:
         try:
             batch = AckBatch.FromString(message.data)
         except DecodeError:
@@ -211,7 +211,7 @@ class NatsInbox:
             spans.stage("router.acked", batch.acks, last=True)
         self._desk.on_acks(subjects.tenant_of(message.subject), batch)
 
-    async def _on_presence(self, message: Msg) -> None:
+    def _on_presence(self, message: Msg) -> None:
         try:
             presence = Presence.FromString(message.data)
         except DecodeError:
@@ -219,7 +219,7 @@ class NatsInbox:
             return
         self._desk.on_presence(subjects.tenant_of(message.subject), presence)
 
-    async def _on_watch(self, message: Msg) -> None:
+    def _on_watch(self, message: Msg) -> None:
         try:
             query = WatchQuery.FromString(message.data)
             partition = int(message.subject.rsplit(".", 1)[1])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -30,6 +30,7 @@ from services.router.domain.lane_window import CommittedPlace, LaneExtent, LaneW
 from services.router.domain.partition import Cursor, Partition
 from soma_common.clock import monotonic
 from soma_common.ids import lane_of
+from soma_common.nats import direct
 from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.nats.subjects import tenant_of
 from soma_common.telemetry.metrics import counter, gauge
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from services.router.application.state import RouterState
 
 _PULL_BATCH: Final = 256
-_PULL_BYTES: Final = 8 * 1024 * 1024
 _PULL_EXPIRES_S: Final = 30.0
 _HEARTBEAT_S: Final = 1.0
 _SILENT_S: Final = 2.5
@@ -102,6 +102,7 @@ class LaneReader:
         self._created = ""
         self._consumer: _Consumer | None = None
         self._changed = asyncio.Event()
+        self._pulling: asyncio.Task[None] | None = None
         self.last_seq = 0
         """Last lane message seen: partitions for which it held nothing may move their cursor there."""
         self.last_batch = ""
@@ -146,9 +147,7 @@ class LaneReader:
         )
         info = await self._js.add_consumer(self._stream, config)
         consumer = self._consumer = _Consumer(info.name, inbox, heard_at=monotonic(), next_seq=start)
-        subscription = await self._client.subscribe(
-            inbox, cb=self._handler(consumer), pending_msgs_limit=4 * _PULL_BATCH, pending_bytes_limit=4 * _PULL_BYTES
-        )
+        subscription = await direct.subscribe(self._client, inbox, self._handler(consumer))
         ATTACHED.labels(self._lane).inc()
         log.info("router.lane_attached", lane=self._lane, from_seq=start)
         try:
@@ -168,9 +167,12 @@ class LaneReader:
             with suppress(NatsError):
                 await subscription.unsubscribe()
 
+    def _has_room(self, consumer: _Consumer) -> bool:
+        return consumer.outstanding <= _PULL_BATCH // 2 and self._ingest.backlog < self._backlog
+
     async def _pull(self, consumer: _Consumer) -> None:
         """Asks for more, if less than half a batch is outstanding and what was read is nearly committed."""
-        if consumer.outstanding > _PULL_BATCH // 2 or self._ingest.backlog >= self._backlog:
+        if not self._has_room(consumer):
             if not consumer.outstanding:
                 consumer.heard_at = monotonic()  # nothing was asked for, so nobody is silent
             return
@@ -183,8 +185,8 @@ class LaneReader:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{consumer.name}"
         await self._client.publish(subject, json.dumps(request).encode(), reply=consumer.inbox)
 
-    def _handler(self, consumer: _Consumer) -> Callable[[Msg], Awaitable[None]]:
-        async def on_message(message: Msg) -> None:
+    def _handler(self, consumer: _Consumer) -> Callable[[Msg], None]:
+        def on_message(message: Msg) -> None:
             if consumer is not self._consumer or self._changed.is_set():
                 return
             consumer.heard_at = monotonic()
@@ -206,10 +208,17 @@ class LaneReader:
             self._ingest.on_message(self._lane, tenant_of(message.subject), self._created, seq, batch_id, message.data)
             self.last_seq, self.last_batch = seq, batch_id
             self._lag.set(pending)
-            if consumer.outstanding <= _PULL_BATCH // 2:
-                await self._pull(consumer)
+            if self._has_room(consumer) and (self._pulling is None or self._pulling.done()):
+                self._pulling = asyncio.get_running_loop().create_task(self._pull_on(consumer))
 
         return on_message
+
+    async def _pull_on(self, consumer: _Consumer) -> None:
+        try:
+            await self._pull(consumer)
+        except (NatsError, OSError) as error:
+            log.warning("router.lane_read_failed", lane=self._lane, error=str(error) or type(error).__name__)
+            self._changed.set()
 
     def _on_status(self, consumer: _Consumer, headers: dict[str, str]) -> None:
         status = headers["Status"]
