@@ -68,6 +68,8 @@ LEAVE_AFTER: Final = 0.5
 MAX_LIVE: Final = 4096
 """Live events kept for `events()`; further ones are dropped until it is read."""
 
+_USER: Final = Role.ROLE_USER
+"""Looked up once: a look-up in a generated enum costs as much as making the message."""
 _log = structlog.get_logger(__name__)
 
 
@@ -442,7 +444,7 @@ class ChannelClient:
 
 def text_message(text: str) -> Message:
     """A user's message of plain text."""
-    return Message(role=Role.ROLE_USER, parts=[Part(text=text)])
+    return Message(role=_USER, parts=[Part(text=text)])
 
 
 def _settle(future: asyncio.Future[bytes]) -> Answer:

@@ -36,6 +36,7 @@ _INVALID: Final = ErrorReason.ERROR_REASON_INVALID_REQUEST
 _USER: Final = Role.ROLE_USER
 _NO_ROLE: Final = Role.ROLE_UNSPECIFIED
 _CHANNEL_ROLES: Final = frozenset((_NO_ROLE, _USER))
+_ONE_TEXT: Final[list[str | None]] = ["text"]
 _MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
 _CANCEL: Final = InboundKind.INBOUND_KIND_CANCEL
 
@@ -152,8 +153,12 @@ def _content(message: Message, max_bytes: int) -> bytes:
     """Checks the message and serializes it."""
     if message.role not in _CHANNEL_ROLES:
         raise Refused(_INVALID, "message.role: a channel speaks as ROLE_USER; send that or leave it unset")
-    kinds = [part.WhichOneof("content") for part in message.parts]
-    if not any(_says(part, kind) for part, kind in zip(message.parts, kinds, strict=True)):
+    parts = message.parts
+    if len(parts) == 1 and parts[0].text:
+        kinds: list[str | None] = _ONE_TEXT  # nearly always
+    else:
+        kinds = [part.WhichOneof("content") for part in parts]
+    if not any(map(_says, parts, kinds)):
         raise Refused(ErrorReason.ERROR_REASON_CONTENT_EMPTY, "message.parts: nothing is said; send at least one part")
     content = stored_content(message)
     if len(content) > max_bytes:
