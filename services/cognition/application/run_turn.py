@@ -92,18 +92,19 @@ class TurnRunner:
 
         A journal that has its last step already is handed to nobody: the turn is over and nothing is proposed.
         """
+        journaled = start.journal
         steps: list[turn_pb2.StepBody] = []
         try:
-            steps.extend(map(read_step, start.journal))
+            steps.extend(map(read_step, journaled))
             turn = replay(steps)
             _check_inputs(turn, len(start.inputs))
             agent = read_agent(start.agent_spec)
-            conversation = Conversation(start.context, start.inputs, steps)
+            conversation = Conversation(start.context, journal.inputs, steps)
             turn_deadline = self._loop.time() + agent.turn_timeout_s
             await self._live(start, journal, turn, agent, conversation, turn_deadline)
         except SomaError as error:
             # A journal that cannot be read is left as it is: the failure goes behind it.
-            _fail(start, journal, max(len(steps), len(start.journal)) + 1, error)
+            _fail(start, journal, max(len(steps), len(journaled)) + 1, error)
 
     async def _go_on(
         self,

@@ -158,18 +158,19 @@ class RouterSession:
             raise FailedPrecondition(
                 reasons.ERROR_REASON_PROTOCOL_ORDER, "hello belongs in the first frame of RunTurns and only there"
             )
+        turns = self._brain.turns
         stopped: dict[bytes, int] = {}
         for stop in frame.stops:
             stopped[stop.turn_id] = stop.dispatch
-            turn = self._brain.turns.get(stop.turn_id)
+            turn = turns.get(stop.turn_id)
             if turn is not None and turn.session is self and turn.dispatch <= stop.dispatch:
                 turn.cancel()
         for confirm in frame.confirms:
-            turn = self._brain.turns.get(confirm.turn_id)
+            turn = turns.get(confirm.turn_id)
             if turn is not None and turn.session is self:
                 turn.confirm(confirm.dispatch, confirm.step)
         for start in frame.starts:
-            if stopped.get(start.turn_id, 0) < start.dispatch:
+            if not stopped or stopped.get(start.turn_id, 0) < start.dispatch:
                 self._start(start)
         for more in frame.add_inputs:
             if stopped.get(more.turn_id, 0) < more.dispatch:
@@ -238,22 +239,23 @@ class RouterSession:
     def _start(self, start: cognition.StartTurn) -> None:
         if self.closed.is_set():  # it was cut off in the middle of this frame
             return
-        older = self._brain.turns.get(start.turn_id)
+        brain = self._brain
+        older = brain.turns.get(start.turn_id)
         if older is not None:
             if older.dispatch >= start.dispatch:
                 if older.session is not self:  # a router that lost the turn, or has not raised its dispatch
                     self.decline(start.turn_id, start.dispatch, _outdated(start, older.dispatch))
                 return
             older.cancel()
-        if self._brain.draining:
+        if brain.draining:
             self.decline(start.turn_id, start.dispatch, _draining())
-        elif self.running >= self.granted or len(self._brain.turns) >= self._brain.max_turns:
+        elif self.running >= self.granted or len(brain.turns) >= brain.max_turns:
             self.decline(start.turn_id, start.dispatch, _full(self.granted))
         else:
             self.running += 1
-            turn = RunningTurn(self, start, self._brain.loop)
-            self._brain.begin(turn)
-            turn.launch(self._brain.runner, self._brain.unwinding)
+            turn = RunningTurn(self, start, brain.loop)
+            brain.begin(turn)
+            turn.launch(brain.runner, brain.unwinding)
 
     def _add_inputs(self, more: cognition.AddInputs) -> None:
         """Gives a turn further inputs. If that is not possible the turn is declined: started again it gets them all."""
