@@ -12,7 +12,7 @@ import random
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count, cycle, islice, pairwise
@@ -97,6 +97,10 @@ class Load:
     seed: int = 1
     tenants: tuple[str, ...] = TENANTS
     story: Story = field(default_factory=Story)
+    late_labels: bool = False
+    """A router of release 0.1 may write: it journals a step under the dispatch that its turn has by the time that it is
+    written, which may be a later one than that which proposed it.
+    """
 
     def __post_init__(self) -> None:
         self.channel = f"chaos-{uuid.uuid4().hex[:12]}"
@@ -305,6 +309,8 @@ class Load:
             if name.session.agent == CLERK and delivery.outcome == Outcome.OUTCOME_FINAL
         ]
         read = {(call.turn, call.step, call.dispatch): _read_by(call) for call in calls}
+        if self.late_labels:
+            read |= _under_later_labels(read, journals)
         owners = {name.turn_id.hex(): _opening(name.session) for name, _ in self.story.turns()}
         problems += unread_inputs(finals, journals, read)
         problems += mixed_up(((call.turn, _read_by(call)) for call in calls), owners)
@@ -435,3 +441,18 @@ def _right_answer(agent: str, text: str) -> str:
         CLERK: lambda said: f"done: {said}",
     }
     return rules[agent](text)
+
+
+def _under_later_labels(
+    read: Mapping[tuple[str, int, int], Sequence[str]], journals: Mapping[str, Journal]
+) -> dict[tuple[str, int, int], Sequence[str]]:
+    """What the model read for last steps of whose own dispatch it was not called, by the newest dispatch before."""
+    found = {}
+    for turn, journal in journals.items():
+        for last in journal[-1:]:
+            if (turn, last.number, last.dispatch) in read:
+                continue
+            before = [d for d in range(1, last.dispatch) if (turn, last.number, d) in read]
+            if before:
+                found[turn, last.number, last.dispatch] = read[turn, last.number, before[-1]]
+    return found

@@ -64,7 +64,7 @@ def test_the_old_code_is_what_runs(old_code: Path) -> None:
 @pytest.mark.asyncio(loop_scope="module")
 async def test_up_and_back_again_under_load(mixed: FaultyStack, old_code: Path) -> None:
     upwards = [instance.name for service in ORDER for instance in mixed.layout.instances(service)]
-    async with Load(mixed, ERRANDS) as load:
+    async with Load(mixed, ERRANDS, late_labels=True) as load:
         await load.flows()
         for part in upwards:
             del mixed.next_life(part)[MODULE_PATH]
