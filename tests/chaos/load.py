@@ -308,7 +308,9 @@ class Load:
             for name, delivery in self.story.turns()
             if name.session.agent == CLERK and delivery.outcome == Outcome.OUTCOME_FINAL
         ]
-        read = {(call.turn, call.step, call.dispatch): _read_by(call) for call in calls}
+        read: dict[tuple[str, int, int], Sequence[str]] = {
+            (call.turn, call.step, call.dispatch): _read_by(call) for call in calls
+        }
         if self.late_labels:
             read |= _under_later_labels(read, journals)
         owners = {name.turn_id.hex(): _opening(name.session) for name, _ in self.story.turns()}
