@@ -38,6 +38,11 @@ CREATE TYPE router.group_dead AS (
 -- another content. `started` holds the turns that were started; NULL: all were. `o_*` describe sessions of new messages as far as they
 -- were there before.
 --
+-- `x BETWEEN y AND y` is `x = y` of which the planner can make one thing only, a look into the key's index for each row of the group. An
+-- equality could be merged too, and lets it read the whole index in order instead, which is as good on the small table that it knows when
+-- it plans and costs every group milliseconds when the table has grown (measured: 280 rows read per turn, fourfold tails, until the next
+-- autoanalyze). For the same reason a sum keeps sessions_by_partition (0005) out of the search for a session.
+--
 -- The functions of the releases before stay beside it under their own parameters, so that routers of all of them can write.
 CREATE FUNCTION router.commit_group(
     p_tenants text, p_fence router.group_fence[], p_messages router.group_message[], p_turns router.group_turn[],
@@ -73,7 +78,7 @@ BEGIN
         SELECT count(DISTINCT m.message_id), count(DISTINCT m.session_id), bool_and(m.fault = 0)
         INTO found_count, sessions_count, is_clean
         FROM unnest(p_messages) m
-        WHERE NOT EXISTS (SELECT FROM router.messages o WHERE o.message_id = m.message_id);
+        WHERE NOT EXISTS (SELECT FROM router.messages o WHERE o.message_id BETWEEN m.message_id AND m.message_id);
         IF found_count <> cardinality(p_messages) THEN
             -- Retries leave the group. 12, IDEMPOTENCY_KEY_REUSED: the key was used for another content.
             SELECT array_agg(n.position), array_agg(n.partition), count(DISTINCT n.session_id), false,
@@ -85,13 +90,15 @@ BEGIN
                 SELECT DISTINCT ON (m.message_id, m.content_hash) m.partition, m.position, m.session_id, m.message_id, m.content_hash,
                        m.tenant, m.kind, m.policy, m.deliver,
                        CASE WHEN m.fault = 0 AND EXISTS (SELECT FROM router.messages o
-                                                         WHERE o.message_id = m.message_id AND o.content_hash <> m.content_hash)
+                                                         WHERE o.message_id BETWEEN m.message_id AND m.message_id
+                                               AND o.content_hash <> m.content_hash)
                             THEN 12 ELSE m.fault END AS fault,
                        m.accept_ms, m.target_turn, m.traceparent, m.content, m.agent, m.channel, m.session,
                        m.debounce_ms, m.debounce_max_ms
                 FROM unnest(p_messages) m
                 WHERE NOT EXISTS (SELECT FROM router.messages o
-                                  WHERE o.message_id = m.message_id AND o.content_hash = m.content_hash)
+                                  WHERE o.message_id BETWEEN m.message_id AND m.message_id
+                                    AND o.content_hash = m.content_hash)
                 ORDER BY m.message_id, m.content_hash, m.position
             ) n;
             inserted := coalesce(inserted, '{}');
@@ -115,7 +122,7 @@ BEGIN
             SET message_count = s.message_count + n.messages, last_position = n.last, update_time = now()
             FROM (SELECT m.session_id, max(m.position) AS last, count(*) FILTER (WHERE m.kind < 2) AS messages
                   FROM unnest(p_messages) m GROUP BY m.session_id) n
-            WHERE s.session_id = n.session_id
+            WHERE s.session_id BETWEEN n.session_id AND n.session_id
             RETURNING s.session_id, s.turn_count, s.delivery_count, s.done_position, s.paused
         )
         SELECT count(*), array_agg(session_id), array_agg(turn_count), array_agg(delivery_count), array_agg(done_position),
@@ -126,7 +133,7 @@ BEGIN
             SELECT m.session_id, min(m.partition), min(m.tenant), min(m.agent), min(m.channel), min(m.session),
                    count(*) FILTER (WHERE m.kind < 2), max(m.position)
             FROM unnest(p_messages) m
-            WHERE NOT EXISTS (SELECT FROM router.sessions s WHERE s.session_id = m.session_id)
+            WHERE NOT EXISTS (SELECT FROM router.sessions s WHERE s.session_id BETWEEN m.session_id AND m.session_id)
             GROUP BY m.session_id;
         END IF;
     END IF;
@@ -150,7 +157,7 @@ BEGIN
     IF cardinality(p_dispatches) > 0 THEN
         UPDATE router.turns t SET dispatch = d.dispatch, strikes = d.strikes, on_trial = d.trial
         FROM unnest(p_dispatches) d
-        WHERE t.turn_id = d.turn_id AND t.status <> 3;
+        WHERE t.turn_id BETWEEN d.turn_id AND d.turn_id AND t.status <> 3;
     END IF;
 
     -- Controls reach a session in order; the last pause or resume of the group counts. The first stop of a turn counts, except that a
@@ -161,21 +168,21 @@ BEGIN
         FROM (SELECT session_id, max(position) AS position, array_agg(paused ORDER BY place) FILTER (WHERE paused IS NOT NULL) AS paused
               FROM unnest(p_controls) WITH ORDINALITY AS i(session_id, position, turn_id, stop, paused, place)
               GROUP BY session_id) c
-        WHERE s.session_id = c.session_id;
+        WHERE s.session_id BETWEEN c.session_id AND c.session_id;
         UPDATE router.turns t
         SET status = 2, stop_time = coalesce(t.stop_time, now()),
             stop = CASE WHEN CASE t.status WHEN 1 THEN c.stop[1] ELSE t.stop END = 6 AND c.stop @> '{4}' THEN 4 ELSE c.stop[1] END
         FROM (SELECT turn_id, array_agg(stop ORDER BY place) AS stop
               FROM unnest(p_controls) WITH ORDINALITY AS i(session_id, position, turn_id, stop, paused, place)
               WHERE turn_id IS NOT NULL GROUP BY turn_id) c
-        WHERE t.turn_id = c.turn_id AND (t.status = 1 OR t.status = 2 AND t.stop = 6 AND c.stop @> '{4}');
+        WHERE t.turn_id BETWEEN c.turn_id AND c.turn_id AND (t.status = 1 OR t.status = 2 AND t.stop = 6 AND c.stop @> '{4}');
     END IF;
 
     -- Further inputs of running turns.
     IF cardinality(p_inputs) > 0 THEN
         UPDATE router.turns t SET last_position = i.last
         FROM (SELECT turn_id, max(last) AS last FROM unnest(p_inputs) GROUP BY turn_id) i
-        WHERE t.turn_id = i.turn_id AND t.last_position < i.last;
+        WHERE t.turn_id BETWEEN i.turn_id AND i.turn_id AND t.last_position < i.last;
     END IF;
 
     -- Messages that end before those that were there first. Their turns ran for nobody and have no number in the session: the position,
@@ -189,7 +196,7 @@ BEGIN
         SELECT q.turn_id, 1, q.tenant, 4, 1, q.body FROM unnest(p_refusals) q;
         UPDATE router.sessions s SET delivery_count = greatest(s.delivery_count, q.deliveries)
         FROM (SELECT session_id, max(deliveries) AS deliveries FROM unnest(p_refusals) GROUP BY session_id) q
-        WHERE s.session_id = q.session_id;
+        WHERE s.session_id BETWEEN q.session_id AND q.session_id;
     END IF;
 
     IF cardinality(p_steps) > 0 THEN
@@ -201,7 +208,7 @@ BEGIN
     IF cardinality(p_journaled) > 0 THEN
         UPDATE router.turns t SET step_count = j.step
         FROM unnest(p_journaled) j
-        WHERE t.turn_id = j.turn_id AND t.status <> 3 AND t.step_count = j.step - 1;
+        WHERE t.turn_id BETWEEN j.turn_id AND j.turn_id AND t.status <> 3 AND t.step_count = j.step - 1;
         GET DIAGNOSTICS found_count = ROW_COUNT;
         IF found_count <> cardinality(p_journaled) THEN
             RAISE EXCEPTION 'a step does not follow the journal of an open turn' USING ERRCODE = 'SM002', DETAIL = (
@@ -214,7 +221,7 @@ BEGIN
     IF cardinality(p_ends) > 0 THEN
         UPDATE router.turns t SET status = 3, outcome = e.outcome, step_count = e.steps, end_time = now()
         FROM unnest(p_ends) e
-        WHERE t.turn_id = e.turn_id AND t.status <> 3 AND t.step_count = e.base;
+        WHERE t.turn_id BETWEEN e.turn_id AND e.turn_id AND t.status <> 3 AND t.step_count = e.base;
         GET DIAGNOSTICS found_count = ROW_COUNT;
         IF found_count <> cardinality(p_ends) THEN
             RAISE EXCEPTION 'a turn that is to end is not running, or its journal is another' USING ERRCODE = 'SM002', DETAIL = (
@@ -225,7 +232,7 @@ BEGIN
         UPDATE router.sessions s
         SET done_position = e.done, turn_count = e.number, delivery_count = greatest(s.delivery_count, e.deliveries), update_time = now()
         FROM unnest(p_ends) e
-        WHERE s.session_id = e.session_id AND s.partition = e.partition;
+        WHERE s.session_id BETWEEN e.session_id AND e.session_id AND s.partition + 0 = e.partition;
         GET DIAGNOSTICS found_count = ROW_COUNT;
         IF found_count <> cardinality(p_ends) THEN
             RAISE EXCEPTION 'a session is in another partition' USING ERRCODE = 'SM002',
@@ -240,7 +247,7 @@ BEGIN
 
     IF cardinality(p_acks) > 0 THEN
         DELETE FROM router.deliveries d USING unnest(p_acks) a
-        WHERE d.partition = a.partition AND d.position = a.position;
+        WHERE d.partition = ANY (ARRAY[a.partition]) AND d.position BETWEEN a.position AND a.position;
     END IF;
 
     IF cardinality(p_dead) > 0 THEN
