@@ -33,7 +33,7 @@ from somastack.state import StackState
 from somastack.status import as_json, as_lines, exit_code
 from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, worth_telling
 from somastack.supervisor import StackOptions, Supervisor
-from somastack.terminal import HomeOption, OutputOption, console, errors
+from somastack.terminal import HomeOption, OutputOption, console, errors, read_line
 from somastack.turn_commands import turns
 
 app = typer.Typer(
@@ -179,11 +179,8 @@ def chat(
     )
     if message is not None:
         raise typer.Exit(0 if ask_once(talk, message) else 1)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() line editing, where Python has it
-
     console.print(f"session {named} with {agent} of tenant {tenant}; Ctrl-D ends it", style="dim")
-    converse(talk, lambda: console.input("[bold green]you> [/]"))
+    converse(talk, lambda: read_line(Text("you> ", style="bold green")))
 
 
 @app.command()

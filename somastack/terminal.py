@@ -1,10 +1,14 @@
-"""What all commands share: where they print, and the options that mean the same everywhere."""
+"""What all commands share: where they print and read, and the options that mean the same everywhere."""
 
+import contextlib
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -31,3 +35,20 @@ RequestIdOption = Annotated[
     ),
 ]
 EtagOption = Annotated[str, typer.Option(help="Only if this is the stored etag.", show_default="whatever it is")]
+
+
+def read_line(prompt: Text) -> str:
+    """Read a line from the terminal, with line editing where Python has it. Raises EOFError at the end of the input.
+
+    The prompt is given to readline instead of printed before it: what is typed as soon as the prompt is seen (Ctrl-D
+    above all) then meets a terminal that is ready for it, and editing never erases the prompt.
+    """
+    with console.capture() as shown:
+        console.print(prompt, end="")
+    text = shown.get()
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - takes part in input() from now on
+
+            text = re.sub(r"(\x1b\[[0-9;]*m)", "\x01\\1\x02", text)  # readline's marks around what takes no room
+    return input(text)

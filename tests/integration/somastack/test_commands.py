@@ -1,5 +1,6 @@
 """The command `somastack` on a real stack: the whole way from `up` to `down`, as a stranger would type it."""
 
+import contextlib
 import json
 import os
 import pty
@@ -105,9 +106,22 @@ def test_chat_on_a_terminal_streams_and_ends_with_ctrl_d(home: Path) -> None:
         seen = read_until(terminal, "you> ", after="what is 6*7")
         assert "42" in seen
         os.write(terminal, b"\x04")
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert exit_code(pid) == 0
     finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         os.close(terminal)
+
+
+def exit_code(pid: int, within_s: float = 60.0) -> int:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs after {within_s} s")
 
 
 def read_until(terminal: int, wanted: str, *, after: str = "", within_s: float = 30.0) -> str:
