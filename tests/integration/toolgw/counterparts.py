@@ -82,6 +82,11 @@ class HttpWitness:
         """Headers in lower case, and the body."""
         self.release = asyncio.Event()
         """Requests to `/hold` are answered when this is set."""
+        self.awake = asyncio.Event()
+        """While this is not set, requests to `/slow` get no answer."""
+        self.awake.set()
+        self.asleep = asyncio.Semaphore(0)
+        """Released for each request to `/slow` that finds the endpoint not awake."""
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -105,7 +110,7 @@ class HttpWitness:
                 await self.release.wait()
                 _respond(writer, 200, b'{"held": true}')
             case "/slow":
-                await asyncio.sleep(0.3)
+                await self._take_time()
                 _respond(writer, 200, b'{"slow": true}')
             case "/error":
                 _respond(writer, 503, b"no more today")
@@ -127,6 +132,12 @@ class HttpWitness:
             case _:
                 _respond(writer, 200, json.dumps({"echo": body["arguments"]}).encode())
         await writer.drain()
+
+    async def _take_time(self) -> None:
+        await asyncio.sleep(0.3)
+        if not self.awake.is_set():
+            self.asleep.release()
+            await self.awake.wait()
 
 
 @asynccontextmanager
