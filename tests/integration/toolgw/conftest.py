@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -152,6 +153,9 @@ async def caller_of(
     """Somebody who calls the gateway at `target`. Without the retries of the service config: tests count calls."""
     token = around.identities.bearer("cognition-0", tenant, [role])
     async with open_channel(target, token=token, service="none") as channel:
+        # Channels of a process share what they know of an address: of a port that a gateway had which was killed, they
+        # take its next user for dead too, for up to a second.
+        await asyncio.wait_for(channel.channel_ready(), 20.0)
         yield Gateway(ToolServiceStub(channel), target, process)
 
 
