@@ -40,7 +40,7 @@ async def test_a_stubborn_child_is_killed_in_time(tmp_path: Path) -> None:
     child = await started(STUBBORN, tmp_path / "out")
     began = time.monotonic()
     assert not await child.stop(signal.SIGTERM, timeout_s=0.2)
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10.0
     assert child.exit_code == -signal.SIGKILL
 
 

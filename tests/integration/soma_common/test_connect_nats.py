@@ -53,7 +53,7 @@ async def test_a_server_that_is_not_there_is_told_within_the_limit() -> None:
     with pytest.raises(Unavailable, match="is it running") as failed:
         await connect_nats("nats://127.0.0.1:1", None, "test-2")
     assert reason_name(failed.value.reason) == "BUS_UNAVAILABLE"
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 10
 
 
 async def test_a_wrong_token_is_told(nats_server: FaultyNats, tmp_path: Path) -> None:

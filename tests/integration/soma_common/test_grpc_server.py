@@ -312,8 +312,8 @@ async def test_health_is_public_and_watchers_see_the_stop(stack: Stack) -> None:
         following = asyncio.create_task(follow())
         await eventually(lambda: seen, what="the first state")
         started = time.monotonic()
-        await stack.server.stop(5)
-        assert time.monotonic() - started < 4, "a watcher must not hold up the stop"
+        await stack.server.stop(30)
+        assert time.monotonic() - started < 10, "a watcher must not hold up the stop"
         await asyncio.wait([following])
         following.exception()
     assert seen == [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING]
