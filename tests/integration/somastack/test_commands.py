@@ -106,7 +106,7 @@ def test_chat_on_a_terminal_streams_and_ends_with_ctrl_d(home: Path) -> None:
         seen = read_until(terminal, "you> ", after="what is 6*7")
         assert "42" in seen
         os.write(terminal, b"\x04")
-        assert exit_code(pid) == 0
+        assert exit_code(pid, terminal) == 0
     finally:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
@@ -114,13 +114,16 @@ def test_chat_on_a_terminal_streams_and_ends_with_ctrl_d(home: Path) -> None:
         os.close(terminal)
 
 
-def exit_code(pid: int, within_s: float = 60.0) -> int:
+def exit_code(pid: int, terminal: int, within_s: float = 60.0) -> int:
+    """The exit code of the program on the terminal, which closes when the program ends."""
     deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
+    while select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        try:
+            said = os.read(terminal, 4096)
+        except OSError:  # how Linux tells that nobody has the other end any more
+            said = b""
+        if not said:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     raise AssertionError(f"process {pid} still runs after {within_s} s")
 
 
