@@ -170,6 +170,7 @@ class ChannelServicer(Watches, ChannelServiceServicer):
 async def _read(stream: AdapterStream, first: ConnectRequest, frames: AsyncIterator[ConnectRequest]) -> None:
     """Applies frames as they come; the stream's writer is the one to end the call."""
     try:
+        await stream.until_announced()
         await stream.receive_items(first)
         async for frame in frames:
             await stream.receive(frame)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -40,6 +41,8 @@ FULL_DELAY_MS: Final = 500
 GONE_DELAY_MS: Final = 1000
 """How long a router waits with what a vanished adapter has in hand: its instance may be back with news of it."""
 UNSENT_DELAY_MS: Final = 50
+ANNOUNCED_S: Final = 1.0
+"""How long a bus that is silent may hold up the first message for the sake of its live events."""
 ITEMS_AT_ONCE: Final = 32
 """Items of a frame that are applied in one go: well below a millisecond's work."""
 MAX_NACK_DELAY_MS: Final = 24 * 3600 * 1000
@@ -86,6 +89,7 @@ class AdapterStream:
         """Whether it has ever granted credit; one that only sends is not announced to the routers."""
         self._window = DeliveryWindow(hello.credit, self.processed)
         self._announced_window = self._window.size
+        self._announced = asyncio.Event()
         self._accept = accept
         self._acks = acks
         self._bounds = bounds
@@ -104,6 +108,15 @@ class AdapterStream:
         self._end: Refused | None = None
 
     # What the adapter sends.
+
+    async def until_announced(self) -> None:
+        """Waits until the routers know of the stream, if it wants live events: those of a turn begin where its router
+        hears who watches, and the first message must not be there before.
+        """
+        if self.live and self.takes_deliveries:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ANNOUNCED_S):
+                    await self._announced.wait()
 
     async def receive(self, frame: ConnectRequest) -> None:
         """Applies a frame. A refused item is answered in the next frame down; only a wrong order of frames ends the
@@ -240,6 +253,7 @@ class AdapterStream:
     def announced(self) -> None:
         """The routers have been told the present window."""
         self._announced_window = self.window
+        self._announced.set()
 
     @property
     def busy(self) -> bool:

@@ -144,13 +144,14 @@ class ServeStreams:
             try:
                 async with asyncio.timeout(max(due - self._clock(), 0)):
                     await self._news.wait()
-                await asyncio.sleep(GATHER_S)
             except TimeoutError:
                 due = self._clock() + interval
                 self._dirty.update(self._tenants)
                 for stream in list(self._streams.values()):
                     stream.tick()
             await self._announce()
+            # The first is told at once; a crowd that comes back after it, together.
+            await asyncio.sleep(GATHER_S)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no new streams, tells the adapters to connect elsewhere, and waits until they have left, at most so

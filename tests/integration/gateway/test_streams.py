@@ -3,9 +3,12 @@
 import asyncio
 
 import pytest
+from nats.aio.msg import Msg
 from soma.common.v1.error_reason_pb2 import ErrorReason
 from soma.common.v1.turn_pb2 import LiveEvent, TextDelta
 from soma.gateway.v1.channel_service_pb2 import ConnectRequest, Hello, Nack
+from soma.router.v1.inbound_pb2 import InBatch
+from soma.router.v1.outbound_pb2 import Presence
 
 from soma_common import errors
 from soma_common.testing.eventually import eventually
@@ -111,6 +114,33 @@ async def test_presence_names_streams_and_is_empty_after_the_last_left(world: Wo
     await sender.close()
     await adapter.close()
     await eventually(lambda: not world.router.presence[TENANT, gateway].streams)
+
+
+async def test_routers_know_of_a_live_stream_before_its_first_message(world: World) -> None:
+    target = await world.gateway()
+    known: set[str] = set()
+    early: list[str] = []
+
+    async def look(message: Msg) -> None:
+        if ".presence." in message.subject:
+            known.update(stream.instance for stream in Presence.FromString(message.data).streams)
+        elif ".in." in message.subject:
+            said = [item.session for item in InBatch.FromString(message.data).items]
+            early.extend(session for session in said if session not in known)
+
+    await world.router.nc.subscribe("soma.>", cb=look)
+    await world.router.nc.flush()
+    adapters = [await world.adapter(target, hello=False) for _ in range(20)]
+    hellos = [
+        Hello(tenant=TENANT, channel=CHANNEL, instance=f"s{number}", protocol=1, credit=1, live=True)
+        for number in range(20)
+    ]
+    # One after the other in no time: most open their streams while the announcement of the first is just out.
+    for adapter, hello in zip(adapters, hellos, strict=True):
+        await adapter.send(ConnectRequest(hello=hello, messages=[inbound(1, hello.instance)]))
+    await eventually(lambda: all(1 in adapter.receipts for adapter in adapters))
+    assert len(known) == 20
+    assert not early
 
 
 async def test_deliveries_wait_for_credit_and_acks_reach_the_router(world: World) -> None:
