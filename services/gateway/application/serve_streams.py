@@ -1,9 +1,9 @@
 """The adapter streams of this gateway: who is connected, and what the routers know of it.
 
 One instance has one stream: a second one replaces the first. Presence of a tenant is announced every second and on
-each change, with changes gathered for a moment; a tenant whose last stream left is announced once more, empty. The
-deliveries that a resuming instance says it has processed go with the announcements of the stream's first seconds,
-in pieces that fit the bus.
+each change: the first at once, those of the next moment together. A tenant whose last stream left is announced once
+more, empty. The deliveries that a resuming instance says it has processed go with the announcements of the stream's
+first seconds, in pieces that fit the bus.
 """
 
 from __future__ import annotations
