@@ -1,3 +1,3 @@
 """The five services. Each folder is one process; none imports another."""
 
-import soma_common as soma_common  # before anything imports gRPC: it says how gRPC is to work
+import soma_common as soma_common  # before anything imports gRPC or structlog: it says how they are to work
