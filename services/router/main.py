@@ -151,6 +151,7 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         convergence_timeout_s=settings.convergence_timeout_s,
         max_strikes=settings.max_strikes,
         stuck_margin_s=settings.stuck_margin_s,
+        start_ahead=settings.start_ahead,
     )
 
     ingest = Ingest(state, runner)
@@ -171,7 +172,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
     leases.on_freed = ownership.lease_freed
     groups = TracedGroups(ingest.compose, writer)
-    committer = GroupCommitter(groups, groups.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"))
+    committer = GroupCommitter(
+        groups, groups.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"), runner.group_sent
+    )
     runner.use(committer)
     ingest.committer = desk.committer = committer
     for reader in readers:

@@ -45,7 +45,8 @@ class GroupCommitter:
     """Takes items from every use case and writes them in groups.
 
     `compose` is called with each group's items just before it is written and may add more: the scheduler starts turns
-    there, so that a message and the start of its turn share a transaction. `on_fenced` and `on_store_lost` end terms.
+    there, so that a message and the start of its turn share a transaction. `on_sent` is called with them when they are
+    on their way, again if they are sent again. `on_fenced` and `on_store_lost` end terms.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class GroupCommitter:
         compose: Callable[[list[CommitItem]], None],
         on_fenced: Callable[[frozenset[int]], None],
         on_store_lost: Callable[[], None],
+        on_sent: Callable[[list[CommitItem]], None] = lambda _: None,
         bound: int = 200_000,
     ) -> None:
         self._writer = writer
         self._compose = compose
         self._on_fenced = on_fenced
         self._on_store_lost = on_store_lost
+        self._on_sent = on_sent
         self._gather: Gather[CommitItem | None] = Gather(bound)
         self._nudged = False
         self._later: list[CommitItem] = []
@@ -154,6 +157,9 @@ class GroupCommitter:
         group = Group()
         for item in items:
             item.write(group)
+        # Once the writer has nothing to do but wait: what the others do meanwhile costs the group no time, and who dies
+        # of it has told the store before.
+        asyncio.get_running_loop().call_soon(self._on_sent, items)
         with GROUP_SECONDS.time():
             result = await self._writer.commit(group)
         group.settle()

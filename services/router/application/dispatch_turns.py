@@ -90,6 +90,23 @@ class Dispatcher:
         if self._state.scheduler.startable and self._brains.room() > 0:
             self.committer.nudge()
 
+    def begin_ahead(self, turn: Turn) -> bool:
+        """Gives a brain a turn whose start is on its way to the store; False if that has to wait for something: other
+        turns for a brain, what the brain is to know for the store, or what became of a brain that had the turn before.
+        """
+        session = turn.session
+        if self._orphans or session.turn is not turn or session.partition.lost or self._state.runs(turn):
+            return False
+        if turn.status is not TurnStatus.RUNNING or turn.inputs[0].withdrawn:
+            return False
+        agent = self._agent_in_memory(turn)
+        link = self._brains.take() if agent is not None else None
+        if agent is None or link is None:
+            return False
+        self._take_up(turn, link)
+        self._send_start(turn, link, agent, session.context or ())
+        return True
+
     def _wants_brain(self, turn: Turn) -> bool:
         """Whether a turn that waited is still to be run. One that was stopped meanwhile is not: the word to stop is
         said, and a brain that was given it now would wait for ever for its first step to be taken.
@@ -134,16 +151,26 @@ class Dispatcher:
         self._begin(turn, link)
 
     def _begin(self, turn: Turn, link: BrainLink) -> None:
+        self._take_up(turn, link)
+        spec = self._agent_in_memory(turn)
+        if spec is not None:
+            self.announce(turn)
+            self._send_start(turn, link, spec, turn.session.context or ())
+        else:
+            self._spawn(self._load_and_start(turn, link, turn.dispatch))
+
+    def _take_up(self, turn: Turn, link: BrainLink) -> None:
         turn.link = link
         turn.inputs_told = 0
         turn.started_at = turn.progress_at = monotonic()
+
+    def _agent_in_memory(self, turn: Turn) -> AgentSpec | None:
+        """The turn's agent, if that and everything else its brain is to know is in memory."""
         session = turn.session
-        if turn.journal_loaded and session.context is not None and all(m.content is not None for m in turn.inputs):
-            agent = self._state.directory.agent(session.key.tenant, session.key.agent)
-            if agent is not None and agent.revision == turn.revision:
-                self._send_start(turn, link, agent.spec, session.context)
-                return
-        self._spawn(self._load_and_start(turn, link, turn.dispatch))
+        if not turn.journal_loaded or session.context is None or any(m.content is None for m in turn.inputs):
+            return None
+        agent = self._state.directory.agent(session.key.tenant, session.key.agent)
+        return agent.spec if agent is not None and agent.revision == turn.revision else None
 
     async def _load_and_start(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
         """Reads from the store what memory does not hold, then starts the turn."""
@@ -176,6 +203,7 @@ class Dispatcher:
             self._spawn(self._retry_later(turn, link, dispatch))
             return
         if self._wants_brain(turn) and turn.dispatch == dispatch and turn.link is link:
+            self.announce(turn)
             self._send_start(turn, link, spec, context)
 
     async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
@@ -210,10 +238,13 @@ class Dispatcher:
         session.channel, session.session = key.channel, key.session
         turn.inputs_told = len(turn.inputs)
         turn.progress_at = monotonic()
+        link.start(start)
+
+    def announce(self, turn: Turn) -> None:
+        """Shows whoever watches that the turn runs, or runs again."""
         if turn.dispatch > 1:
             self._live.restarted(turn)
         self._live.state(turn)
-        link.start(start)
 
     async def _load_journal(self, turn: Turn) -> None:
         steps = await self._history.journal(turn.session.key.tenant, turn.id)

@@ -191,7 +191,10 @@ class Ingest:
             place = (partition.id, entry.message.position)
             if place not in result.inserted:
                 DUPLICATES.inc()
-                self._starter.was_known(self._state.session(partition, entry.inbound.session_id), entry.message)
+                session = self._state.session(partition, entry.inbound.session_id)
+                self._starter.was_known(session, entry.message)
+                if session is not None and not session.has_seen(entry.message.message_id):
+                    session.saw(entry.message.message_id)
                 continue
             new += 1
             if place in result.reused:
@@ -212,6 +215,7 @@ class Ingest:
             )
             session.paused = facts.paused
         self._state.busy(session)
+        session.saw(message.message_id)
         if entry.is_control:
             self._controls.apply(session, inbound.kind, message.position, inbound.cancel_turn_id or None)
             return

@@ -25,9 +25,11 @@ from services.router.application.control_sessions import SessionControls
 from services.router.application.dispatch_turns import Dispatcher
 from services.router.application.items import DispatchItem, StepItem
 from services.router.application.outcomes import EndItem, RefusalItem
+from services.router.application.start_ahead import Said, StartsAhead
 from services.router.application.start_turns import Starter, explained, failure
 from services.router.application.stop_turns import Stopper
 from services.router.application.take_arrivals import Arrivals
+from services.router.domain.session import BrainLink as TurnLink
 from services.router.domain.session import Session, Turn
 from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnStatus, after
 from soma_common.clock import monotonic
@@ -69,6 +71,7 @@ class TurnRunner:
         max_strikes: int,
         stuck_margin_s: float,
         convergence_timeout_s: float,
+        start_ahead: bool,
     ) -> None:
         self._state = state
         self._brains = brains
@@ -77,6 +80,8 @@ class TurnRunner:
         self._on_outcome = on_outcome
         self._max_strikes = max_strikes
         self._dispatcher = Dispatcher(state, brains, history, live, spawn, self._agent_gone, stuck_margin_s)
+        self._ahead = StartsAhead(self._dispatcher, enabled=start_ahead)
+        self.group_sent = self._ahead.give
         self._stopper = Stopper(state, self._dispatcher, tools, spawn, self._ended, convergence_timeout_s)
         self.arrivals = Arrivals(state, self._stopper, history, live, spawn, self._refused, self._end_first)
         self.controls = SessionControls(state, self._stopper, self.arrivals.ready)
@@ -103,16 +108,37 @@ class TurnRunner:
     def _started(self, turn: Turn) -> None:
         self._state.running[turn.id] = turn
         failpoint("router.after_ingest_before_dispatch")
-        if turn.status is TurnStatus.RUNNING:
-            self._dispatcher.dispatch(turn)
-        else:
+        said = self._ahead.durable(turn)
+        link = turn.link
+        if turn.status is not TurnStatus.RUNNING:
             self._stopper.stored(turn)  # it was stopped before it began
+        elif link is not None:
+            turn.progress_at = monotonic()  # the time that the commit took was not the brain's
+            self._dispatcher.announce(turn)
+        elif said is not None or turn.inputs[0].withdrawn:
+            self._redispatch(turn, int(said is not None))
+        else:
+            self._dispatcher.dispatch(turn)
         self.arrivals.meet(turn.session)
+        if link is not None:
+            self._apply(link, said or ())
+
+    def _apply(self, link: TurnLink, said: Iterable[Said]) -> None:
+        """Takes what was said of a turn before its start was durable, as if it were said now."""
+        for item in said:
+            if isinstance(item, Proposal):
+                self.on_proposals(link, (item,))
+            elif isinstance(item, TurnText):
+                self.on_texts(link, (item,))
+            else:
+                self.on_declined(link, (item,))
 
     def _end_first(self, session: Session) -> EndItem:
         return self.starter.end_first(session)
 
     def _dropped(self, turn: Turn) -> None:
+        self._ahead.withdraw(turn)
+        turn.stop()
         self._release(turn)
         self._next(turn.session)
 
@@ -129,12 +155,12 @@ class TurnRunner:
 
     # ---- what brains say
 
-    def on_proposals(self, link: BrainLink, proposals: Iterable[Proposal]) -> None:
+    def on_proposals(self, link: TurnLink, proposals: Iterable[Proposal]) -> None:
         """Takes steps into the journal, if they are what comes next in their turn."""
         for proposal in proposals:
             turn = self._state.running.get(proposal.turn_id)
             if turn is None or turn.link is not link or turn.dispatch != proposal.dispatch:
-                STALE.inc()
+                self._hold(link, proposal)
                 continue
             turn.progress_at = monotonic()
             if turn.in_flight or proposal.step != turn.step_count + 1 or turn.status is not TurnStatus.RUNNING:
@@ -189,13 +215,13 @@ class TurnRunner:
         elif turn.link is not None:
             turn.link.confirm(turn.id, turn.dispatch, turn.step_count)
 
-    def on_texts(self, link: BrainLink, texts: Iterable[TurnText]) -> None:
+    def on_texts(self, link: TurnLink, texts: Iterable[TurnText]) -> None:
         """Passes live text on, if it continues what was shown of the running step."""
         now = monotonic()
         for text in texts:
             turn = self._state.running.get(text.turn_id)
             if turn is None or turn.link is not link or turn.dispatch != text.dispatch:
-                STALE.inc()
+                self._hold(link, text)
                 continue
             turn.progress_at = now
             if text.step != turn.step_count + 1 or text.offset != turn.text_length or turn.text_length > _MAX_TEXT:
@@ -204,14 +230,21 @@ class TurnRunner:
             turn.text_length += len(text.text)
             self._live.text(turn, text.offset, text.text)
 
-    def on_declined(self, link: BrainLink, declined: Iterable[StopTurn]) -> None:
+    def on_declined(self, link: TurnLink, declined: Iterable[StopTurn]) -> None:
         """A brain does not run these turns (any more): they go elsewhere, without a strike."""
         for item in declined:
             turn = self._state.running.get(item.turn_id)
             if turn is not None and turn.link is link and turn.dispatch == item.dispatch:
                 self._spawn(self._redispatch_after(turn, link, item.dispatch, item.error.retry_delay_ms / 1000))
+            else:
+                self._hold(link, item)
 
-    async def _redispatch_after(self, turn: Turn, link: BrainLink, dispatch: int, delay_s: float) -> None:
+    def _hold(self, link: TurnLink, item: Said) -> None:
+        """What is said of a turn that is ahead of its start waits for that; the rest is of a dispatch that is over."""
+        if not self._ahead.hold(link, item):
+            STALE.inc()
+
+    async def _redispatch_after(self, turn: Turn, link: TurnLink, dispatch: int, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         if self._state.runs(turn) and turn.link is link and turn.dispatch == dispatch:
             self._redispatch(turn, 0)
@@ -219,6 +252,7 @@ class TurnRunner:
     def on_link_down(self, link: BrainLink) -> None:
         """A brain is gone: what it ran goes on elsewhere from the journal."""
         self._brains.remove(link)
+        self._ahead.link_down(link)
         for turn in [turn for turn in self._state.running.values() if turn.link is link]:
             self._redispatch(turn, 1)
 
@@ -330,5 +364,6 @@ class TurnRunner:
     def end_terms(self, turns: Iterable[Turn]) -> None:
         """Lets go of turns whose partition is not ours any more."""
         for turn in turns:
+            self._ahead.withdraw(turn)
             turn.stop()
             turn.let_go()

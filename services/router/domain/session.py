@@ -33,6 +33,7 @@ class BrainLink(Protocol):
 
 
 CONTEXT_BYTES: Final = 64 * 1024
+RECENT_MESSAGES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class QueuedMessage:
     """It came while a turn ran that it is to stop, and has not done so yet."""
     rolled_back: bool = False
     """The turn that had taken it was rolled back."""
+    withdrawn: bool = False
+    """A brain was given its turn, whose start then turned out to be none, and was told to stop."""
     cancelled: bool = False
     """A cancel reached it before its turn began: it ends without one."""
     agent_missed_at: float = 0.0
@@ -162,6 +165,7 @@ class Session:
         "paused",
         "queue",
         "ready",
+        "recent",
         "refusing",
         "storing",
         "timer",
@@ -192,6 +196,16 @@ class Session:
         self.context: deque[bytes] | None = None
         """What was said before, oldest first; None if it must be read from the store."""
         self.context_bytes = 0
+        self.recent: tuple[bytes, ...] = ()
+        """Ids of its newest messages that came since it is in memory."""
+
+    def saw(self, message_id: bytes) -> None:
+        """Notes the id of a new message."""
+        self.recent = (*self.recent[1 - RECENT_MESSAGES :], message_id)
+
+    def has_seen(self, message_id: bytes) -> bool:
+        """Whether a message is known to be a retry, before the store is asked. It knows only the newest."""
+        return message_id in self.recent
 
     def remember(self, said: list[bytes], keep: int) -> None:
         """Adds to what was said before and keeps the newest `keep` messages; forgets all of it if they are more bytes

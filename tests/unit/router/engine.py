@@ -161,7 +161,7 @@ class Silent:
 class Engine:
     """Eight partitions, all ours, and one brain."""
 
-    def __init__(self, max_strikes: int = 3) -> None:
+    def __init__(self, max_strikes: int = 3, *, start_ahead: bool = True) -> None:
         self.store, self.directory, self.brain = MemoryStore(), Directory(), Brain()
         self.state = RouterState(LaneLayout(8, 1), cast(Any, self.directory), 100, 100)
         self.tasks: set[asyncio.Task[None]] = set()
@@ -174,9 +174,12 @@ class Engine:
         self.runner = TurnRunner(
             self.state, self.brains, cast(Any, self), cast(Any, self), cast(Any, Silent()), self.spawn,
             self.ended.append, max_strikes=max_strikes, stuck_margin_s=5.0, convergence_timeout_s=5.0,
+            start_ahead=start_ahead,
         )  # fmt: skip
         self.ingest = Ingest(self.state, self.runner)
-        self.committer = GroupCommitter(self.store, self.ingest.compose, self.end_fenced, lambda: None)
+        self.committer = GroupCommitter(
+            self.store, self.ingest.compose, self.end_fenced, lambda: None, self.runner.group_sent
+        )
         self.runner.use(self.committer)
         self.ingest.committer = self.committer
         self.seq = 0

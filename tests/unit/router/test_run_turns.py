@@ -103,8 +103,11 @@ async def test_a_message_whose_group_was_refused_for_another_item_is_answered(en
     await engine.outcomes(1)
     engine.store.refuse = refuse_large_groups
     engine.accept(inbound("warm", "k2"))
-    engine.answer((await engine.started(2))[1], "ok")
+    _, ahead, again = await engine.started(3)
+    engine.answer(again, "ok")
     assert len(await engine.outcomes(2)) == 2
+    assert engine.brain.stops == [(ahead.turn_id, 1)]
+    assert (again.turn_id, again.dispatch) == (ahead.turn_id, 2)
 
 
 async def test_steps_are_confirmed_once_they_are_journaled(engine: Engine) -> None:

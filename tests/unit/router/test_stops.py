@@ -175,7 +175,8 @@ async def test_a_cancel_of_a_turn_that_was_written_apart_from_its_message_is_kep
     engine.accept(message("1"), control(InboundKind.INBOUND_KIND_CANCEL, "c", target))
     [_, (outcome, delivery)] = await engine.outcomes(2)
     assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
-    assert len(engine.brain.starts) == 1
+    _, ahead = engine.brain.starts
+    assert engine.brain.stops == [(ahead.turn_id, ahead.dispatch)]
 
 
 async def test_a_session_stays_in_memory_until_its_controls_are_stored(engine: Engine) -> None:
