@@ -41,7 +41,7 @@ class RouterSettings(ServiceSettings):
     stuck_margin_s: float = Field(default=5.0, gt=0)
     """A turn of which nothing is heard for its agent's step timeout and so long is restarted."""
     start_ahead: bool = True
-    """Whether brains are given turns while their start is on its way to the store, which saves a fifth of a short turn.
+    """Whether brains are given turns while their start is on its way to the store, which saves a tenth of a short turn.
     Nothing they say counts before the start is durable; a model may be called once in vain if it never is."""
     convergence_timeout_s: float = Field(default=60.0, gt=0)
     """How long a stopped turn waits for its tool calls in flight before it ends with their outcome not known."""
