@@ -151,11 +151,14 @@ def _agent(tenant: str, agent: str, spec: AgentSpec) -> Agent:
     return Agent(name=f"tenants/{tenant}/agents/{agent}", revision="r1", spec=spec)
 
 
-class Silent:
-    """Nobody watches."""
+class Live:
+    """What watchers are told, in order: the event, its turn, and what else there is to say."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
+        return lambda turn, *more: self.events.append((name, turn.id, *more))
 
 
 class Engine:
@@ -171,14 +174,15 @@ class Engine:
         self.undone: list[bytes] = []
         self.may_undo = True
         self.brains = BrainPool()
+        self.live = Live()
         self.runner = TurnRunner(
-            self.state, self.brains, cast(Any, self), cast(Any, self), cast(Any, Silent()), self.spawn,
+            self.state, self.brains, cast(Any, self), cast(Any, self), cast(Any, self.live), self.spawn,
             self.ended.append, max_strikes=max_strikes, stuck_margin_s=5.0, convergence_timeout_s=5.0,
             start_ahead=start_ahead,
         )  # fmt: skip
         self.ingest = Ingest(self.state, self.runner)
         self.committer = GroupCommitter(
-            self.store, self.ingest.compose, self.end_fenced, lambda: None, self.runner.group_sent
+            self.store, self.ingest.compose, self.end_fenced, self.end_all, self.runner.group_sent
         )
         self.runner.use(self.committer)
         self.ingest.committer = self.committer
@@ -200,6 +204,9 @@ class Engine:
             partition = self.state.partitions.get(number)
             if partition is not None:
                 self.runner.end_terms(self.state.forget_partition(partition))
+
+    def end_all(self) -> None:
+        self.end_fenced(frozenset(self.state.partitions))
 
     async def context(self, tenant: str, session_id: bytes, limit: int) -> list[bytes]:
         return []
@@ -279,9 +286,9 @@ class Engine:
 
 
 @asynccontextmanager
-async def running_engine(max_strikes: int = 3) -> AsyncIterator[Engine]:
+async def running_engine(max_strikes: int = 3, *, start_ahead: bool = True) -> AsyncIterator[Engine]:
     """An engine whose committer runs."""
-    engine = Engine(max_strikes)
+    engine = Engine(max_strikes, start_ahead=start_ahead)
     committing = asyncio.create_task(engine.committer.run())
     try:
         yield engine
