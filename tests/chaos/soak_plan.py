@@ -18,6 +18,7 @@ from tests.chaos.load import Mix
 POINTS: Final = {
     "gateway": ("gateway.after_publish_before_ack", "gateway.after_delivery_before_ack"),
     "router": (
+        "router.after_answer_before_start",
         "router.after_ingest_before_dispatch",
         "router.after_step_before_confirm",
         "router.after_commit_before_delivery",

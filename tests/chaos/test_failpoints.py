@@ -12,7 +12,9 @@ from tests.chaos.stack import FaultyStack
 DEATHS = [
     # Accept: stored, and nobody has the receipt.
     ("gateway-0", "gateway.after_publish_before_ack", 20),
-    # Stored by the router, and no brain knows.
+    # A brain has answered, and the start of its turn is nowhere.
+    ("router-0", "router.after_answer_before_start", 15),
+    # Stored by the router, and nothing that a brain says of it counts yet.
     ("router-0", "router.after_ingest_before_dispatch", 15),
     # In the journal, and the brain may not act on it yet.
     ("router-0", "router.after_step_before_confirm", 4),

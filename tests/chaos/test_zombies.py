@@ -40,6 +40,7 @@ IN_COMMIT_S = 0.3
 LONG = pytest.mark.soak
 ROUTER_POINTS = [
     pytest.param("router.before_commit", 60, id="before BEGIN"),
+    pytest.param("router.after_answer_before_start", 15, id="an answer before its turn's start"),
     pytest.param("router.after_step_before_confirm", 4, id="after COMMIT, before the confirmation"),
     pytest.param("router.before_handover", 40, id="before the handover of outcomes and tokens"),
     pytest.param("router.after_commit_before_delivery", 20, id="after COMMIT, before the outcome", marks=LONG),

@@ -50,6 +50,27 @@ async def test_the_same_message_at_two_gateways_at_once_is_one_turn(stack: Stack
     assert asked == [f"message {number}" for number in range(10)]
 
 
+async def test_the_model_is_not_asked_again_for_a_message_that_was_answered(stack: Stack, channel: str) -> None:
+    """Turns are given to a brain before the store has seen their message; the session remembers its newest ones."""
+    seen = Record()
+    async with (
+        stack.adapter(channel, instance="a", gateway=0, on_delivery=seen.on_delivery) as one,
+        stack.adapter(channel, instance="b", gateway=1, credit=0) as other,
+    ):
+        for number in range(10):
+            key, text = f"key-{number}", f"message {number}"
+            first = await one.send(WITNESS, "s", text, idempotency_key=key)
+            await seen.outcome_of(first.message_id)
+            again = [await adapter.send(WITNESS, "s", text, idempotency_key=key) for adapter in (one, other)]
+            assert {receipt.message_id for receipt in again} == {first.message_id}
+        last = await one.send(WITNESS, "s", "goes on", idempotency_key="last")
+        await seen.outcome_of(last.message_id)
+    turns = [delivery.turn_id.hex() for delivery in seen.of_session("s")]
+    assert len(turns) == 11
+    calls = {key: count for key, count in stack.model.calls_by_step().items() if key[0] in turns}
+    assert calls == {(turn, 1, 1): 1 for turn in turns}
+
+
 async def test_a_send_repeated_after_a_gateways_death_is_one_turn(stack: Stack, channel: str) -> None:
     seen = Record()
     async with stack.adapter(channel, gateway=0, on_delivery=seen.on_delivery) as adapter:
