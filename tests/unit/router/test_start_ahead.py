@@ -277,6 +277,18 @@ async def test_a_decline_ahead_is_heard_when_the_start_is_durable(engine: Engine
     await at_rest(engine, engine.brain, other)
 
 
+async def test_a_commit_that_takes_long_is_not_the_brains_silence(engine: Engine) -> None:
+    [start] = await ahead(engine)
+    [turn] = [s.turn for s in engine.state.partitions[0].sessions.values() if s.turn is not None]
+    turn.progress_at -= 1000.0
+    engine.runner.restart_stuck()
+    goes_on(engine)
+    await eventually(lambda: start.turn_id in engine.state.running, what="start")
+    engine.runner.restart_stuck()
+    await rounds()
+    assert (engine.brain.starts, turn.dispatch, turn.strikes) == ([start], 1, 0)
+
+
 @pytest.mark.parametrize("back", [True, False])
 async def test_a_brain_lost_ahead_is_a_strike_once_the_start_is_durable(engine: Engine, back: bool) -> None:
     dispatches: list[tuple[object, ...]] = []

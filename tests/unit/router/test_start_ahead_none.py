@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
 from services.router.application.group import FenceLost, Group, GroupRejected, GroupResult, StoreLost
-from services.router.domain.arrival import Policy
-from services.router.domain.turn import Outcome, StepKind
+from services.router.domain.turn import Outcome
 from soma_common.testing.eventually import eventually
-from tests.unit.router.builders import cancel, inbound
-from tests.unit.router.engine import Engine, running_engine
+from tests.unit.router.builders import a_partition, inbound
+from tests.unit.router.engine import Brain, Engine, running_engine
 from tests.unit.router.test_start_ahead import (
     HERE,
     REMEMBERED,
@@ -28,7 +26,6 @@ from tests.unit.router.test_start_ahead import (
     nothing_counts,
     rounds,
     speak,
-    turn_of,
     warm,
 )
 
@@ -126,7 +123,10 @@ async def test_a_key_used_again_ends_with_its_error_whatever_the_brain_said(engi
 async def test_what_was_said_of_a_turn_written_apart_from_its_message_is_dropped(engine: Engine) -> None:
     """Refused together, each is taken alone: the turn is started again, with nobody's word for its answer."""
 
+    dispatches: list[tuple[object, ...]] = []
+
     def apart(group: Group) -> BaseException | None:
+        dispatches.extend(row[:2] for row in group.dispatches)
         return GroupRejected("not together") if group.turns and group.messages else None
 
     engine.store.refuse = apart
@@ -137,6 +137,8 @@ async def test_what_was_said_of_a_turn_written_apart_from_its_message_is_dropped
     goes_on(engine)
     _, again = await engine.started(2)
     assert (again.turn_id, again.dispatch) == (start.turn_id, 2)
+    assert dispatches == [(start.turn_id, 2)]
+    assert engine.state.running[start.turn_id].strikes == 0
     assert engine.brain.stops == [(start.turn_id, 1)]
     engine.answer(start, "still from before")
     await rounds()
@@ -200,6 +202,32 @@ async def test_a_store_that_fails_at_once_leaves_no_turn_with_a_brain(
     assert len(engine.brain.starts) - len(engine.brain.stops) == kept
 
 
+async def test_a_message_whose_start_was_lost_begins_anew_where_it_is_read_again(engine: Engine) -> None:
+    """The same router has the partition again. Nobody's brain died, and nothing that was said then counts now."""
+    engine.store.refuse = lambda _: StoreLost("gone")
+    [start] = await ahead(engine)
+    speak(engine, start, "Hel")
+    engine.answer(start, "from before")
+    goes_on(engine)
+    await eventually(lambda: not engine.state.partitions, what="end of its terms")
+    engine.store.refuse = lambda _: None
+    partition = engine.state.partitions[0] = a_partition(0)
+    partition.attached = True
+    await answered(engine, inbound(HERE, "another"))
+    forget(engine)
+    engine.live.events.clear()
+    [again] = await ahead(engine)
+    assert (again.turn_id, again.dispatch) == (start.turn_id, 1)
+    goes_on(engine)
+    await eventually(lambda: again.turn_id in engine.state.running, what="start")
+    assert engine.state.running[again.turn_id].strikes == 0
+    assert [name for name, *_ in engine.live.events] == ["state"]
+    engine.answer(again, "ok")
+    [(_, delivery)] = await engine.outcomes(1)
+    assert delivery.message.parts[0].text == "ok"
+    await at_rest(engine)
+
+
 async def test_a_partition_that_is_given_away_meanwhile_keeps_no_brain(engine: Engine) -> None:
     """The group arrives all the same: its turn is for the next owner."""
     [start] = await ahead(engine)
@@ -240,6 +268,23 @@ async def test_the_turns_of_a_group_that_is_sent_again_are_started_once(engine: 
     assert engine.brain.stops == [(gone.turn_id, 1)]
 
 
+async def test_a_brain_that_dies_before_the_group_is_sent_again_is_a_strike_like_any_other(engine: Engine) -> None:
+    errors = [FenceLost(frozenset({1}))]
+    engine.store.refuse = lambda _: errors.pop() if errors else None
+    await ahead(engine, inbound(HERE), inbound(THERE), count=2)
+    other = Brain(name="other")
+    engine.disconnect(engine.brain)
+    engine.connect(other)
+    goes_on(engine)
+    [again] = await engine.started(1, other)
+    assert (again.session.session, again.dispatch) == (HERE, 2)
+    assert engine.state.running[again.turn_id].strikes == 1
+    engine.answer(again, "ok", brain=other)
+    await engine.outcomes(1)
+    await at_rest(engine, other)
+    assert len(other.starts) == 1
+
+
 async def test_a_turn_in_a_group_that_is_sent_again_may_wait_for_it(engine: Engine) -> None:
     """It is not given twice either, if it could not be given the first time."""
     engine.brain.credit = 1
@@ -251,85 +296,3 @@ async def test_a_turn_in_a_group_that_is_sent_again_may_wait_for_it(engine: Engi
     engine.answer((await engine.started(2))[1], "ok")
     await engine.outcomes(2)
     assert engine.brain.credit == 1
-
-
-# ---- what is told to stop meanwhile
-
-
-def with_policy(policy: Policy) -> Inbound:
-    item = inbound(HERE, "other")
-    item.policy = policy.value  # type: ignore[assignment]
-    return item
-
-
-def control(kind: InboundKind.ValueType) -> Inbound:
-    item = cancel(HERE)
-    item.kind = kind
-    return item
-
-
-STOPPERS: dict[str, Callable[[], Inbound]] = {
-    "cancel": lambda: cancel(HERE),
-    "cancel by name": lambda: cancel(HERE, target=turn_of(HERE, "k")),
-    "cancel all": lambda: control(InboundKind.INBOUND_KIND_CANCEL_ALL),
-    "interrupt": lambda: control(InboundKind.INBOUND_KIND_INTERRUPT),
-    "interrupting message": lambda: with_policy(Policy.INTERRUPT),
-    "rollback": lambda: with_policy(Policy.ROLLBACK),
-    "steer": lambda: with_policy(Policy.STEER),
-    "pause": lambda: control(InboundKind.INBOUND_KIND_PAUSE),
-    "refused": lambda: with_policy(Policy.REJECT),
-}
-
-
-async def told(start_ahead: bool, stopper: str, together: bool, says: bool) -> list[tuple[Outcome, list[bytes]]]:
-    """What a user gets who does that to a session while a turn's start is on its way."""
-    async with running_engine(start_ahead=start_ahead) as engine:
-        await warm(engine, HERE)
-        engine.store.gate = asyncio.Event()
-        batch = [inbound(HERE), STOPPERS[stopper]()]
-        engine.accept(*(batch if together else batch[:1]))
-        await rounds()
-        started = list(engine.brain.starts)
-        assert len(started) <= start_ahead
-        if not together:
-            engine.accept(batch[1])
-        if says and started:
-            speak(engine, started[0], "Hel")
-            engine.answer(started[0], "blind")
-        await rounds()
-        nothing_counts(engine)
-        goes_on(engine)
-        await rounds()
-        for _ in range(3):
-            for turn in list(engine.state.running.values()):
-                if turn.link is engine.brain:
-                    seen = len(turn.inputs)
-                    start = next(s for s in engine.brain.starts if (s.turn_id, s.dispatch) == (turn.id, turn.dispatch))
-                    engine.propose(start, StepKind.FINAL, 1, answer=None, inputs_seen=seen)
-            await rounds()
-        await at_rest(engine)
-        stopped = set(engine.brain.stops)
-        finals = {turn for turn, _ in engine.store.steps}
-        given_back = {(s.turn_id, s.dispatch) for s in started} - stopped
-        assert {turn for turn, _ in given_back} <= finals | {item.turn.id for item in engine.ended}
-        return [(Outcome(item.answer.outcome), list(item.answer.message_ids)) for item in engine.ended]
-
-
-@pytest.mark.parametrize("together", [True, False], ids=["in the same group", "on its way"])
-@pytest.mark.parametrize("stopper", STOPPERS)
-async def test_a_user_sees_no_difference(stopper: str, together: bool) -> None:
-    expected = await told(False, stopper, together, says=False)
-    assert expected
-    assert await told(True, stopper, together, says=False) == expected
-
-
-@pytest.mark.parametrize("together", [True, False], ids=["in the same group", "on its way"])
-@pytest.mark.parametrize("stopper", STOPPERS)
-async def test_each_message_has_one_outcome_if_the_brain_was_faster(stopper: str, together: bool) -> None:
-    ended = await told(True, stopper, together, says=True)
-    answered = [message for _, messages in ended for message in messages]
-    mine = inbound(HERE).message_id
-    assert answered.count(mine) == 1
-    assert len(answered) == len(set(answered)) == len({mine, *answered})
-    if together and stopper.startswith("cancel"):
-        assert ended == [(Outcome.CANCELLED, [mine])]
