@@ -37,6 +37,8 @@ class TurnGuards:
     anchor: bool = False  # the cursor knows the id of its message, which stays in the stream
     inputs_seen: bool = False  # a final names the inputs it has read; the commit refuses it when there are more
     tombstone: bool = False  # a cancel makes sure that an open call never runs before it closes the call
+    held: bool = False  # what a brain says of a turn counts only when its router has seen the turn's start committed
+    withdrawn: bool = False  # a turn that was given ahead for nothing is given again under a higher dispatch only
 
 
 @dataclass(frozen=True, slots=True)

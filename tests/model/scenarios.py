@@ -23,6 +23,7 @@ from tests.model.guards import (
 )
 from tests.model.poison import PARKED_INNOCENT, PoisonedPartition
 from tests.model.search import NO_WAY_ON, Model
+from tests.model.starts_ahead import StartsAhead
 from tests.model.stops import StoppedTurns
 from tests.model.tool_calls import CHANGED, RAN_CANCELLED, RAN_TWICE, STAYS, UNDONE, UNDONE_TWICE, ToolCalls
 from tests.model.tool_calls import Left as LeftOfCalls
@@ -37,6 +38,7 @@ from tests.model.turn_promises import (
     OTHER_CALL,
     STALE,
     STEP_TWICE,
+    TWO_TEXTS,
     UNREAD,
 )
 from tests.model.turns import TurnProtocol
@@ -44,6 +46,7 @@ from tests.model.world import Faults
 
 CORE = "fence fence_lock load_after cursor_cas dedupe purge_committed step_cas dispatch_id confirm tool_key replay"
 RELAY = f"{CORE} consumer_dedupe relay_from_stream relay_cas"
+AHEAD = f"{CORE} held withdrawn"
 FAILOVER = f"{RELAY} unique_term term_ends purge_replicated event_ids"
 DELIVERY = "floor_durable floor_acked one_unacked rendezvous client_dedupe ack_again resume"
 POISON = "start_journaled strikes_durable suspects_alone"
@@ -61,7 +64,7 @@ class Removal:
 
     guards: str  # separated by spaces
     breaks: str = ""  # the promise that breaks; empty: none is known to
-    then: str = ""  # after a stale commit: what breaks beyond it
+    then: str = ""  # after a broken I2: what breaks beyond it
     found_in: str = "quick full"  # the bounds in which `breaks` is found
 
 
@@ -97,6 +100,7 @@ class Scenario:
 def scenarios(*, full: bool) -> Iterator[Scenario]:
     """Yield every scenario, in full or quick bounds."""
     yield from _turn_scenarios(1 if full else 0)
+    yield from _ahead_scenarios(1 if full else 0)
     yield from _relay_and_failover_scenarios(1 if full else 0)
     yield from _policy_scenarios(1 if full else 0)
     yield from _delivery_scenarios(1 if full else 0)
@@ -170,6 +174,47 @@ def _turn_scenarios(more: int) -> Iterator[Scenario]:
             Removal("fence cursor_cas", STALE, then=NEVER_ANSWERED),
             Removal("fence step_cas", STALE, then="I1"),
         ),
+    )
+
+
+def _ahead_scenarios(more: int) -> Iterator[Scenario]:
+    yield Scenario(
+        "starts ahead, a retry",
+        StartsAhead(_turns(AHEAD), (0,), Faults(takeover=1, brain_crash=1, redispatch=more), retries=1),
+        (
+            Removal("held", TWO_TEXTS),
+            Removal("held step_cas", TWO_TEXTS, then=STEP_TWICE),
+            Removal("dedupe", ANSWERED_TWICE),
+            Removal("confirm", OTHER_CALL),
+            Removal("tool_key", EFFECT_TWICE),
+        ),
+    )
+    yield Scenario(
+        "starts ahead, a connection is lost",
+        StartsAhead(_turns(AHEAD), (0,), Faults(takeover=1, crash=more, line_loss=1, redispatch=1), retries=0),
+        (
+            Removal("held", TWO_TEXTS),
+            Removal("withdrawn", TWO_TEXTS, then=OTHER_CALL),
+            Removal("confirm", OTHER_CALL),
+            Removal("tool_key", EFFECT_TWICE),
+            Removal("dispatch_id"),
+            Removal("dispatch_id step_cas", STEP_TWICE),
+        ),
+    )
+    yield Scenario(
+        "starts ahead, two messages",
+        StartsAhead(_turns(AHEAD), (0, more), Faults(takeover=more, line_loss=1), retries=0, tool=False),
+        (
+            Removal("fence", STALE),
+            Removal("fence_lock", STALE),
+        ),
+    )
+    yield Scenario(
+        "starts ahead, cancel",
+        StartsAhead(
+            _turns(f"{AHEAD} tombstone"), (0,) * (1 + more), Faults(takeover=1, line_loss=more, cancel=1), retries=0
+        ),
+        (Removal("tombstone", CANCELLED_CALL),),
     )
 
 

@@ -46,6 +46,7 @@ class Turn(NamedTuple):
     status: (
         int | str
     )  # QUEUED, ANSWERED, CANCELLED, or the position of the turn that takes this message as further input
+    dispatch: int = 0  # where turns may be given ahead of their start: 0 until it is started, then raised by each try
 
 
 class Answered(NamedTuple):
@@ -111,6 +112,7 @@ class Ingest:
     end: int
     batch: tuple[Published, ...]
     anchor: int
+    starts: tuple[int, ...] = ()  # positions of new messages whose turns start with it
 
     def apply(self, rows: Partition, rules: Rules) -> Partition | None:
         """Insert unseen messages, each with a turn of its own or, if it steers, as input of the running one."""
@@ -128,8 +130,23 @@ class Ingest:
                 and turns[position].steps
             ]
             status = running[0] if running and rules.steer else QUEUED
-            mailbox, turns = (*mailbox, message), (*turns, Turn((), status))
+            started = len(turns) in self.starts and status == QUEUED
+            mailbox, turns = (*mailbox, message), (*turns, Turn((), status, int(started)))
         return rows._replace(cursor=self.end, anchor=self.anchor, mailbox=mailbox, turns=turns)
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Starts a turn, or raises the number of its dispatch."""
+
+    position: int
+
+    def apply(self, rows: Partition, rules: Rules) -> Partition | None:
+        """Count one more dispatch of an open turn."""
+        turn = rows.turn(self.position)
+        if turn is None or turn.status != QUEUED:
+            return None
+        return rows.with_turn(self.position, turn._replace(dispatch=turn.dispatch + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +205,7 @@ class CancelTurn:
         if turn is None or turn.status != QUEUED:
             return None
         result = (JournalEntry(RESULT_STEP, RESULT),) if self.call_has_run else ()
-        rows = rows.with_turn(self.position, Turn((*turn.steps, *result), CANCELLED))
+        rows = rows.with_turn(self.position, turn._replace(steps=(*turn.steps, *result), status=CANCELLED))
         message = rows.mailbox[self.position]
         return rows._replace(
             events=(*rows.events, Event(len(rows.events), message, -1)),

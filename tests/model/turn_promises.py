@@ -6,6 +6,7 @@ from tests.model.guards import TurnGuards
 from tests.model.transactions import CANCELLED, Turn
 from tests.model.world import Faults, World
 
+ONE_WRITER = "I2"
 LOST = "I1 an acknowledged message is lost"
 ANSWERED_TWICE = "I1 answered twice"
 UNREAD = "I1 answered without being read"
@@ -18,6 +19,7 @@ EFFECT_TWICE = "I4 side effect twice"
 OTHER_CALL = "I4 effect of a call that is not the journaled one"
 CANCELLED_CALL = "I4 effect of a call the transcript calls cancelled"
 STEP_TWICE = "I4 step journaled twice"
+TWO_TEXTS = "I2 two brains' live text at one place of a turn"
 
 
 def broken_promises(
@@ -33,6 +35,8 @@ def broken_promises(
     yield from _broken_effects(world, calm=calm)
     if world.stale:
         yield world.stale
+    if len({(turn, dispatch) for turn, dispatch, _ in world.shown}) != len(world.shown):
+        yield TWO_TEXTS
     if relay and calm and len({event.message for event in world.received}) != len(world.received):
         yield DELIVERED_TWICE
     if final and len(world.database.history) != len(sessions):

@@ -1,7 +1,7 @@
 """Check the turn protocol over all interleavings within small bounds.
 
     python -m tests.model.turn_protocol --quick     what `make test` runs, about half a minute
-    python -m tests.model.turn_protocol             larger bounds, about eight minutes; for a change of the protocol
+    python -m tests.model.turn_protocol             larger bounds, about twelve minutes; for a change of the protocol
     python -m tests.model.turn_protocol --trace     print the steps that break a promise when a guard is missing
 
 Every scenario must hold with all guards, in every state that can be reached; every guard that is needed must be found
@@ -18,7 +18,7 @@ import sys
 
 from tests.model.scenarios import Removal, scenarios
 from tests.model.search import Finding, search
-from tests.model.turn_promises import STALE
+from tests.model.turn_promises import ONE_WRITER
 
 MOST_STATES = 2_000_000
 # Where a search without some guards stops: when something must be found broken, and when nothing is known to break.
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print(f"\n## {scenario.name}")
         for removal in (None, *scenario.removals):
-            for skipped in ("\0", STALE):
-                further = skipped == STALE
+            for skipped in ("\0", ONE_WRITER):
+                further = skipped == ONE_WRITER
                 expected = _expected(removal, further=further, full=full)
                 bound = bounds[0 if expected else 1] if removal else MOST_STATES
                 model = scenario.model_without(removal)
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
                 _print(removal, finding, further=further, trace=options.trace)
                 if surprise := _surprise(finding, expected, exhaustive=removal is None):
                     surprises.append(f"{scenario.name}, {_name(removal)}: {surprise}")
-                if not finding.violation.startswith(STALE):
-                    break  # what follows a stale commit is looked at in a second search
+                if not finding.violation.startswith(ONE_WRITER):
+                    break  # what follows from a second writer is looked at in a second search
     print(f"\n{states} states in all")
     for surprise in surprises:
         print(f"NOT AS IT MUST BE: {surprise}")

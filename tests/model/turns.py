@@ -5,7 +5,8 @@ result, the final), history and events; relay to an unsynced out stream and its 
 hold a copy of the database; brains bound to a dispatch. A lease may expire at any moment, which covers any clock; a
 pause is "is not scheduled", so any router or brain may be a zombie for any time; a crash forgets local state; what a
 model says is not determined. Publish and its ack are one step (no ack is a retry), so are a commit and its confirmation
-(a lost confirmation is a brain that crashes right after it, a late one a brain that is paused).
+(a lost confirmation is a brain that crashes right after it, a late one a brain that is paused). Here a brain is given a
+turn when its start is committed; `starts_ahead.py` has it given while the start is on its way.
 """
 
 from collections.abc import Iterator
@@ -136,15 +137,19 @@ class TurnProtocol:
             return
         left = world.left if dead else world.left._replace(takeover=world.left.takeover - 1)
         term = world.last_term + 1
-        taken = rows._replace(epoch=rows.epoch + 1, owner=(number, term))
+        taken = self._taken_over(rows)._replace(epoch=rows.epoch + 1, owner=(number, term))
         view = taken if self.guards.load_after else router.view._replace(epoch=taken.epoch, owner=taken.owner)
         if self.guards.relay_from_stream:
             view = view._replace(relayed=self._held(world, view.events))
-        owner_now = put(world.routers, number, Router(taken.epoch, term, view))
+        owner_now = put(world.routers, number, Router(taken.epoch, term, view, withdrawn=router.withdrawn))
         yield Step(
             f"r{number} takes the lease, epoch {taken.epoch}",
             world._replace(database=taken, left=left, last_term=term, routers=owner_now),
         )
+
+    def _taken_over(self, rows: Partition) -> Partition:
+        """Return what a takeover makes of the rows, beside who owns them."""
+        return rows
 
     def _ingest(self, world: World, number: int, router: Router) -> Steps:
         """The owner reads on from its cursor, one message or all, and purges what it needs no more."""
@@ -161,12 +166,15 @@ class TurnProtocol:
             if start < to <= end:
                 batch = world.inbound[start:to]
                 ingest = Ingest(position, to, batch, batch[-1].batch_id)
-                names = [message for _, message in batch]
-                yield Step(f"r{number} ingests {names}", self._commit(world, number, ingest))
+                yield from self._take_in(world, number, ingest)
         if self.purge or not self.guards.purge_committed:
             top = self._purgeable(world, view.cursor)
             if world.purged < top <= end:
                 yield Step(f"r{number} purges to {top}", world._replace(purged=top))
+
+    def _take_in(self, world: World, number: int, ingest: Ingest) -> Steps:
+        names = [message for _, message in ingest.batch]
+        yield Step(f"r{number} ingests {names}", self._commit(world, number, ingest))
 
     def _purgeable(self, world: World, cursor: int) -> int:
         top = cursor if self.guards.purge_committed else len(world.inbound)
@@ -177,22 +185,25 @@ class TurnProtocol:
     def _dispatch(self, world: World, number: int, router: Router) -> Steps:
         """The owner dispatches or cancels the first open turn of each session; one that looks stuck a second time."""
         view, mine = router.view, _brains_of(world, number, router)
-        first_open = {
-            self.sessions[message]: position
-            for position, message in reversed(list(enumerate(view.mailbox)))
-            if view.turns[position].status == QUEUED
-        }
-        for position in first_open.values():
+        for position in self._first_open(view).values():
             busy = any(brain.turn == position for brain in mine)
             if not busy or world.left.redispatch:
                 yield self._start(world, number, router, position, busy=busy)
             if world.left.cancel and self.tool:
                 yield self._cancel(world, number, view, position)
 
+    def _first_open(self, view: Partition) -> dict[int, int]:
+        """Return each session's first open turn."""
+        return {
+            self.sessions[message]: position
+            for position, message in reversed(list(enumerate(view.mailbox)))
+            if view.turns[position].status == QUEUED
+        }
+
     def _start(self, world: World, number: int, router: Router, position: int, *, busy: bool) -> Step[World]:
         view = router.view
         journal = view.turns[position].steps if self.guards.replay else ()
-        new = _unused_brain(world)
+        new = unused_brain(world)
         call = journal[0].content if journal else new  # a replay asks for the journaled call
         brain = Brain(
             new,
@@ -203,6 +214,7 @@ class TurnProtocol:
             False,
             call,
             len(view.further_inputs(position)),
+            view.turns[position].dispatch,
         )
         mine = _brains_of(world, number, router)
         older = frozenset(
@@ -226,19 +238,23 @@ class TurnProtocol:
 
     def _journal(self, world: World, number: int, router: Router) -> Steps:
         """The owner commits what its brains propose."""
-        for brain in _brains_of(world, number, router):
+        for brain, told in self._speakers(world, number, router):
             if brain.journaled == 0 and self.tool:
                 call = Journal(brain.turn, JournalEntry(CALL_STEP, brain.call))
-                after = self._commit(world, number, call, Confirmation(brain.number, CALL_STEP))
+                after = self._commit(world, number, call, Confirmation(told, CALL_STEP))
                 yield Step(f"r{number} journals the call of b{brain.number}", after)
             elif brain.journaled == CALL_STEP and brain.acted:
                 result = Journal(brain.turn, JournalEntry(RESULT_STEP, RESULT))
-                after = self._commit(world, number, result, Confirmation(brain.number, RESULT_STEP))
+                after = self._commit(world, number, result, Confirmation(told, RESULT_STEP))
                 yield Step(f"r{number} journals the result of b{brain.number}", after)
             elif brain.journaled == RESULT_STEP or not self.tool:
                 end = EndTurn(brain.turn, brain.inputs_read, brain.number)
-                after = self._commit(world, number, end, Confirmation(brain.number, None))
+                after = self._commit(world, number, end, Confirmation(told, None))
                 yield Step(f"r{number} commits the final of b{brain.number}", after)
+
+    def _speakers(self, world: World, number: int, router: Router) -> list[tuple[Brain, int]]:
+        """Return the brains that the owner listens to, and with each who is told that a step is journaled."""
+        return [(brain, brain.number) for brain in _brains_of(world, number, router)]
 
     # -- commits
 
@@ -359,11 +375,12 @@ def _told(brains: frozenset[Brain], confirmation: Confirmation) -> frozenset[Bra
     return frozenset(brain for brain in brains if brain.number != number) | told
 
 
-def _unused_brain(world: World) -> int:
+def unused_brain(world: World) -> int:
     """Return the smallest number above all that are still named anywhere: fewer states than counting on for ever."""
     calls = [turn.steps[0].content for turn in world.database.turns if turn.steps]
     calls += [effect.call for effect in world.effects]
     named = [call for call in calls if isinstance(call, int)]
     named += [brain.number for brain in world.brains]
     named += [event.brain for event in world.database.events]
+    named += [text.brain for text in world.shown]
     return 1 + max(named, default=0)

@@ -32,6 +32,9 @@ class Router(NamedTuple):
     view: Partition
     pending: Pending | None = None
     loaded: bool = False  # it has read the partition and not taken the lease yet
+    withdrawn: frozenset[int] = (
+        frozenset()
+    )  # turns that it gave to a brain ahead, and whose start turned out to be none
 
 
 class Brain(NamedTuple):
@@ -45,6 +48,27 @@ class Brain(NamedTuple):
     acted: bool  # its tool call went out
     call: int | str  # what the model asked for: every dispatch may ask for something else
     inputs_read: int
+    dispatch: int = 0  # its number, where turns may be given ahead of their start
+    ahead: bool = False  # its router does not know yet whether the turn was started
+    stopped: bool = False  # it was told to stop; what it has said may still be on its way
+
+
+class Flight(NamedTuple):
+    """A transaction on its way to the database, which may take it even when its router is dead."""
+
+    router: int
+    epoch: int
+    term: int
+    transaction: Transaction
+    taken: bool | None = None  # None: the database has not answered
+
+
+class Text(NamedTuple):
+    """Live text of a turn's first step that was shown."""
+
+    turn: int
+    dispatch: int
+    brain: int
 
 
 class Faults(NamedTuple):
@@ -58,6 +82,7 @@ class Faults(NamedTuple):
     event_loss: int = 0
     inbound_loss: int = 0
     cancel: int = 0
+    line_loss: int = 0
 
 
 class Effect(NamedTuple):
@@ -86,6 +111,8 @@ class World(NamedTuple):
     last_batch_id: int
     last_term: int
     stale: str  # the first commit under a lease that was not current
+    flights: frozenset[Flight] = frozenset()
+    shown: frozenset[Text] = frozenset()
 
 
 def put(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
@@ -94,7 +121,14 @@ def put(items: tuple[T, ...], index: int, item: T) -> tuple[T, ...]:
 
 
 def give_up_term(world: World, router: int) -> World:
-    """End a router's term. Of its brains only those that may still call their tool matter from here on."""
+    """End a router's term. Of its brains only those that may still call their tool matter from here on, and of those
+    that it gave a turn ahead what they have said.
+    """
     brains = frozenset(b for b in world.brains if b.router != router or (not b.acted and b.journaled < 2))
-    idle = Router(0, None, world.routers[router].view)
+    withdrawn = frozenset(b.turn for b in brains if b.router == router and b.ahead)
+    if withdrawn:
+        brains = frozenset(
+            b._replace(ahead=False, stopped=True) if b.router == router and b.ahead else b for b in brains
+        )
+    idle = Router(0, None, world.routers[router].view, withdrawn=world.routers[router].withdrawn | withdrawn)
     return world._replace(brains=brains, routers=put(world.routers, router, idle))
