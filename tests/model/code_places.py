@@ -38,7 +38,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
         f"{ROUTER}.stop_turns:Stopper.converge",
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
-    "held": (f"{ROUTER}.run_turns:TurnRunner._hold", f"{ROUTER}.start_ahead:StartsAhead.durable"),
+    "held": (f"{ROUTER}.run_turns:TurnRunner._hold",),
     "withdrawn": (f"{ROUTER}.start_ahead:StartsAhead.withdraw", f"{ROUTER}.run_turns:TurnRunner._started"),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
     "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.outcomes:AckItem"),
