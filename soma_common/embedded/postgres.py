@@ -265,8 +265,8 @@ class PostgresServer:
             f"fsync = {fsync}",
             "synchronous_commit = on",
             f"full_page_writes = {fsync}",
-            # Long checkpoints and recycled WAL files: a checkpoint's burst of writes is what a turn's latency feels. But
-            # all of it is replayed after a crash, at about 200 MB/s.
+            # Long checkpoints and recycled WAL files: a checkpoint's burst of writes is what a turn's latency feels.
+            # But all of it is replayed after a crash, at about 200 MB/s.
             "max_wal_size = 1GB",
             "min_wal_size = 256MB",
             "checkpoint_timeout = 15min",

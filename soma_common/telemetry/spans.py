@@ -121,6 +121,13 @@ def end_stage(name: str, items: list[Followed], *, last: bool = False) -> list[F
     return items
 
 
+def beside(name: str, items: Iterable[tuple[Followed, int]]) -> None:
+    """Something ends that ran beside the stages of these items since the time given with each."""
+    now = time.monotonic_ns()
+    for followed, since_ns in items:
+        _finished.append(Span(followed.trace_id, name, since_ns, now - since_ns))
+
+
 def _forget(followed: Followed) -> None:
     for key in followed.keys:
         if watched.get(key) is followed:

@@ -39,8 +39,10 @@ from somastack.home import Home
 from somastack.state import StackState
 from tests.bench import load, processes, stack
 
-BESIDE: Final = frozenset({"gateway.store", "router.brain", "router.acked", "cognition.confirm"})
-"""Spans beside the way of the answer: the receipt, what a brain's own spans tell better, what comes after it."""
+BESIDE: Final = frozenset({"gateway.store", "router.brain", "router.commit_ahead", "router.acked", "cognition.confirm"})
+"""Spans beside the way of the answer: the receipt, what a brain's own spans tell better, a commit that is under way
+while the brain thinks, what comes after it.
+"""
 WHOLE: Final = frozenset({"gateway.gather", "router.gather", "router.commit", "cognition.step", "gateway.deliver"})
 """Spans that a turn has to have of each process."""
 SAMPLES: Final = 500

@@ -89,7 +89,7 @@ class AdapterStream:
         """Whether it has ever granted credit; one that only sends is not announced to the routers."""
         self._window = DeliveryWindow(hello.credit, self.processed)
         self._announced_window = self._window.size
-        self._announced = asyncio.Event()
+        self._told = asyncio.Event()
         self._accept = accept
         self._acks = acks
         self._bounds = bounds
@@ -110,13 +110,13 @@ class AdapterStream:
     # What the adapter sends.
 
     async def until_announced(self) -> None:
-        """Waits until the routers know of the stream, if it wants live events: those of a turn begin where its router
-        hears who watches, and the first message must not be there before.
+        """Waits until the routers are told of the stream, if it wants live events and grants credit from the beginning:
+        the events of a turn begin where its router hears who watches, and the first message must not be there before.
         """
         if self.live and self.takes_deliveries:
             with suppress(TimeoutError):
                 async with asyncio.timeout(ANNOUNCED_S):
-                    await self._announced.wait()
+                    await self._told.wait()
 
     async def receive(self, frame: ConnectRequest) -> None:
         """Applies a frame. A refused item is answered in the next frame down; only a wrong order of frames ends the
@@ -251,9 +251,12 @@ class AdapterStream:
         return 0 if self._half_closed or self._ended else self._window.size
 
     def announced(self) -> None:
-        """The routers have been told the present window."""
+        """The routers are being told the present window."""
         self._announced_window = self.window
-        self._announced.set()
+
+    def told(self) -> None:
+        """The routers have been told of the stream."""
+        self._told.set()
 
     @property
     def busy(self) -> bool:

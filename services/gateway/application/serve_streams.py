@@ -201,6 +201,10 @@ class ServeStreams:
                 await self._routers.announce(tenant, presence)
             except BusSilent:
                 continue  # told again within a second; until then the bus carries no deliveries either
+            for announced in presence.streams:
+                stream = self._streams.get(announced.stream)
+                if stream is not None:
+                    stream.told()
 
     def _presence(self, tenant: str, streams: Iterable[AdapterStream]) -> Presence:
         presence = Presence(gateway=self.gateway, losses=self._routers.losses)

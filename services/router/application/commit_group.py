@@ -157,8 +157,8 @@ class GroupCommitter:
         group = Group()
         for item in items:
             item.write(group)
-        # Once the writer has nothing to do but wait: what the others do meanwhile costs the group no time, and who dies
-        # of it has told the store before.
+        # Called once the writer waits for the store: what is done meanwhile costs the group no time, and who dies of it
+        # has nearly always told the store before.
         asyncio.get_running_loop().call_soon(self._on_sent, items)
         with GROUP_SECONDS.time():
             result = await self._writer.commit(group)

@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 
 class Dispatcher:
-    """Turns that are durable and wait for a brain, and how they get one.
+    """Turns that wait for a brain, and how they get one.
 
     `on_agent_gone(turn, dispatch)` is told of a turn whose agent's revision nobody knows any more. A turn of which
     nothing is heard for its agent's step timeout and `stuck_margin_s` is to be restarted.
@@ -97,14 +97,18 @@ class Dispatcher:
         session = turn.session
         if self._orphans or session.turn is not turn or session.partition.lost or self._state.runs(turn):
             return False
-        if turn.status is not TurnStatus.RUNNING or turn.inputs[0].withdrawn:
+        if turn.status is not TurnStatus.RUNNING or turn.dispatch != 1:
             return False
-        agent = self._agent_in_memory(turn)
-        link = self._brains.take() if agent is not None else None
-        if agent is None or link is None:
+        spec = self._spec_if_ready(turn)
+        link = self._brains.take() if spec is not None else None
+        if spec is None or link is None:
             return False
         self._take_up(turn, link)
-        self._send_start(turn, link, agent, session.context or ())
+        try:
+            self._send_start(turn, link, spec, session.context or ())
+        except BaseException:
+            turn.let_go()
+            raise
         return True
 
     def _wants_brain(self, turn: Turn) -> bool:
@@ -152,7 +156,7 @@ class Dispatcher:
 
     def _begin(self, turn: Turn, link: BrainLink) -> None:
         self._take_up(turn, link)
-        spec = self._agent_in_memory(turn)
+        spec = self._spec_if_ready(turn)
         if spec is not None:
             self.announce(turn)
             self._send_start(turn, link, spec, turn.session.context or ())
@@ -164,8 +168,8 @@ class Dispatcher:
         turn.inputs_told = 0
         turn.started_at = turn.progress_at = monotonic()
 
-    def _agent_in_memory(self, turn: Turn) -> AgentSpec | None:
-        """The turn's agent, if that and everything else its brain is to know is in memory."""
+    def _spec_if_ready(self, turn: Turn) -> AgentSpec | None:
+        """The turn's agent, if that and everything else that its brain is to know is in memory."""
         session = turn.session
         if not turn.journal_loaded or session.context is None or any(m.content is None for m in turn.inputs):
             return None

@@ -193,8 +193,8 @@ class Ingest:
                 DUPLICATES.inc()
                 session = self._state.session(partition, entry.inbound.session_id)
                 self._starter.was_known(session, entry.message)
-                if session is not None and not session.has_seen(entry.message.message_id):
-                    session.saw(entry.message.message_id)
+                if session is not None:
+                    session.saw(entry.message.message_id, is_new=False)
                 continue
             new += 1
             if place in result.reused:
@@ -215,10 +215,10 @@ class Ingest:
             )
             session.paused = facts.paused
         self._state.busy(session)
-        session.saw(message.message_id)
         if entry.is_control:
             self._controls.apply(session, inbound.kind, message.position, inbound.cancel_turn_id or None)
             return
+        session.saw(message.message_id, is_new=True)
         if session.turn is not None and session.turn.inputs[0] is message and not message.fault:
             return  # its turn was started in this very group
         self._arrivals.arrive(session, message)

@@ -103,7 +103,7 @@ class CursorItem:
 
 @dataclass(slots=True)
 class StartItem:
-    """The start of a turn: its inputs and the revision of its agent, before any brain sees it."""
+    """The start of a turn: its inputs and the revision of its agent, before anything that a brain says of it counts."""
 
     partition: Partition
     turn: Turn

@@ -1,11 +1,11 @@
 """Runs turns: from the start of a turn to its outcome, over any number of brains that may die at any step.
 
-The rules of the turn protocol that live here: a brain is told to start only what is durable; it is confirmed only
-what is journaled; an item of an older dispatch or another link is ignored; a turn has one step on its way to the
-journal at a time; a final is taken only when it has seen every input.
+The rules of the turn protocol that live here: what a brain says counts only when the start of its turn is durable; it
+is confirmed only what is journaled; an item of an older dispatch or another link is ignored; a turn has one step on its
+way to the journal at a time; a final is taken only when it has seen every input.
 
-How turns start is in `start_turns.py`, how they are stopped in `stop_turns.py`, what messages do that arrive in
-`take_arrivals.py`, and who runs a turn in `dispatch_turns.py`.
+How turns start is in `start_turns.py` and `start_ahead.py`, how they are stopped in `stop_turns.py`, what messages do
+that arrive in `take_arrivals.py`, and who runs a turn in `dispatch_turns.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from services.router.domain.session import Session, Turn
 from services.router.domain.turn import InvalidTransition, Outcome, StepKind, TurnStatus, after
 from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
+from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter, gauge, histogram
 
 if TYPE_CHECKING:
@@ -108,23 +109,26 @@ class TurnRunner:
     def _started(self, turn: Turn) -> None:
         self._state.running[turn.id] = turn
         failpoint("router.after_ingest_before_dispatch")
-        said = self._ahead.durable(turn)
-        link = turn.link
-        if turn.status is not TurnStatus.RUNNING:
-            self._stopper.stored(turn)  # it was stopped before it began
-        elif link is not None:
+        ahead, link = self._ahead.collect(turn), turn.link
+        if link is not None:
             turn.progress_at = monotonic()  # the time that the commit took was not the brain's
             self._dispatcher.announce(turn)
-        elif said is not None or turn.inputs[0].withdrawn:
-            self._redispatch(turn, int(said is not None))
-        else:
+        if turn.status is not TurnStatus.RUNNING:
+            self._stopper.stored(turn)  # it was stopped before it began
+        elif ahead is not None and ahead.lost:
+            self._redispatch(turn, 1)
+        elif self._ahead.is_spent(turn):
+            self._redispatch(turn, 0)
+        elif link is None:
             self._dispatcher.dispatch(turn)
         self.arrivals.meet(turn.session)
-        if link is not None:
-            self._apply(link, said or ())
+        if ahead is not None and link is not None:
+            self._apply(turn, link, ahead.said)
 
-    def _apply(self, link: TurnLink, said: Iterable[Said]) -> None:
+    def _apply(self, turn: Turn, link: TurnLink, said: Iterable[Said]) -> None:
         """Takes what was said of a turn before its start was durable, as if it were said now."""
+        if spans.watched and said:
+            spans.stage("router.hold", (turn.id,))
         for item in said:
             if isinstance(item, Proposal):
                 self.on_proposals(link, (item,))

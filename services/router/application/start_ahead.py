@@ -8,13 +8,13 @@ brains wait for the confirmation of a step before they act on it.
 
     group sent -> give ------------ StartTurn ----------> brain
                   hold <----------- texts, proposals -----
-    durable    -> durable: what was held     or dropped -> withdraw: StopTurn
+    durable    -> collect: what was held     or dropped -> withdraw: StopTurn
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from soma.cognition.v1.cognition_service_pb2 import Proposal, StopTurn, TurnText
 
@@ -32,15 +32,24 @@ if TYPE_CHECKING:
 Said: TypeAlias = Proposal | TurnText | StopTurn
 """What a brain says of a turn: a step, live text, or that it does not run it."""
 
+_WITHDRAWN_KEPT: Final = 4096
+
 AHEAD = counter("soma_router_starts_ahead_total", "Turns given to a brain before their start was durable.")
-WITHDRAWN = counter("soma_router_starts_withdrawn_total", "Of those, turns whose start turned out to be none.")
+WITHDRAWN = counter(
+    "soma_router_starts_withdrawn_total", "Of those, turns whose start turned out to be none or somebody else's."
+)
 
 
 @dataclass(slots=True)
-class _Given:
+class Ahead:
+    """A turn that a brain was given before its start was durable."""
+
     turn: Turn
     said: list[Said] = field(default_factory=list)
-    """In order. No more than a step with its text: a brain waits for the step's confirmation before it goes on."""
+    """What the brain has said of it, in order. No more than a step with its text: a brain waits for the step's
+    confirmation before it goes on."""
+    lost: bool = False
+    """That brain is gone."""
 
 
 class StartsAhead:
@@ -49,7 +58,8 @@ class StartsAhead:
     def __init__(self, dispatcher: Dispatcher, *, enabled: bool) -> None:
         self._dispatcher = dispatcher
         self._enabled = enabled
-        self._given: dict[bytes, _Given] = {}
+        self._given: dict[bytes, Ahead] = {}
+        self._withdrawn: dict[bytes, None] = {}
 
     def give(self, items: Iterable[CommitItem]) -> None:
         """A group is on its way: brains get the turns that it starts, as far as nothing has to be waited for. The
@@ -61,10 +71,12 @@ class StartsAhead:
             if not isinstance(item, StartItem):
                 continue
             turn = item.turn
-            if turn.id in self._given or (item.fresh and turn.session.has_seen(turn.inputs[0].message_id)):
-                continue  # the group is sent again; or it is a retry, for which no model is to be called
+            if turn.id in self._given or turn.id in self._withdrawn:
+                continue  # the group is sent again; or a brain may still run the turn under this dispatch
+            if item.fresh and turn.session.expects_retry(turn.inputs[0].message_id):
+                continue  # no model is to be called for one
             if self._dispatcher.begin_ahead(turn):
-                self._given[turn.id] = _Given(turn)
+                self._given[turn.id] = Ahead(turn)
                 AHEAD.inc()
 
     def hold(self, link: BrainLink, item: Said) -> bool:
@@ -72,23 +84,33 @@ class StartsAhead:
         given = self._given.get(item.turn_id)
         if given is None or given.turn.link is not link or given.turn.dispatch != item.dispatch:
             return False
+        if isinstance(item, TurnText):
+            # As a part of its frame it would keep the whole frame in memory.
+            text = TurnText()
+            text.CopyFrom(item)
+            item = text
         given.said.append(item)
         failpoint("router.after_answer_before_start")
         return True
 
-    def durable(self, turn: Turn) -> list[Said] | None:
-        """The start is durable: what was said of the turn since it was given, in order. None if it was not given
-        ahead. If its brain is gone meanwhile the turn has no link.
-        """
-        given = self._given.pop(turn.id, None)
-        return None if given is None else given.said
+    def collect(self, turn: Turn) -> Ahead | None:
+        """The start is durable: what is known of the turn since it was given. None if it was not given ahead."""
+        return self._given.pop(turn.id, None)
 
     def withdraw(self, turn: Turn) -> None:
         """The start is none, or not this router's any more: what was said of the turn counts for nothing."""
         if self._given.pop(turn.id, None) is not None:
             WITHDRAWN.inc()
-            for message in turn.inputs:
-                message.withdrawn = True
+            self._withdrawn[turn.id] = None
+            while len(self._withdrawn) > _WITHDRAWN_KEPT:
+                del self._withdrawn[next(iter(self._withdrawn))]
+
+    def is_spent(self, turn: Turn) -> bool:
+        """Whether a brain was given the turn's first dispatch in vain. It was told to stop, and may not have heard yet:
+        what it says under that number must never be taken for what another run says. So the turn needs the next one,
+        whoever has let it go: another group, or a term of this router that has ended.
+        """
+        return turn.dispatch == 1 and turn.id in self._withdrawn
 
     def link_down(self, link: BrainLink) -> None:
         """A brain is gone: what it has said counts no more."""
@@ -96,3 +118,4 @@ class StartsAhead:
             if given.turn.link is link:
                 given.turn.let_go()
                 given.said.clear()
+                given.lost = True

@@ -38,8 +38,11 @@ class TracedGroups:
         if not taken:
             return await self._writer.commit(group)
         spans.end_stage("router.columns", taken)
+        left = [(followed, followed.since_ns) for followed in taken]
         result = await self._writer.commit(group)
-        spans.end_stage("router.commit", taken)
+        # Turns that were given to a brain meanwhile have gone on: for them the commit is beside their way.
+        spans.end_stage("router.commit", [followed for followed, since in left if followed.since_ns == since])
+        spans.beside("router.commit_ahead", [entry for entry in left if entry[0].since_ns != entry[1]])
         return result
 
 

@@ -71,8 +71,6 @@ class QueuedMessage:
     """It came while a turn ran that it is to stop, and has not done so yet."""
     rolled_back: bool = False
     """The turn that had taken it was rolled back."""
-    withdrawn: bool = False
-    """A brain was given its turn, whose start then turned out to be none, and was told to stop."""
     cancelled: bool = False
     """A cancel reached it before its turn began: it ends without one."""
     agent_missed_at: float = 0.0
@@ -167,6 +165,7 @@ class Session:
         "ready",
         "recent",
         "refusing",
+        "repeating",
         "storing",
         "timer",
         "turn",
@@ -198,14 +197,20 @@ class Session:
         self.context_bytes = 0
         self.recent: tuple[bytes, ...] = ()
         """Ids of its newest messages that came since it is in memory."""
+        self.repeating = False
+        """What came last was a retry."""
 
-    def saw(self, message_id: bytes) -> None:
-        """Notes the id of a new message."""
-        self.recent = (*self.recent[1 - RECENT_MESSAGES :], message_id)
+    def saw(self, message_id: bytes, *, is_new: bool) -> None:
+        """Notes a message that the store has, or had already."""
+        self.repeating = not is_new
+        if is_new:
+            self.recent = (*self.recent[1 - RECENT_MESSAGES :], message_id)
 
-    def has_seen(self, message_id: bytes) -> bool:
-        """Whether a message is known to be a retry, before the store is asked. It knows only the newest."""
-        return message_id in self.recent
+    def expects_retry(self, message_id: bytes) -> bool:
+        """Whether a message is likely a retry, before the store is asked. Retries come one after the other: an adapter
+        that has lost its receipts sends all of them again.
+        """
+        return self.repeating or message_id in self.recent
 
     def remember(self, said: list[bytes], keep: int) -> None:
         """Adds to what was said before and keeps the newest `keep` messages; forgets all of it if they are more bytes

@@ -14,12 +14,15 @@ from tests.integration.costs.counted import CountedStack
 
 WAY = [
     "gateway.gather",
-    *("router.gather", "router.compose", "router.columns", "router.commit", "router.callbacks", "router.frame"),
+    # Its start is committed beside: it is given to the brain ahead.
+    *("router.gather", "router.compose", "router.columns", "router.callbacks", "router.frame"),
     *("cognition.wait", "cognition.step", "cognition.frame"),
     *("router.gather", "router.compose", "router.columns", "router.commit", "router.callbacks", "router.outbox"),
     "gateway.deliver",
 ]
-BESIDE = {"gateway.store", "router.brain", "router.acked", "cognition.confirm"}
+BESIDE = {"gateway.store", "router.brain", "router.commit_ahead", "router.acked", "cognition.confirm"}
+MAYBE = {"router.hold"}
+"""If the brain answers before the start is durable."""
 
 
 async def test_a_sampled_message_is_followed_through_every_process(counted: CountedStack) -> None:
@@ -37,8 +40,8 @@ async def test_a_sampled_message_is_followed_through_every_process(counted: Coun
         await eventually(acknowledged, 10, "the router has the acknowledgement")
     spans = await _spans(counted, sampled.trace_id)
     on_the_way = [span for span in spans if span["name"] not in BESIDE]
-    assert [span["name"] for span in on_the_way] == WAY
-    assert {span["name"] for span in spans} == {*WAY, *BESIDE}
+    assert [span["name"] for span in on_the_way if span["name"] not in MAYBE] == WAY
+    assert {span["name"] for span in spans} - MAYBE == {*WAY, *BESIDE}
     ends = [span["start_ns"] + span["duration_ns"] for span in on_the_way]
     assert all(end <= later["start_ns"] for end, later in zip(ends, on_the_way[1:], strict=False))
     assert not await _spans(counted, other.trace_id)

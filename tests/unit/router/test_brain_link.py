@@ -126,14 +126,3 @@ async def test_who_may_not_speak_stops_what_it_does_not_confirm() -> None:
 
 def _items(frame: RunTurnsRequest) -> list[tuple[str, StartTurn | AddInputs]]:
     return [*(("start", item) for item in frame.starts), *(("inputs", item) for item in frame.add_inputs)]
-
-
-@pytest.mark.xfail(strict=True, reason="both are in one frame, of which a brain takes the start for stopped")
-async def test_a_start_that_comes_after_a_stop_of_the_same_dispatch_runs() -> None:
-    """A turn that was given ahead was lost with its partition, and is started again when it is read again."""
-    call = Call()
-    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
-    link.stop(start(0).turn_id, 1)
-    link.start(start(0, size=1))
-    frames = await frames_of(link, call, 1)
-    assert not any(frame.stops and frame.starts for frame in frames)

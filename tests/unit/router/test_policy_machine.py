@@ -119,7 +119,7 @@ class DurableStore(MemoryStore):
         for _, position, turn_id, stop, paused in group.controls:
             self.control = max(self.control, cast(int, position))
             self.is_paused = self.is_paused if paused is None else bool(paused)
-            turn = self._turn(turn_id) if turn_id is not None else None
+            turn = next((turn for turn in self.stored_turns if turn.turn_id == turn_id), None)
             if turn is not None and (turn.status == 1 or (turn.status == 2 and turn.stop == 6 and stop == 4)):
                 turn.status, turn.stop = 2, cast(int, stop)
         for turn_id, last in group.inputs:

@@ -277,6 +277,19 @@ async def test_a_decline_ahead_is_heard_when_the_start_is_durable(engine: Engine
     await at_rest(engine, engine.brain, other)
 
 
+async def test_only_the_brain_that_has_the_turn_is_heard(engine: Engine) -> None:
+    [start] = await ahead(engine)
+    other = Brain(name="other")
+    engine.connect(other)
+    engine.answer(start, "from a stranger", brain=other)
+    goes_on(engine)
+    await eventually(lambda: start.turn_id in engine.state.running, what="start")
+    engine.answer(start, "ok")
+    [(_, delivery)] = await engine.outcomes(1)
+    assert delivery.message.parts[0].text == "ok"
+    await at_rest(engine, engine.brain, other)
+
+
 async def test_a_commit_that_takes_long_is_not_the_brains_silence(engine: Engine) -> None:
     [start] = await ahead(engine)
     [turn] = [s.turn for s in engine.state.partitions[0].sessions.values() if s.turn is not None]
