@@ -39,7 +39,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
     "held": (f"{ROUTER}.run_turns:TurnRunner._hold",),
-    "withdrawn": (f"{ROUTER}.start_ahead:StartsAhead.withdraw", f"{ROUTER}.run_turns:TurnRunner._started"),
+    "withdrawn": (f"{ROUTER}.start_ahead:StartsAhead.is_spent", f"{ROUTER}.run_turns:TurnRunner._started"),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
     "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.outcomes:AckItem"),
     "one_unacked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk._send",),
