@@ -147,6 +147,13 @@ async def test_a_session_that_is_not_in_memory_waits(engine: Engine) -> None:
     await engine.started(1)
 
 
+async def test_a_session_whose_past_is_not_in_memory_waits(engine: Engine) -> None:
+    [session] = engine.state.partitions[0].sessions.values()
+    session.context = None
+    await waits_for_its_start(engine)
+    await engine.started(1)
+
+
 async def test_an_agent_that_is_not_known_waits(engine: Engine) -> None:
     engine.directory.has_agent = False
     await waits_for_its_start(engine)

@@ -248,6 +248,29 @@ async def test_a_backlog_that_is_sent_again_asks_a_model_once(engine: Engine) ->
     await answered(engine, inbound(HERE, "new"))
 
 
+async def test_a_store_that_answers_at_once_leaves_nothing_to_give_ahead(engine: Engine) -> None:
+    """By the time that a group would be on its way its turns run already."""
+    commit = engine.store.commit
+
+    async def at_once(group: Group) -> GroupResult:
+        work = commit(group)
+        try:
+            while True:
+                work.send(None)
+        except StopIteration as done:
+            result: GroupResult = done.value
+            return result
+
+    engine.store.commit = at_once  # type: ignore[method-assign]
+    engine.accept(inbound(HERE, "1"), inbound(HERE, "2"))
+    for count in (1, 2):
+        await rounds()
+        assert len(engine.brain.starts) == count
+        engine.answer(engine.brain.starts[-1], "ok")
+    await at_rest(engine)
+    assert (len(engine.ended), engine.brain.stops) == (2, [])
+
+
 async def test_a_partition_that_is_given_away_meanwhile_keeps_no_brain(engine: Engine) -> None:
     """The group arrives all the same: its turn is for the next owner."""
     [start] = await ahead(engine)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
-from services.router.application.group import Group, GroupRejected
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import cancel, inbound
@@ -94,24 +93,6 @@ async def test_each_message_has_one_outcome_if_the_brain_was_faster(stopper: str
         assert ended == [(Outcome.CANCELLED, [mine])]
     if together and stopper == "steer":
         assert ended == [(Outcome.FINAL, [mine, inbound(HERE, "other").message_id])], "the blind final is not taken"
-
-
-async def test_a_turn_that_was_stopped_before_it_could_be_given_is_given_to_nobody() -> None:
-    """Its group is refused, so that the stop is stored before the start; its agent is known only then."""
-
-    def apart(group: Group) -> BaseException | None:
-        engine.directory.has_agent = True
-        return GroupRejected("not together") if group.turns and group.messages else None
-
-    async with running_engine() as engine:
-        await warm(engine, HERE)
-        engine.store.refuse = apart
-        engine.directory.has_agent = False
-        engine.accept(inbound(HERE), cancel(HERE, target=turn_of(HERE, "k")))
-        [(outcome, _)] = await engine.outcomes(1)
-        assert outcome is Outcome.CANCELLED
-        await at_rest(engine)
-        assert {start.turn_id for start in engine.brain.starts} == {turn for turn, _ in engine.brain.stops}
 
 
 @pytest.mark.parametrize("stopper", ["cancel", "cancel by name", "cancel all", "interrupt"])
