@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from soma.cognition.v1.cognition_service_pb2 import StartTurn, StopTurn, TurnText
 from soma.common.v1.message_pb2 import Message, Part
+from soma.router.v1.inbound_pb2 import InboundKind
 
 from services.router.application.group import FenceLost, Group, GroupRejected, GroupResult, StoreLost
 from services.router.domain.arrival import Policy
-from services.router.domain.turn import StepKind
+from services.router.domain.turn import StepKind, TurnStatus
+from tests.unit.router.builders import inbound
 from tests.unit.router.test_policy_machine import (
     CALL,
     CONTROLS,
@@ -24,6 +26,7 @@ from tests.unit.router.test_policy_machine import (
     PARTITION,
     POLICY_WEIGHTS,
     ROUNDS,
+    SESSION,
     DurableStore,
     Owner,
     Policies,
@@ -60,6 +63,7 @@ class Ahead(Policies):
     def __init__(self) -> None:
         super().__init__()
         self.said_ahead = 0
+        self.declined: set[tuple[bytes, int]] = set()
 
     @initialize()
     def begin(self) -> None:
@@ -106,6 +110,7 @@ class Ahead(Policies):
             start = self.held() or self._running()
             if really and start is not None:
                 declined = StopTurn(turn_id=start.turn_id, dispatch=start.dispatch)
+                self.declined.add((start.turn_id, start.dispatch))
                 self.owner.runner.on_declined(self.owner.brain, [declined])
             await self._pass(rounds)
 
@@ -166,6 +171,40 @@ class Ahead(Policies):
         self._open()
         await super()._take_over()
 
+    def teardown(self) -> None:
+        """The last owner comes to an end by itself, before another takes over what it may have forgotten."""
+        if hasattr(self, "store"):
+            try:
+                self.run(self._settle())
+            except BaseException:
+                self.runner.close()
+                raise
+        super().teardown()
+
+    async def _settle(self) -> None:
+        self.store.slow, self.store.refuse = 0, lambda _: None
+        self._open()
+        resume = inbound(SESSION, "control at rest", b"")
+        resume.kind = InboundKind.INBOUND_KIND_RESUME
+        self.sent.append([resume])
+        self.owner.seq = len(self.sent) - 1
+        self.owner.accept(resume)
+        for _ in range(400):
+            start = self._running()
+            turn = self.owner.state.running.get(start.turn_id) if start is not None else None
+            if start is not None and turn is not None and turn.status is TurnStatus.RUNNING:
+                kind = StepKind.TOOL_RESULTS if int(turn.state) == 3 else StepKind.FINAL
+                self._propose(start, kind, turn.step_count + 1, len(turn.inputs))
+            await self._pass(30)
+            if not self.store.load():
+                break
+            await asyncio.sleep(0.001)
+        assert not self.store.load(), "the owner goes on by itself"
+        brain = self.owner.brain
+        assert brain.credit == 100
+        heard = {(turn, dispatch) for turn, dispatch, _ in brain.confirms} | set(brain.stops) | self.declined
+        assert {(start.turn_id, start.dispatch) for start in brain.starts} <= heard, "a brain runs it for nobody"
+
     def outcomes_of_all(self) -> None:
         super().outcomes_of_all()
         assert self.owner.brain.credit == 100
@@ -188,8 +227,8 @@ def test_a_long_walk(walk: int) -> None:
     try:
         for _ in range(STEPS):
             _step(story, chance)
-            if story.held() and chance.random() < 0.6:
-                story.the_brain_is_faster(chance.choice(KINDS), chance.random() < 0.5, chance.choice([0, 1, 30]))
+            if story.held():
+                _something_ahead(story, chance)
             story.outcomes_are_right_so_far()
     except BaseException:
         print(f"seed {seed}")
@@ -197,6 +236,16 @@ def test_a_long_walk(walk: int) -> None:
         raise
     story.teardown()
     print(f"seed {seed}, {story.said_ahead} said ahead")
+
+
+def _something_ahead(story: Ahead, chance: random.Random) -> None:
+    match chance.choices(["says", "dies", "declines", ""], [60, 15, 5, 20]):
+        case ["says"]:
+            story.the_brain_is_faster(chance.choice(KINDS), chance.random() < 0.5, chance.choice([0, 1, 30]))
+        case ["dies"]:
+            story.the_brain_dies(True)
+        case ["declines"]:
+            story.the_brain_declines(True, chance.choice([0, 1, 30]))
 
 
 def _step(story: Ahead, chance: random.Random) -> None:
