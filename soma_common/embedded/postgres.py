@@ -271,6 +271,9 @@ class PostgresServer:
             "min_wal_size = 256MB",
             "checkpoint_timeout = 15min",
             "autovacuum_naptime = 15s",
+            # Processes that nothing here needs: what is read is nearly always in memory, and nothing is subscribed to.
+            "io_workers = 1",
+            "max_logical_replication_workers = 0",
             # The statements are short and prepared: compiling their plans costs more than it saves.
             "jit = off",
             "timezone = 'UTC'",

@@ -37,6 +37,7 @@ _CONNECT_TIMEOUT_S: Final = 3.0
 _FIRST_WAIT_S: Final = 0.1
 _LONGEST_WAIT_S: Final = 1.0
 _SILENT_INTERVALS: Final = 4
+_END_LINGER_S: Final = 0.005
 _FRAME_BYTES: Final = 1024 * 1024
 """A frame is closed when it holds so much; a single turn may make it larger (6 MB: its context, inputs and journal)."""
 
@@ -72,6 +73,8 @@ class GrpcBrainLink:
         self._starts: list[_Item] = []
         self._inputs: list[_Item] = []
         self._wake = asyncio.Event()
+        self._ends: asyncio.TimerHandle | None = None
+        """Sends confirmations that nothing else has taken along."""
 
     def start(self, start: StartTurn) -> None:
         """Runs a turn there."""
@@ -84,6 +87,14 @@ class GrpcBrainLink:
         """Says that a step is journaled."""
         self._head.confirms.add(turn_id=turn_id, dispatch=dispatch, step=step)
         self._wake.set()
+
+    def confirm_end(self, turn_id: bytes, dispatch: int, step: int) -> None:
+        """Says that a turn's last step is journaled, with the next frame if there is one soon: under load there is, and
+        a frame costs as much as a turn.
+        """
+        self._head.confirms.add(turn_id=turn_id, dispatch=dispatch, step=step)
+        if self._ends is None:
+            self._ends = asyncio.get_running_loop().call_later(_END_LINGER_S, self._wake.set)
 
     def stop(self, turn_id: bytes, dispatch: int) -> None:
         """Stops a turn there."""
@@ -103,6 +114,7 @@ class GrpcBrainLink:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                self._forget_timer()
                 head, self._head = self._head, RunTurnsRequest()
                 items, self._starts, self._inputs = [*self._starts, *self._inputs], [], []
                 if not self._may_speak():
@@ -118,6 +130,12 @@ class GrpcBrainLink:
                     await self._call.write(frame)
         finally:
             beats.cancel()
+            self._forget_timer()
+
+    def _forget_timer(self) -> None:
+        if self._ends is not None:
+            self._ends.cancel()
+            self._ends = None
 
     async def _beat(self, heartbeat_s: float) -> None:
         """Says at every interval that this end lives, whether or not other frames went: a frame per interval costs

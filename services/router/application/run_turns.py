@@ -322,7 +322,7 @@ class TurnRunner:
                 session.partition.pending.discard(message.position)
             self._remember(turn, item)
         if turn.link is not None and not item.is_new:
-            turn.link.confirm(turn.id, turn.dispatch, turn.step_count + len(item.steps))
+            turn.link.confirm_end(turn.id, turn.dispatch, turn.step_count + len(item.steps))
         if turn.started_at:
             TURN_SECONDS.observe(monotonic() - turn.started_at)
         _TURNS_BY_OUTCOME[item.outcome].inc()

@@ -25,6 +25,9 @@ class BrainLink(Protocol):
     def confirm(self, turn_id: bytes, dispatch: int, step: int) -> None:
         """Says that a step is journaled."""
 
+    def confirm_end(self, turn_id: bytes, dispatch: int, step: int) -> None:
+        """Says that a turn's last step is journaled. Nobody waits to hear it: it may come a little later."""
+
     def stop(self, turn_id: bytes, dispatch: int) -> None:
         """Stops a turn there."""
 

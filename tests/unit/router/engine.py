@@ -129,6 +129,9 @@ class Brain:
     def confirm(self, turn_id: bytes, dispatch: int, step: int) -> None:
         self.confirms.append((turn_id, dispatch, step))
 
+    def confirm_end(self, turn_id: bytes, dispatch: int, step: int) -> None:
+        self.confirms.append((turn_id, dispatch, step))
+
     def stop(self, turn_id: bytes, dispatch: int) -> None:
         self.stops.append((turn_id, dispatch))
 

@@ -66,6 +66,30 @@ async def test_small_turns_share_a_frame() -> None:
     assert len(await frames_of(link, call, 64)) == 1
 
 
+async def test_ends_are_confirmed_with_what_goes_next() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    writing = asyncio.create_task(link.write(heartbeat_s=60))
+    link.confirm_end(b"c" * 16, 1, 1)
+    await asyncio.sleep(0)
+    link.start(start(1, 100))
+    await eventually(lambda: call.frames)
+    [frame] = call.frames
+    assert (len(frame.starts), list(frame.confirms)) == (1, [Confirm(turn_id=b"c" * 16, dispatch=1, step=1)])
+    writing.cancel()
+
+
+async def test_ends_are_confirmed_when_nothing_else_goes() -> None:
+    call = Call()
+    link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
+    writing = asyncio.create_task(link.write(heartbeat_s=60))
+    for number in range(2):
+        link.confirm_end(bytes([number]) * 16, 1, 1)
+        await eventually(lambda: len(call.frames) == number + 1)  # noqa: B023 - used before the next turn of the loop
+    assert [[confirm.turn_id[0] for confirm in frame.confirms] for frame in call.frames] == [[0], [1]]
+    writing.cancel()
+
+
 async def test_further_inputs_stay_behind_the_start_of_their_turn_and_large_ones_are_split_too() -> None:
     call = Call()
     link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
