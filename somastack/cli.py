@@ -33,7 +33,7 @@ from somastack.state import StackState
 from somastack.status import as_json, as_lines, exit_code
 from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, worth_telling
 from somastack.supervisor import StackOptions, Supervisor
-from somastack.terminal import HomeOption, OutputOption, console, errors, read_line
+from somastack.terminal import HomeOption, OutputOption, console, errors, read_line, render_line
 from somastack.turn_commands import turns
 
 app = typer.Typer(
@@ -137,9 +137,9 @@ def logs(
     tails = [Tail(source, from_start=True) for source in sources(chosen, _logged_by(chosen, component))]
     past = sorted((line for tail in tails for line in tail.read()), key=lambda line: line.time)
     for line in past[len(past) - min(lines, len(past)) :]:
-        console.print(line.rendered())
+        console.print(render_line(line))
     if follow:
-        story = Story(tails, lambda line: console.print(line.rendered()))
+        story = Story(tails, lambda line: console.print(render_line(line)))
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 story.catch_up()
@@ -281,7 +281,7 @@ def _tell_next_steps(home: Home, state: StackState, *, has_demo: bool, on: Conso
 def _tell(line: Line) -> None:
     # Why `up` fails is its own last line; the log has it for those who look later.
     if worth_telling(line) and line.event != "stack.failed":
-        console.print(line.rendered())
+        console.print(render_line(line))
 
 
 def _logged_by(home: Home, component: str | None) -> list[str]:

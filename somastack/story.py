@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from soma_common.telemetry.redaction import TRUNCATED
 from somastack.home import Home
 
@@ -60,22 +58,10 @@ class Line:
     @property
     def told(self) -> str:
         """Event and facts in plain words, each fact cut to a line."""
-        return "  ".join([self.event, *(f"{name}={_cut(value)}" for name, value in self.facts.items())])
-
-    def rendered(self) -> Text:
-        """The line for a terminal."""
-        style = LEVEL_STYLES[self.level]
-        text = Text(f"{self.time:12} ", style="dim")
-        text.append(f"{EMOJI.get(self.who.partition('-')[0], '· ')} {self.who:<15} ", style=style or "cyan")
-        text.append({"warning": "⚠️  ", "error": "💥 "}.get(self.level, ""))
-        text.append(self.event, style=style or "bold")
-        for name, value in self.facts.items():
-            text.append(f"  {name}=", style="dim")
-            text.append(_cut(value), style=style)
-        return text
+        return "  ".join([self.event, *(f"{name}={cut(value)}" for name, value in self.facts.items())])
 
 
-def _cut(value: str) -> str:
+def cut(value: str) -> str:
     """One line of bounded length; of several lines the last, which in a traceback says what happened."""
     first, *others = value.strip().splitlines() or [""]
     value = f"... {others[-1]}" if others else first

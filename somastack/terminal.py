@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from somastack.story import EMOJI, LEVEL_STYLES, Line, cut
+
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -52,3 +54,16 @@ def read_line(prompt: Text) -> str:
 
             text = re.sub(r"(\x1b\[[0-9;]*m)", "\x01\\1\x02", text)  # readline's marks around what takes no room
     return input(text)
+
+
+def render_line(line: Line) -> Text:
+    """A line of the story for a terminal."""
+    style = LEVEL_STYLES[line.level]
+    text = Text(f"{line.time:12} ", style="dim")
+    text.append(f"{EMOJI.get(line.who.partition('-')[0], '· ')} {line.who:<15} ", style=style or "cyan")
+    text.append({"warning": "⚠️  ", "error": "💥 "}.get(line.level, ""))
+    text.append(line.event, style=style or "bold")
+    for name, value in line.facts.items():
+        text.append(f"  {name}=", style="dim")
+        text.append(cut(value), style=style)
+    return text

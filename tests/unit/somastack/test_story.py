@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from somastack.story import Line, Source, Story, Tail, read_line, worth_telling
+from somastack.terminal import render_line
 
 NATS = "[77] 2026/11/20 10:46:45.945879 [INF] Listening for client connections on 127.0.0.1:7450"
 
@@ -56,7 +57,7 @@ def test_the_console_hears_of_the_servers_only_their_troubles() -> None:
 
 
 def test_long_values_are_cut_and_markup_is_text() -> None:
-    shown = Line("gateway-0", "[bold]event[/]", facts={"why": "x" * 500}).rendered().plain
+    shown = render_line(Line("gateway-0", "[bold]event[/]", facts={"why": "x" * 500})).plain
     assert "[bold]event[/]" in shown
     assert "[truncated]" in shown
     assert len(shown) < 300
