@@ -137,7 +137,7 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         retry_s=settings.delivery_retry_s,
     )
     # Connections of their own: however many watchers read journals, no turn waits for them.
-    watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches")
+    watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches", ready=0)
     live = LiveDesk(state, watched_history, outbox, desk.adapter_of)
     desk.on_arrival = live.catch_up
     runner = TurnRunner(

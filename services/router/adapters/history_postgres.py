@@ -131,9 +131,17 @@ class PostgresHistory:
         self._contexts = ContextReader(self._fetch)
 
     @classmethod
-    async def open(cls, dsn: str, name: str) -> PostgresHistory:
-        """Opens the pool. Raises Unavailable."""
-        return cls(await create_pool(dsn, max_size=4, application_name=f"{name} reader", **_READER_SETTINGS))  # type: ignore[arg-type]
+    async def open(cls, dsn: str, name: str, ready: int = 1) -> PostgresHistory:
+        """Opens the pool with so many connections; more are made when they are needed. Raises Unavailable."""
+        return cls(
+            await create_pool(
+                dsn,
+                min_size=ready,
+                max_size=4,
+                application_name=f"{name} reader",
+                **_READER_SETTINGS,  # type: ignore[arg-type]
+            )
+        )
 
     async def close(self) -> None:
         """Closes the pool."""
