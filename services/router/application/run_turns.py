@@ -115,12 +115,13 @@ class TurnRunner:
             self._dispatcher.announce(turn)
         if turn.status is not TurnStatus.RUNNING:
             self._stopper.stored(turn)  # it was stopped before it began
-        elif ahead is not None and ahead.lost:
-            self._redispatch(turn, 1)
-        elif self._ahead.is_spent(turn):
-            self._redispatch(turn, 0)
         elif link is None:
-            self._dispatcher.dispatch(turn)
+            if ahead is not None:
+                self._redispatch(turn, 1)  # whoever had it is gone
+            elif self._ahead.is_spent(turn):
+                self._redispatch(turn, 0)
+            else:
+                self._dispatcher.dispatch(turn)
         self.arrivals.meet(turn.session)
         if ahead is not None and link is not None:
             self._apply(turn, link, ahead.said)

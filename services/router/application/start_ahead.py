@@ -48,8 +48,6 @@ class Ahead:
     said: list[Said] = field(default_factory=list)
     """What the brain has said of it, in order. No more than a step with its text: a brain waits for the step's
     confirmation before it goes on."""
-    lost: bool = False
-    """That brain is gone."""
 
 
 class StartsAhead:
@@ -94,7 +92,9 @@ class StartsAhead:
         return True
 
     def collect(self, turn: Turn) -> Ahead | None:
-        """The start is durable: what is known of the turn since it was given. None if it was not given ahead."""
+        """The start is durable: what was said of the turn since it was given. None if it was not given ahead. A turn
+        whose brain is gone meanwhile has no link.
+        """
         return self._given.pop(turn.id, None)
 
     def withdraw(self, turn: Turn) -> None:
@@ -118,4 +118,3 @@ class StartsAhead:
             if given.turn.link is link:
                 given.turn.let_go()
                 given.said.clear()
-                given.lost = True
