@@ -8,7 +8,7 @@ import sys
 # of a frame here and 0.3 ms of a turn. A value from outside wins.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client")
 
-# structlog imports rich if it is there, for tracebacks in colour, and rich imports pygments and attrs: 6.5 MB of each
+# structlog imports rich if it is there, for tracebacks in colour, and rich imports pygments and attrs: 3 MB of each
 # process of a mesh, for what its logs never show. It is there for the tables of the command line, which import it
 # themselves; a module that is None in here counts as not installed.
 if "rich" not in sys.modules:
