@@ -83,9 +83,10 @@ async def test_ends_are_confirmed_when_nothing_else_goes() -> None:
     call = Call()
     link = GrpcBrainLink(cast(Any, call), "brain-0", 100, lambda: True)
     writing = asyncio.create_task(link.write(heartbeat_s=60))
-    for number in range(2):
-        link.confirm_end(bytes([number]) * 16, 1, 1)
-        await eventually(lambda: len(call.frames) == number + 1)  # noqa: B023 - used before the next turn of the loop
+    link.confirm_end(bytes(16), 1, 1)
+    await eventually(lambda: len(call.frames) == 1)
+    link.confirm_end(b"\1" * 16, 1, 1)
+    await eventually(lambda: len(call.frames) == 2)
     assert [[confirm.turn_id[0] for confirm in frame.confirms] for frame in call.frames] == [[0], [1]]
     writing.cancel()
 

@@ -81,6 +81,10 @@ async def rounds() -> None:
         await asyncio.sleep(0)
 
 
+async def has_begun(engine: Engine) -> None:
+    await eventually(lambda: engine.state.running or engine.ended, what="start")
+
+
 def speak(engine: Engine, start: StartTurn, *texts: str) -> None:
     offset = 0
     for text in texts:
@@ -255,7 +259,7 @@ async def test_what_was_said_ahead_counts_as_if_it_was_said_now(story: str) -> N
             if start_ahead:
                 nothing_counts(engine)
                 goes_on(engine)
-            await eventually(lambda engine=engine: engine.state.running or engine.ended, what="start")  # type: ignore[misc]
+            await has_begun(engine)
             await engine.quiet()
             ended = [(int(item.answer.outcome), item.answer.message) for item in engine.ended]
             live = [event[:2] if event[0] == "ended" else event for event in engine.live.events]
