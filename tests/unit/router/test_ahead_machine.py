@@ -189,7 +189,7 @@ class Ahead(Policies):
         self.sent.append([resume])
         self.owner.seq = len(self.sent) - 1
         self.owner.accept(resume)
-        for _ in range(400):
+        for _ in range(4000):
             start = self._running()
             turn = self.owner.state.running.get(start.turn_id) if start is not None else None
             if start is not None and turn is not None and turn.status is TurnStatus.RUNNING:
