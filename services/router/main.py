@@ -240,7 +240,9 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     news = NatsLoads(client, router)
     loads = ReportLoad(state, router, news.send, may_speak, tenant_bound=settings.max_queued_per_tenant)
     lifecycle.spawn("load", loads.run())
-    lifecycle.spawn("progress", ReportProgress(readers, router, news.send_progress, may_speak).run())
+    progress = ReportProgress(readers, router, news.send_progress, may_speak)
+    ingest.on_taken_in = progress.taken_in
+    lifecycle.spawn("progress", progress.run())
     lifecycle.spawn("sweep", _sweep(desk, live, runner))
     lifecycle.spawn("lanes", _tend_lanes(history, readers, layout, settings.purge_every_s))
     admin = await serve_admin(settings, lambda: {"leases": ownership.in_time, "bus": client.is_connected})

@@ -27,6 +27,8 @@ from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from services.router.application.commit_group import GroupCommitter
     from services.router.application.run_turns import TurnRunner
     from services.router.application.state import RouterState
@@ -59,6 +61,8 @@ class Ingest:
         self._starter = runner.starter
         self._arrivals = runner.arrivals
         self._controls = runner.controls
+        self.on_taken_in: Callable[[], None] = lambda: None
+        """Called when something of a lane is in the mailbox."""
         self.backlog = 0
         """Lane messages that are read and not committed; the reader asks for more only below its bound."""
         self.committer: GroupCommitter
@@ -185,6 +189,7 @@ class Ingest:
         self.backlog -= item.cursor is not None
         if result is None:
             return
+        self.on_taken_in()
         new = 0
         now = monotonic()
         for entry in item.entries:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 from soma.router.v1.outbound_pb2 import LaneProgress
@@ -15,9 +16,10 @@ from soma_common.clock import monotonic
 if TYPE_CHECKING:
     from services.router.domain.partition import Partition
 
-LOOK_S: Final = 0.01
+PACE_S: Final = 0.01
+"""Between two reports."""
 IDLE_LOOK_S: Final = 0.05
-"""Between two looks while nothing moves."""
+"""How long nothing is taken in before the lanes are looked at all the same: what they hold may be for others."""
 AGAIN_S: Final = 0.25
 """A lane that does not move is spoken of all the same: silence means that this router is away."""
 
@@ -33,7 +35,9 @@ class Lane(Protocol):
 
 
 class ReportProgress:
-    """The reports of one router; `send` may lose one, the next says more."""
+    """The reports of one router; `send` may lose one, the next says more. Who has filled the window of a gateway waits
+    for them, so what was taken in is told at once, not at the next look.
+    """
 
     def __init__(
         self,
@@ -46,29 +50,36 @@ class ReportProgress:
         self._router = router
         self._send = send
         self._may_speak = may_speak
+        self._taken_in = asyncio.Event()
         self._said: dict[int, tuple[int, float]] = {}
 
     async def run(self) -> None:
         """Reports until cancelled."""
         while True:
-            moved = await self.report()
-            await asyncio.sleep(LOOK_S if moved else IDLE_LOOK_S)
+            self._taken_in.clear()
+            await self.report()
+            await asyncio.sleep(PACE_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_LOOK_S):
+                    await self._taken_in.wait()
 
-    async def report(self) -> bool:
-        """Speaks of lanes that have moved, or were not spoken of for long; returns whether any has moved."""
+    def taken_in(self) -> None:
+        """Lane messages are in the mailbox."""
+        self._taken_in.set()
+
+    async def report(self) -> None:
+        """Speaks of lanes that have moved, or were not spoken of for long."""
         if not self._may_speak():
-            return False
-        moved, now = False, monotonic()
+            return
+        now = monotonic()
         for number, lane in enumerate(self._lanes):
             place = _place(lane)
             if place is None:
                 continue
             said, said_at = self._said.get(number, (0, 0.0))
             if place != said or now - said_at >= AGAIN_S:
-                moved |= place != said
                 self._said[number] = (place, now)
                 await self._send(LaneProgress(router=self._router, lane=number, seq=place))
-        return moved
 
 
 def _place(lane: Lane) -> int | None:

@@ -1,9 +1,15 @@
 """What the gateways are told of the lanes: never more than is in the mailbox."""
 
+import asyncio
+from functools import partial
+
+import pytest
 from soma.router.v1.outbound_pb2 import LaneProgress
 
+from services.router.application import report_progress
 from services.router.application.report_progress import ReportProgress
 from services.router.domain.partition import Cursor, Partition
+from soma_common.testing.eventually import eventually
 from tests.unit.router.builders import STREAM, a_partition
 
 
@@ -64,8 +70,32 @@ async def test_a_lane_that_stands_still_is_not_spoken_of_again_at_once() -> None
     lane = Lane(at(0, 1, 1))
     lane.last_seq = 1
     reports = ReportProgress([lane], "router-0", send, lambda: True)
-    assert await reports.report()
-    assert not await reports.report()
+    await reports.report()
+    await reports.report()
     lane.last_seq = 2
-    assert await reports.report()
+    await reports.report()
     assert [progress.seq for progress in said] == [1, 2]
+
+
+async def test_what_is_taken_in_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who fills the gateway's window waits for it: with a look now and then instead, the window's size by the time
+    between two looks is all that a tenant gets.
+    """
+    monkeypatch.setattr(report_progress, "IDLE_LOOK_S", 60.0)
+    said: list[int] = []
+
+    async def send(progress: LaneProgress) -> None:
+        said.append(progress.seq)
+
+    lane = Lane(at(0, 1, 1))
+    reports = ReportProgress([lane], "router-0", send, lambda: True)
+    task = asyncio.create_task(reports.run())
+    try:
+        for seq in range(2, 6):
+            await eventually(partial(said.__contains__, seq - 1))
+            lane.partitions()[0].cursor = Cursor(STREAM, seq, "b")
+            lane.partitions()[0].read_seq = seq
+            reports.taken_in()
+        await eventually(partial(said.__contains__, 5))
+    finally:
+        task.cancel()
