@@ -171,9 +171,14 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     ]
     ownership = OwnPartitions(state, leases, LaneReaders(readers, state), runner, desk, router)
     leases.on_freed = ownership.lease_freed
-    groups = TracedGroups(ingest.compose, writer)
+    groups = TracedGroups(ingest.compose, ingest.look_ahead, writer)
     committer = GroupCommitter(
-        groups, groups.compose, ownership.end_fenced, lambda: ownership.end_all("store_lost"), runner.group_sent
+        groups,
+        groups.compose,
+        ownership.end_fenced,
+        lambda: ownership.end_all("store_lost"),
+        runner.group_sent,
+        groups.look_ahead,
     )
     runner.use(committer)
     ingest.committer = desk.committer = committer

@@ -9,6 +9,7 @@ from typing import Final
 ROUTER: Final = "services.router.application"
 SCHEMA: Final = "services/router/adapters/migrations/0001_turn_engine.sql"
 POLICIES: Final = "services/router/adapters/migrations/0002_policies.sql"
+GROUPS: Final = "services/router/adapters/migrations/0004_rows_of_a_group.sql"
 TOOL_SCHEMA: Final = "services/toolgw/adapters/migrations/0001_invocations.sql"
 TOOL_STORE: Final = "services.toolgw.adapters.store_postgres:PostgresToolStore"
 
@@ -39,6 +40,7 @@ PLACES: Final[dict[str, tuple[str, ...]]] = {
         "services.toolgw.adapters.store_postgres:PostgresToolStore.cancel",
     ),
     "held": (f"{ROUTER}.run_turns:TurnRunner._hold",),
+    "whole": (f"{GROUPS}:a turn that is to end is not running", f"{ROUTER}.commit_group:GroupCommitter._without_ends"),
     "withdrawn": (f"{ROUTER}.start_ahead:StartsAhead.is_spent", f"{ROUTER}.run_turns:TurnRunner._started"),
     "floor_durable": (f"{SCHEMA}:TABLE router.deliveries", f"{ROUTER}.deliver_outcomes:DeliveryDesk.adopt"),
     "floor_acked": (f"{ROUTER}.deliver_outcomes:DeliveryDesk.on_acks", f"{ROUTER}.outcomes:AckItem"),

@@ -38,6 +38,7 @@ class TurnGuards:
     inputs_seen: bool = False  # a final names the inputs it has read; the commit refuses it when there are more
     tombstone: bool = False  # a cancel makes sure that an open call never runs before it closes the call
     held: bool = False  # what a brain says of a turn counts only when its router has seen the turn's start committed
+    whole: bool = False  # an end is stored only with its start; if that is none, what came with both is sent without it
     withdrawn: bool = False  # a turn that was given ahead for nothing is given again under a higher dispatch only
 
 

@@ -36,6 +36,8 @@ from tests.model.turn_promises import (
     NEVER_ANSWERED,
     NEVER_DELIVERED,
     OTHER_CALL,
+    OTHER_TEXT,
+    REFUSED,
     STALE,
     STEP_TWICE,
     TWO_TEXTS,
@@ -46,7 +48,7 @@ from tests.model.world import Faults
 
 CORE = "fence fence_lock load_after cursor_cas dedupe purge_committed step_cas dispatch_id confirm tool_key replay"
 RELAY = f"{CORE} consumer_dedupe relay_from_stream relay_cas"
-AHEAD = f"{CORE} held withdrawn"
+AHEAD = f"{CORE} held whole withdrawn"
 FAILOVER = f"{RELAY} unique_term term_ends purge_replicated event_ids"
 DELIVERY = "floor_durable floor_acked one_unacked rendezvous client_dedupe ack_again resume"
 POISON = "start_journaled strikes_durable suspects_alone"
@@ -180,7 +182,7 @@ def _turn_scenarios(more: int) -> Iterator[Scenario]:
 def _ahead_scenarios(more: int) -> Iterator[Scenario]:
     yield Scenario(
         "starts ahead, a retry",
-        StartsAhead(_turns(AHEAD), (0,), Faults(takeover=1, brain_crash=1, redispatch=more), retries=1),
+        StartsAhead(_turns(AHEAD), (0,), Faults(takeover=1, brain_crash=1, redispatch=more), retries=1, early=True),
         (
             Removal("held", TWO_TEXTS),
             Removal("held step_cas", TWO_TEXTS, then=STEP_TWICE),
@@ -191,7 +193,9 @@ def _ahead_scenarios(more: int) -> Iterator[Scenario]:
     )
     yield Scenario(
         "starts ahead, a connection is lost",
-        StartsAhead(_turns(AHEAD), (0,), Faults(takeover=1, crash=more, line_loss=1, redispatch=1), retries=0),
+        StartsAhead(
+            _turns(AHEAD), (0,), Faults(takeover=1, crash=more, line_loss=1, redispatch=1), retries=0, early=True
+        ),
         (
             Removal("held", TWO_TEXTS),
             Removal("withdrawn", TWO_TEXTS, then=OTHER_CALL),
@@ -215,6 +219,50 @@ def _ahead_scenarios(more: int) -> Iterator[Scenario]:
             _turns(f"{AHEAD} tombstone"), (0,) * (1 + more), Faults(takeover=1, line_loss=more, cancel=1), retries=0
         ),
         (Removal("tombstone", CANCELLED_CALL),),
+    )
+    yield Scenario(
+        "starts ahead, ends with them, a retry",
+        StartsAhead(
+            _turns(AHEAD), (0,), Faults(takeover=1, brain_crash=1, line_loss=more), retries=1, tool=False, early=True
+        ),
+        (
+            Removal("whole", REFUSED),
+            Removal("whole step_cas", ANSWERED_TWICE),
+            Removal("held", TWO_TEXTS),
+            Removal("held step_cas", TWO_TEXTS, then=ANSWERED_TWICE),
+            Removal("dedupe", ANSWERED_TWICE),
+            Removal("fence", STALE),
+            Removal("fence_lock", STALE),
+        ),
+    )
+    yield Scenario(
+        "starts ahead, ends with them, a connection is lost",
+        StartsAhead(
+            _turns(AHEAD), (0,), Faults(takeover=1, line_loss=1, redispatch=1), retries=more, tool=False, early=True
+        ),
+        (
+            Removal("held", TWO_TEXTS),
+            Removal("withdrawn", TWO_TEXTS),
+            Removal("dispatch_id", OTHER_TEXT),
+        ),
+    )
+    yield Scenario(
+        "starts ahead, ends with them, two sessions",
+        StartsAhead(_turns(AHEAD), (0, 1), Faults(line_loss=more), retries=1, tool=False, early=True),
+        (Removal("whole", REFUSED), Removal("whole step_cas", ANSWERED_TWICE)),
+    )
+    yield Scenario(
+        "starts ahead, ends with them, steer",
+        StartsAhead(
+            _turns(f"{AHEAD} inputs_seen"),
+            (0, 0),
+            Faults(takeover=1, line_loss=more),
+            retries=0,
+            tool=False,
+            steer=True,
+            early=True,
+        ),
+        (Removal("inputs_seen", UNREAD),),
     )
 
 

@@ -1,23 +1,26 @@
-"""The turn protocol where brains are given turns ahead: while the transaction that starts them is on its way.
+"""The turn protocol where brains are given turns ahead: before the transaction that starts them is committed.
 
 To `turns.py` this adds: transactions that are on their way to the database, which may take them at any later moment,
 even when the router that sent them has crashed, has lost its connection or does not own the partition any more; turns
 that are started by a transaction, and dispatched under numbers that are durable but for the first one, which a brain
-may see before; live text. What a brain says carries turn and dispatch, and comes by the link between this router and
-this brain: nothing else says which start it belongs to. A router that owns a partition again after it lost its
-connection has its links still; one that has crashed has not.
+may see before; finals that are there when the start is sent, and share its transaction; live text. What a brain says
+carries turn and dispatch, and comes by the link between this router and this brain: nothing else says which start it
+belongs to. A router that owns a partition again after it lost its connection has its links still; one that has crashed
+has not.
 
 Whether a turn is given ahead is not determined, as a brain may have no room, or run the turn for another router and
-decline it; both are a start that waits for its transaction, and counts as one more dispatch. Text is shown as soon as
-it may be, which is the worst that can happen.
+decline it; both are a start that waits for its transaction, and counts as one more dispatch. Nor is it determined
+when: from the moment that its message can be read, whatever else is being written. Text is shown as soon as it may be,
+which is the worst that can happen.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Final
 
 from tests.model.search import Step
-from tests.model.transactions import QUEUED, Dispatch, Ingest, Partition, Rules
+from tests.model.transactions import QUEUED, Dispatch, EndTurn, Ingest, Partition, Rules
 from tests.model.turns import Steps, TurnProtocol, unused_brain
 from tests.model.world import Brain, Flight, Pending, Router, Text, World, give_up_term, put
 
@@ -27,6 +30,8 @@ LINK_LOST: Final = -1  # a brain's term when nothing that it says arrives any mo
 @dataclass(frozen=True, slots=True)
 class StartsAhead(TurnProtocol):
     """The protocol with turns that are given ahead of their start."""
+
+    early: bool = False  # turns are also given before their start is sent
 
     def steps(self, world: World) -> Steps:
         """Yield what may happen next; the database may take what is on its way."""
@@ -46,10 +51,14 @@ class StartsAhead(TurnProtocol):
         if flight is not None:
             if flight.taken is not None:
                 yield self._see(world, number, router, flight)
+            if self.early and flight.taken is not False:
+                yield from self._give_next(world, number, router, flight)
         elif router.pending:
             name = type(router.pending.transaction).__name__
             yield Step(f"r{number} COMMITS {name}", self._apply(world, number, router.pending))
         else:
+            if self.early:
+                yield from self._give_next(world, number, router, None)
             yield from self._ingest(world, number, router)
             yield from self._dispatch(world, number, router)
             yield from self._journal(world, number, router)
@@ -60,6 +69,12 @@ class StartsAhead(TurnProtocol):
         if left.line_loss:
             left = left._replace(line_loss=left.line_loss - 1)
             yield Step(f"r{number} loses its connection", give_up_term(world, number)._replace(left=left), fault=True)
+
+    def _lease(self, world: World, number: int, router: Router) -> Steps:
+        """A router that takes a lease again has ended the term in which it lost it."""
+        if router.term is not None and (number, router.term) != world.database.owner:
+            world = give_up_term(world, number)
+        yield from TurnProtocol._lease(self, world, number, world.routers[number])
 
     def _taken_over(self, rows: Partition) -> Partition:
         """A takeover raises the dispatch of every turn that it finds started."""
@@ -86,16 +101,22 @@ class StartsAhead(TurnProtocol):
         following = ingest.apply(view, self._rules())
         if following is None:
             return
-        busy, starts = set(self._first_open(view)), []
+        starts = self._starts(view, following, ingest, set(self._first_open(view)))
+        names = [message for _, message in ingest.batch]
+        for ends in self._finals(world, number, starts):
+            what = f"ingest of {names}" + "".join(f" and the end of turn {end.position}" for end in ends)
+            yield from self._send(world, number, replace(ingest, starts=starts, ends=ends), what)
+
+    def _starts(self, view: Partition, following: Partition, ingest: Ingest, busy: set[int]) -> tuple[int, ...]:
+        """Return the turns that start with what is ingested: of sessions that are not busy, also for retries."""
+        starts = []
         for _, message in ingest.batch:
             if self.sessions[message] not in busy:
                 busy.add(self.sessions[message])
                 known = self.guards.dedupe and message in view.mailbox
                 mailbox = view.mailbox if known else following.mailbox
                 starts.append(mailbox.index(message, 0 if known else len(view.mailbox)))
-        names = [message for _, message in ingest.batch]
-        flight = replace(ingest, starts=tuple(starts))
-        yield from self._send(world, number, flight, starts, f"ingest of {names}")
+        return tuple(starts)
 
     def _dispatch(self, world: World, number: int, router: Router) -> Steps:
         """The owner starts, dispatches or cancels the first open turn of each session."""
@@ -103,7 +124,7 @@ class StartsAhead(TurnProtocol):
         current = self._current(world, number, router)
         for position in self._first_open(view).values():
             if not view.turns[position].dispatch:
-                yield from self._send(world, number, Dispatch(position), [position], f"start of turn {position}")
+                yield from self._send(world, number, Dispatch(position), f"start of turn {position}")
                 continue
             busy = any(brain.turn == position for brain in current)
             if not busy or world.left.redispatch:
@@ -139,9 +160,40 @@ class StartsAhead(TurnProtocol):
 
     # -- ahead of the start
 
-    def _send(
-        self, world: World, number: int, transaction: Ingest | Dispatch, starts: Iterable[int], what: str
-    ) -> Steps:
+    def _give_next(self, world: World, number: int, router: Router, flight: Flight | None) -> Steps:
+        """A turn is given to a brain before the transaction with its start is sent."""
+        view, sent = router.view, flight.transaction if flight else None
+        if sent is not None:
+            starting = replace(sent, ends=()) if isinstance(sent, Ingest) else sent  # no end counts before it is seen
+            view = starting.apply(view, self._rules()) or view
+        start, end = max(view.cursor, world.purged), len(world.inbound)
+        if start >= end:
+            return
+        batch = world.inbound[start:end]
+        following = Ingest((view.cursor, view.anchor), end, batch, batch[-1].batch_id)
+        after = following.apply(view, self._rules())
+        if after is None:
+            return
+        busy = set(self._first_open(view))
+        if sent is not None:
+            busy |= {self.sessions[view.mailbox[turn]] for turn in sent.starts}
+        for turn in self._to_give(world, number, self._starts(view, after, following, busy)):
+            yield Step(f"r{number} gives turn {turn} before it sends the start", self._give(world, number, turn))
+
+    def _to_give(self, world: World, number: int, turns: Iterable[int]) -> list[int]:
+        """Return those of the turns that may be given ahead and were not."""
+        spent = world.routers[number].withdrawn if self.guards.withdrawn else frozenset()
+        given = {brain.turn for brain in world.brains if brain.router == number and brain.ahead}
+        return [turn for turn in turns if turn not in spent | given]
+
+    def _give(self, world: World, number: int, turn: int) -> World:
+        router, new = world.routers[number], unused_brain(world)
+        assert router.term is not None, "only owners give turns"
+        brain = Brain(new, number, router.term, turn, 0, False, new, 0, 1, ahead=True)
+        given = world._replace(brains=world.brains | {brain})
+        return given if self.guards.held else given._replace(shown=given.shown | {Text(turn, 1, new)})
+
+    def _send(self, world: World, number: int, transaction: Ingest | Dispatch, what: str) -> Steps:
         """A transaction goes on its way; the turns that it starts may be given to brains at the same time."""
         router = world.routers[number]
         assert router.term is not None, "only owners send"
@@ -150,15 +202,28 @@ class StartsAhead(TurnProtocol):
             return
         sent = world._replace(flights=world.flights | {Flight(number, router.epoch, router.term, transaction)})
         yield Step(f"r{number} sends the {what}", sent)
-        free = [turn for turn in starts if not (self.guards.withdrawn and turn in router.withdrawn)]
+        free = self._to_give(world, number, transaction.starts)
         for turn in free:
-            new = unused_brain(sent)
-            brain = Brain(new, number, router.term, turn, 0, False, new, 0, 1, ahead=True)
-            sent = sent._replace(brains=sent.brains | {brain})
-            if not self.guards.held:
-                sent = sent._replace(shown=sent.shown | {Text(turn, 1, new)})
+            sent = self._give(sent, number, turn)
         if free:
             yield Step(f"r{number} sends the {what}, gives {free} ahead", sent)
+
+    def _finals(self, world: World, number: int, starts: tuple[int, ...]) -> Iterator[tuple[EndTurn, ...]]:
+        """Yield which finals may be there when the starts are sent: none, or some of turns that were given before. What
+        was said before a stop is taken for the word of who runs the turn by the same link and number now.
+        """
+        if self.tool:
+            yield ()
+            return
+        mine = sorted(brain for brain in world.brains if brain.router == number and brain.term != LINK_LOST)
+        given = {brain.turn for brain in mine if brain.ahead and brain.turn in starts}
+        ends = [
+            EndTurn(brain.turn, brain.inputs_read, brain.number)
+            for brain in mine
+            if brain.turn in given and brain.dispatch == 1 and (brain.ahead or brain.stopped)
+        ]
+        for count in range(len(given) + 1):
+            yield from (some for some in combinations(ends, count) if len({end.position for end in some}) == count)
 
     def _take(self, world: World, flight: Flight) -> Step[World]:
         """The database takes a transaction or refuses it. Who sent it may not be there any more to see that."""
@@ -171,9 +236,14 @@ class StartsAhead(TurnProtocol):
         if after is not None and not current and not stale:
             stale = f"I2 stale commit: {type(flight.transaction).__name__}"
         flights = world.flights - {flight}
-        if (router.epoch, router.term) == (flight.epoch, flight.term):
-            flights |= {flight._replace(taken=after is not None)}
         label = f"the database {'takes' if after else 'refuses'} what r{flight.router} sent"
+        if (router.epoch, router.term) == (flight.epoch, flight.term):
+            sent = flight.transaction
+            if passes and self.guards.whole and isinstance(sent, Ingest) and sent.is_torn(rows, self._rules()):
+                flights |= {flight._replace(transaction=replace(sent, ends=()))}
+                label += ", which goes again without the ends"
+            else:
+                flights |= {flight._replace(taken=after is not None)}
         return Step(label, world._replace(database=after or rows, flights=flights, stale=stale))
 
     def _see(self, world: World, number: int, router: Router, flight: Flight) -> Step[World]:
@@ -182,20 +252,25 @@ class StartsAhead(TurnProtocol):
         if not flight.taken:
             return Step(f"r{number} sees itself refused", give_up_term(landed, number))
         before, view = router.view, flight.transaction.apply(router.view, self._rules()) or router.view
-        brains, withdrawn = set(), set(router.withdrawn)
+        brains, withdrawn, shown = set(), set(router.withdrawn), set(world.shown)
+        ended = {end.position for end in _ends(flight.transaction)}
         for brain in world.brains:
-            if brain.router != number or not brain.ahead:
+            if brain.router != number or not brain.ahead or brain.turn not in flight.transaction.starts:
                 brains.add(brain)
                 continue
             former, turn = before.turn(brain.turn), view.turn(brain.turn)
             started = turn is not None and turn.dispatch == 1 and (former is None or former.dispatch == 0)
-            if started or not self.guards.held:
+            if started and brain.turn in ended:  # the start is seen, then what was held, then the end
+                shown.add(Text(brain.turn, 1, brain.number))
+            elif started or not self.guards.held:
                 brains.add(brain._replace(ahead=False))
             else:
                 withdrawn.add(brain.turn)
                 brains.add(brain._replace(ahead=False, stopped=True))
         knows = router._replace(view=view, withdrawn=frozenset(withdrawn))
-        seen = landed._replace(brains=frozenset(brains), routers=put(world.routers, number, knows))
+        seen = landed._replace(
+            brains=frozenset(brains), shown=frozenset(shown), routers=put(world.routers, number, knows)
+        )
         return Step(f"r{number} sees its transaction committed", self._show(seen, number))
 
     # -- what brains say
@@ -231,3 +306,7 @@ class StartsAhead(TurnProtocol):
 
     def _rules(self) -> Rules:
         return Rules(self.guards, self.sessions, self.steer, self.tool)
+
+
+def _ends(transaction: Ingest | Dispatch) -> tuple[EndTurn, ...]:
+    return transaction.ends if isinstance(transaction, Ingest) else ()

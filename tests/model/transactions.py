@@ -113,9 +113,26 @@ class Ingest:
     batch: tuple[Published, ...]
     anchor: int
     starts: tuple[int, ...] = ()  # positions of new messages whose turns start with it
+    ends: "tuple[EndTurn, ...]" = ()  # finals of turns that start with it
 
     def apply(self, rows: Partition, rules: Rules) -> Partition | None:
-        """Insert unseen messages, each with a turn of its own or, if it steers, as input of the running one."""
+        """Insert unseen messages, start turns, end those whose final is there. All of it or nothing."""
+        after = self._insert(rows, rules)
+        if rules.guards.whole and self.is_torn(rows, rules):
+            return None
+        for end in self.ends:
+            after = end.apply(after, rules) if after is not None else None
+        return after
+
+    def is_torn(self, rows: Partition, rules: Rules) -> bool:
+        """Tell whether a turn is to end whose start is none: its message was there before."""
+        after, before = self._insert(rows, rules), len(rows.turns)
+        if after is None:
+            return False
+        return any(end.position < before or not after.turns[end.position].dispatch for end in self.ends)
+
+    def _insert(self, rows: Partition, rules: Rules) -> Partition | None:
+        """Each message gets a turn of its own or, if it steers, is an input of the running one."""
         if rules.guards.cursor_cas and self.start != (rows.cursor, rows.anchor):
             return None
         mailbox, turns = rows.mailbox, rows.turns
@@ -127,7 +144,8 @@ class Ingest:
                 for position, other in enumerate(mailbox)
                 if rules.sessions[other] == rules.sessions[message]
                 and turns[position].status == QUEUED
-                and turns[position].steps
+                and (turns[position].steps or turns[position].dispatch)
+                and all(end.position != position for end in self.ends)
             ]
             status = running[0] if running and rules.steer else QUEUED
             started = len(turns) in self.starts and status == QUEUED
@@ -140,6 +158,11 @@ class Dispatch:
     """Starts a turn, or raises the number of its dispatch."""
 
     position: int
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Return the turn that starts with it."""
+        return (self.position,)
 
     def apply(self, rows: Partition, rules: Rules) -> Partition | None:
         """Count one more dispatch of an open turn."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tests.model.guards import TurnGuards
-from tests.model.transactions import CANCELLED, Turn
+from tests.model.transactions import ANSWERED, CANCELLED, Turn
 from tests.model.world import Faults, World
 
 ONE_WRITER = "I2"
@@ -20,6 +20,8 @@ OTHER_CALL = "I4 effect of a call that is not the journaled one"
 CANCELLED_CALL = "I4 effect of a call the transcript calls cancelled"
 STEP_TWICE = "I4 step journaled twice"
 TWO_TEXTS = "I2 two brains' live text at one place of a turn"
+OTHER_TEXT = "I2 answer of another brain than the live text"
+REFUSED = "I1 an only writer is refused what it sends"  # its term ends, and it reads the same again
 
 
 def broken_promises(
@@ -37,6 +39,12 @@ def broken_promises(
         yield world.stale
     if len({(turn, dispatch) for turn, dispatch, _ in world.shown}) != len(world.shown):
         yield TWO_TEXTS
+    if _other_texts(world):
+        yield OTHER_TEXT
+    if not world.stale and any(
+        flight.taken is False and (flight.router, flight.term) == world.database.owner for flight in world.flights
+    ):
+        yield REFUSED
     if relay and calm and len({event.message for event in world.received}) != len(world.received):
         yield DELIVERED_TWICE
     if final and len(world.database.history) != len(sessions):
@@ -72,6 +80,18 @@ def _broken_effects(world: World, *, calm: bool) -> Iterator[str]:
         yield CANCELLED_CALL
     if any(len({step.number for step in turn.steps}) != len(turn.steps) for turn in rows.turns):
         yield STEP_TWICE
+
+
+def _other_texts(world: World) -> bool:
+    """Tell whether an answer without steps is not by who spoke under the dispatch that the turn has ended with."""
+    rows = world.database
+    answered_by = {event.message: event.brain for event in rows.events}
+    ended = {
+        (position, turn.dispatch): answered_by[message]
+        for position, (message, turn) in enumerate(zip(rows.mailbox, rows.turns, strict=True))
+        if turn.status == ANSWERED and not turn.steps and message in answered_by
+    }
+    return any(brain != ended.get((turn, dispatch), brain) for turn, dispatch, brain in world.shown)
 
 
 def _lost(world: World, guards: TurnGuards) -> bool:

@@ -1,7 +1,7 @@
 """Check the turn protocol over all interleavings within small bounds.
 
-    python -m tests.model.turn_protocol --quick     what `make test` runs, about half a minute
-    python -m tests.model.turn_protocol             larger bounds, about twelve minutes; for a change of the protocol
+    python -m tests.model.turn_protocol --quick     what `make test` runs, less than a minute
+    python -m tests.model.turn_protocol             larger bounds, a quarter of an hour; for a change of the protocol
     python -m tests.model.turn_protocol --trace     print the steps that break a promise when a guard is missing
 
 Every scenario must hold with all guards, in every state that can be reached; every guard that is needed must be found
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests.model.turn_protocol", description="Check the turn protocol.")
-    parser.add_argument("--quick", action="store_true", help="small bounds, about half a minute")
+    parser.add_argument("--quick", action="store_true", help="small bounds, less than a minute")
     parser.add_argument("--trace", action="store_true", help="print the steps to each broken promise")
     parser.add_argument("--scenario", default="", help="only scenarios whose name contains this")
     parser.add_argument("--removal-states", type=int, help="stop a search without some guards after so many states")

@@ -383,4 +383,6 @@ def unused_brain(world: World) -> int:
     named += [brain.number for brain in world.brains]
     named += [event.brain for event in world.database.events]
     named += [text.brain for text in world.shown]
+    for transaction in (flight.transaction for flight in world.flights):
+        named += [end.brain for end in transaction.ends] if isinstance(transaction, Ingest) else []
     return 1 + max(named, default=0)

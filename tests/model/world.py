@@ -5,7 +5,7 @@ Positions are indexes: a message is a number, a turn has the position of its mes
 
 from typing import NamedTuple, TypeVar
 
-from tests.model.transactions import Event, Partition, Published, Transaction
+from tests.model.transactions import Dispatch, Event, Ingest, Partition, Published, Transaction
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Flight(NamedTuple):
     router: int
     epoch: int
     term: int
-    transaction: Transaction
+    transaction: Ingest | Dispatch
     taken: bool | None = None  # None: the database has not answered
 
 

@@ -10,7 +10,15 @@ from uuid import UUID
 
 import asyncpg
 
-from services.router.application.group import FenceLost, Group, GroupRejected, GroupResult, SessionFacts, StoreLost
+from services.router.application.group import (
+    FenceLost,
+    Group,
+    GroupRejected,
+    GroupResult,
+    SessionFacts,
+    StoreLost,
+    TurnConflict,
+)
 from services.router.application.own_partitions import LEASE_S
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from soma_common.errors import Unavailable
@@ -119,7 +127,7 @@ class PostgresGroupWriter:
         self._prepared: tuple[Connection, Any] | None = None
 
     async def commit(self, group: Group) -> GroupResult:
-        """Writes the group. Raises FenceLost, or StoreLost when it is not known whether it was written."""
+        """Writes the group. Raises FenceLost or GroupRejected if nothing was written, StoreLost if it is unknown."""
         parameters = [
             ",".join(group.tenants),
             group.fence(), group.messages, group.turns, group.revisions, group.dispatches, group.controls, group.inputs,
@@ -176,7 +184,8 @@ def _translate(error: asyncpg.PostgresError, group: Group) -> Exception:
     if error.sqlstate in (FENCED, CONFLICT):
         detail = getattr(error, "detail", None) or ""
         lost = frozenset(int(part) for part in detail.split(",") if part)
-        return FenceLost(lost or frozenset(group.moves))
+        kind = TurnConflict if error.sqlstate == CONFLICT else FenceLost
+        return kind(lost or frozenset(group.moves))
     if _is_transient(error):
         return StoreLost(str(error))
     return GroupRejected(f"{type(error).__name__}: {error}")

@@ -1,8 +1,8 @@
 """Group commit: one writer, one connection, everything that has gathered in one call.
 
-While a group is being written the next one gathers. A group is one transaction: the fence rows of all partitions in
-it are moved first; if one of them is not ours any more, nothing is written, that partition is given up and the rest
-is tried again.
+While a group is being written the next one gathers, and what may be started of it is (`look_ahead`). A group is one
+transaction: the fence rows of all partitions in it are moved first; if one of them is not ours any more, nothing is
+written, that partition is given up and the rest is tried again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from typing import Final
 import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
-from services.router.application.group import CommitItem, FenceLost, Group, GroupRejected, GroupResult, StoreLost
-from services.router.application.items import DeadItem, IngestItem
+from services.router.application.group import (
+    CommitItem,
+    FenceLost,
+    Group,
+    GroupRejected,
+    GroupResult,
+    StoreLost,
+    TurnConflict,
+)
+from services.router.application.items import DeadItem, IngestItem, StartItem
+from services.router.application.outcomes import EndItem
 from services.router.application.ports import GroupWriter
 from soma_common.gather import Gather
 from soma_common.telemetry.metrics import SIZE_BUCKETS, counter, histogram
@@ -45,8 +54,9 @@ class GroupCommitter:
     """Takes items from every use case and writes them in groups.
 
     `compose` is called with each group's items just before it is written and may add more: the scheduler starts turns
-    there, so that a message and the start of its turn share a transaction. `on_sent` is called with them when they are
-    on their way, again if they are sent again. `on_fenced` and `on_store_lost` end terms.
+    there, so that a message and the start of its turn share a transaction. `look_ahead` is called with messages that
+    come while a group is written; what it starts is part of the next one. `on_sent` is called with a group's items when
+    they are on their way, again if they are sent again. `on_fenced` and `on_store_lost` end terms.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class GroupCommitter:
         on_fenced: Callable[[frozenset[int]], None],
         on_store_lost: Callable[[], None],
         on_sent: Callable[[list[CommitItem]], None] = lambda _: None,
+        look_ahead: Callable[[list[IngestItem]], list[StartItem]] = lambda _: [],
         bound: int = 200_000,
     ) -> None:
         self._writer = writer
@@ -63,6 +74,12 @@ class GroupCommitter:
         self._on_fenced = on_fenced
         self._on_store_lost = on_store_lost
         self._on_sent = on_sent
+        self._look_ahead = look_ahead
+        self._looks_ahead = False
+        """A group is written, and everything that is not in it has come since."""
+        self._came: list[IngestItem] = []
+        """Of that, what was not looked at."""
+        self._came_weight = 0
         self._gather: Gather[CommitItem | None] = Gather(bound)
         self._nudged = False
         self._later: list[CommitItem] = []
@@ -77,6 +94,10 @@ class GroupCommitter:
             item.abandoned()
             return
         self._gather.put(item)
+        if self._looks_ahead and isinstance(item, IngestItem):
+            self._came.append(item)
+            if len(self._came) == 1:
+                asyncio.get_running_loop().call_soon(self._look)
 
     def put_later(self, item: CommitItem) -> None:
         """Has an item written with the next group that there is anyway, or after `_LATER_S`: nobody waits for it."""
@@ -101,6 +122,7 @@ class GroupCommitter:
             if previous >= _LINGER_AFTER and len(taken) < _LINGER_BELOW:
                 await asyncio.sleep(_LINGER_S)
                 taken += self._gather.take_now(_GROUP_LIMIT)
+            all_taken = not self._gather
             self._nudged = False
             items = [item for item in taken if item is not None]
             previous = len(items)
@@ -109,26 +131,47 @@ class GroupCommitter:
                 self._later = []
                 if self._later_timer is not None:
                     self._later_timer.cancel()
-            for group in _cut(items):
+            groups = _cut(items)
+            for group in groups:
                 self._compose(group)
                 if group:
                     GROUP_ITEMS.observe(len(group))
+                    self._looks_ahead = all_taken and len(groups) == 1
+                    self._came_weight = 0
                     await self._write(group)
+                    self._looks_ahead = False
+                    self._came.clear()
+
+    def _look(self) -> None:
+        """Looks at what has come while a group is written. All of it is to fit the next group, with what it starts."""
+        came, self._came = self._came, []
+        if not came:
+            return  # the group that they came behind is written
+        self._came_weight += sum(len(item.entries) for item in came)
+        if self._came_weight + len(self._gather) > _GROUP_LIMIT:
+            self._looks_ahead = False
+        if self._looks_ahead:
+            for start in self._look_ahead(came):
+                self._gather.put(start)
 
     async def _write(self, items: list[CommitItem]) -> None:
         """Writes items in one group; without those of partitions that turn out to be lost, until none is or all are."""
         while live := self._still_held(items):
             try:
                 result = await self._try(live)
-            except FenceLost as lost:
-                FENCED.inc(len(lost.partitions))
-                log.warning("router.fenced", partitions=sorted(lost.partitions))
-                self._on_fenced(lost.partitions)
+            except (TurnConflict, GroupRejected) as refused:
+                if await self._without_ends(live):
+                    return
+                if isinstance(refused, GroupRejected):
+                    await self._isolate(live, refused)
+                    return
+                self._give_up(refused.partitions)
                 items = live
                 continue
-            except GroupRejected as error:
-                await self._isolate(live, error)
-                return
+            except FenceLost as lost:
+                self._give_up(lost.partitions)
+                items = live
+                continue
             except StoreLost as error:
                 log.warning("router.store_lost", error=str(error))
                 self._on_store_lost()
@@ -143,11 +186,36 @@ class GroupCommitter:
                     item.committed(result)
             return
 
+    def _give_up(self, partitions: frozenset[int]) -> None:
+        FENCED.inc(len(partitions))
+        log.warning("router.fenced", partitions=sorted(partitions))
+        self._on_fenced(partitions)
+
+    async def _without_ends(self, items: list[CommitItem]) -> bool:
+        """A group was refused. It may be for the end of a turn that was to start in it, and does not as its message is
+        a retry: so it is written without such ends, and then those whose turns have started. False if there are none.
+        """
+        ends: list[CommitItem] = []
+        others: list[CommitItem] = []
+        for item in items:
+            if isinstance(item, EndItem) and item.with_start:
+                item.with_start = False
+                ends.append(item)
+            else:
+                others.append(item)
+        if not ends:
+            return False
+        self._looks_ahead = False
+        log.info("router.ends_apart", ends=len(ends))
+        await self._write(others)
+        await self._write(ends)
+        return True
+
     def _still_held(self, items: list[CommitItem]) -> list[CommitItem]:
-        """Items whose partition is ours; the others are abandoned."""
+        """Items whose partition is ours, and whose turn has started; the others are abandoned."""
         live = []
         for item in items:
-            if item.partition.lost:
+            if item.partition.lost or (isinstance(item, EndItem) and item.void):
                 item.abandoned()
             else:
                 live.append(item)
@@ -167,6 +235,7 @@ class GroupCommitter:
 
     async def _isolate(self, items: list[CommitItem], error: GroupRejected) -> None:
         """The database refuses something in the group: finds the item, so that the others do not wait for it."""
+        self._looks_ahead = False
         log.error("router.group_rejected", items=len(items), error=str(error))
         if len(items) > 1:
             for each in items:
@@ -188,6 +257,7 @@ class GroupCommitter:
                 await self._write([part])
             return
         entry = item.entries[0]
+        entry.message.fault = ErrorReason.ERROR_REASON_ITEM_CORRUPT  # another may get its place; its turn is none
         refused = DeadItem(
             item.partition,
             entry.tenant,

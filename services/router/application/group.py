@@ -23,6 +23,10 @@ class FenceLost(Exception):
         self.partitions = partitions
 
 
+class TurnConflict(FenceLost):
+    """A turn is not as the caller believes: as if its partition were somebody else's. Nothing was written."""
+
+
 class GroupRejected(Exception):
     """The database refused the group for what is in it. Nothing was written."""
 

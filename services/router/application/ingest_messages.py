@@ -7,6 +7,7 @@ answered ends with a typed error, and a retry changes nothing.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,7 +17,7 @@ from soma.common.v1.turn_pb2 import ArrivalPolicy
 from soma.router.v1.inbound_pb2 import InBatch, Inbound, InboundKind
 
 from services.router.application.group import CommitItem, GroupResult
-from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem
+from services.router.application.items import KEY_REUSED, CursorItem, DeadItem, Entry, IngestItem, StartItem
 from services.router.domain.arrival import Policy
 from services.router.domain.partition import Cursor, Partition
 from services.router.domain.session import QueuedMessage, Session, SessionKey
@@ -27,7 +28,7 @@ from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import counter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from services.router.application.commit_group import GroupCommitter
     from services.router.application.run_turns import TurnRunner
@@ -37,6 +38,10 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_DEBOUNCE_MS: Final = 300
 DEFAULT_DEBOUNCE_MAX_MS: Final = 2000
+_FIRST_S: Final = 5.0
+"""The part of a term in which turns are given to brains only when their group was sent: what killed the former owner is
+read again at once, and has to be counted.
+"""
 _MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
 _CONTROLS: Final = frozenset(
     {
@@ -58,9 +63,16 @@ class Ingest:
 
     def __init__(self, state: RouterState, runner: TurnRunner) -> None:
         self._state = state
+        self._runner = runner
         self._starter = runner.starter
         self._arrivals = runner.arrivals
         self._controls = runner.controls
+        self._passed_over: set[bytes] = set()
+        """Sessions of which something in the group that is written, or in the next, has to wait: what comes after it
+        there waits behind it.
+        """
+        self._may_look_ahead = False
+        self._looked_ahead = False
         self.on_taken_in: Callable[[], None] = lambda: None
         """Called when something of a lane is in the mailbox."""
         self.backlog = 0
@@ -164,9 +176,10 @@ class Ingest:
         """Adds turn starts to a group: those of its own messages whose session is idle, then those of waiting
         sessions.
         """
-        self._starter.open_group()
-        # Sessions of which something in this group has to wait: what comes after it there waits behind it.
-        passed_over: set[bytes] = set()
+        if not self._looked_ahead:
+            self._starter.open_group()
+        self._looked_ahead = False
+        passed_over = self._passed_over = set()
         for item in list(items):
             if isinstance(item, IngestItem) and not item.partition.lost:
                 for entry in item.entries:
@@ -175,14 +188,44 @@ class Ingest:
                         passed_over.add(session_id)
                         continue
                     session = self._state.session(item.partition, session_id)
+                    if session is not None and session.answers(entry.message):
+                        continue  # since `look_ahead`
                     start = self._starter.start_now(session, entry.message)
                     if start is not None:
                         items.append(start)
                     else:
                         passed_over.add(session_id)
         items.extend(self._starter.start_waiting())
-        if self._starter.left_some:
+        left_some = self._starter.left_some
+        self._may_look_ahead = self._runner.starts_ahead and self._starter.has_room and not left_some
+        if left_some:
             self.committer.nudge()
+
+    def look_ahead(self, items: Iterable[IngestItem]) -> list[StartItem]:
+        """While a group is being written: starts turns of messages that have come meanwhile and go with the next one.
+        Brains get them at once. What has to wait for anything in the present group is left to `compose`.
+        """
+        if not self._may_look_ahead:
+            return []
+        if not self._looked_ahead:
+            self._starter.open_group()
+            self._looked_ahead = True
+        starts: list[StartItem] = []
+        settled_since = monotonic() - _FIRST_S
+        for item in items:
+            waits = item.partition.lost or item.partition.since > settled_since
+            for entry in item.entries:
+                session_id = entry.inbound.session_id
+                start = None
+                if not (waits or entry.is_control or session_id in self._passed_over):
+                    session = self._state.session(item.partition, session_id)
+                    start = self._starter.start_now(session, entry.message)
+                if start is not None:
+                    starts.append(start)
+                else:
+                    self._passed_over.add(session_id)
+        asyncio.get_running_loop().call_soon(self._runner.give_next, starts)  # when they are sure of their group
+        return starts
 
     def _ingested(self, item: IngestItem, result: GroupResult | None) -> None:
         partition = item.partition
@@ -224,7 +267,7 @@ class Ingest:
             self._controls.apply(session, inbound.kind, message.position, inbound.cancel_turn_id or None)
             return
         session.saw(message.message_id, is_new=True)
-        if session.turn is not None and session.turn.inputs[0] is message and not message.fault:
+        if session.answers(message) and not message.fault:
             return  # its turn was started in this very group
         self._arrivals.arrive(session, message)
 

@@ -37,6 +37,10 @@ class EndItem:
     """Why the turn goes to the dead letters too; empty: it does not."""
     control: ControlItem | None = None
     """Controls that are done with by this end, stored with it."""
+    with_start: bool = False
+    """Made while the turn's start waits for its group: both are written in one transaction, or neither is."""
+    void: bool = False
+    """The start turned out to be none: this is never written."""
     position: int = 0
     """Place of the outcome in the partition, once written."""
     dispatch: int = field(init=False)

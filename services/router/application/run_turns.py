@@ -82,7 +82,9 @@ class TurnRunner:
         self._max_strikes = max_strikes
         self._dispatcher = Dispatcher(state, brains, history, live, spawn, self._agent_gone, stuck_margin_s)
         self._ahead = StartsAhead(self._dispatcher, enabled=start_ahead)
+        self.starts_ahead = start_ahead
         self.group_sent = self._ahead.give
+        self.give_next = self._ahead.give_next
         self._stopper = Stopper(state, self._dispatcher, tools, spawn, self._ended, convergence_timeout_s)
         self.arrivals = Arrivals(state, self._stopper, history, live, spawn, self._refused, self._end_first)
         self.controls = SessionControls(state, self._stopper, self.arrivals.ready)
@@ -115,7 +117,7 @@ class TurnRunner:
             self._dispatcher.announce(turn)
         if turn.status is not TurnStatus.RUNNING:
             self._stopper.stored(turn)  # it was stopped before it began
-        elif link is None:
+        elif link is None and not turn.ending:
             if ahead is not None:
                 self._redispatch(turn, 1)  # whoever had it is gone
             elif self._ahead.is_spent(turn):
@@ -165,7 +167,11 @@ class TurnRunner:
         for proposal in proposals:
             turn = self._state.running.get(proposal.turn_id)
             if turn is None or turn.link is not link or turn.dispatch != proposal.dispatch:
-                self._hold(link, proposal)
+                turn = self._ahead.end_next(link, proposal)
+                if turn is not None:
+                    self._take(turn, proposal)
+                else:
+                    self._hold(link, proposal)
                 continue
             turn.progress_at = monotonic()
             if turn.in_flight or proposal.step != turn.step_count + 1 or turn.status is not TurnStatus.RUNNING:
@@ -181,7 +187,7 @@ class TurnRunner:
             log.error("router.invalid_transition", turn=turn.id.hex(), error=str(error))
             turn.stop()
             failed = Error(reason=ErrorReason.ERROR_REASON_INVALID_TRANSITION, message=str(error))
-            self.committer.put(failure(turn, failed, self._ended))
+            self._end(failure(turn, failed, self._ended))
             return
         if kind == StepKind.FINAL and proposal.inputs_seen < len(turn.inputs):
             STALE.inc()  # it has not read every input: what it proposes is no answer to the turn
@@ -197,13 +203,17 @@ class TurnRunner:
                 turn.stop()
                 text = "the brain's answer cannot be read"
                 corrupt = Error(reason=ErrorReason.ERROR_REASON_ITEM_CORRUPT, message=text)
-                self.committer.put(failure(turn, corrupt, self._ended))
+                self._end(failure(turn, corrupt, self._ended))
                 return
             steps = [(_STEP_KINDS[kind], proposal.body)]
-            self.committer.put(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
+            self._end(EndItem(turn.session.partition, turn, outcome, steps, answer, self._ended))
         else:
             step = StepItem(turn.session.partition, turn, _STEP_KINDS[kind], proposal.body, self._journaled)
             self.committer.put(step)
+
+    def _end(self, item: EndItem) -> None:
+        self._ahead.add_end(item)
+        self.committer.put(item)
 
     def _journaled(self, item: StepItem) -> None:
         turn = item.turn

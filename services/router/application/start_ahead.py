@@ -9,6 +9,9 @@ brains wait for the confirmation of a step before they act on it.
     group sent -> give ------------ StartTurn ----------> brain
                   hold <----------- texts, proposals -----
     durable    -> collect: what was held     or dropped -> withdraw: StopTurn
+
+While a group is being written, turns of the next one are given already (`give_next`). If a turn's last step is there
+before that group is sent, it goes with it (`end_next`): the message, its turn and the answer in one transaction.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from soma.cognition.v1.cognition_service_pb2 import Proposal, StopTurn, TurnText
 
 from services.router.application.items import StartItem
+from services.router.domain.turn import StepKind, TurnStatus
 from soma_common.failpoints import failpoint
 from soma_common.telemetry.metrics import counter
 
@@ -27,14 +31,19 @@ if TYPE_CHECKING:
 
     from services.router.application.dispatch_turns import Dispatcher
     from services.router.application.group import CommitItem
+    from services.router.application.outcomes import EndItem
     from services.router.domain.session import BrainLink, Turn
 
 Said: TypeAlias = Proposal | TurnText | StopTurn
 """What a brain says of a turn: a step, live text, or that it does not run it."""
 
+_LAST: Final = (int(StepKind.FINAL), int(StepKind.FAILURE))
 _WITHDRAWN_KEPT: Final = 4096
 
 AHEAD = counter("soma_router_starts_ahead_total", "Turns given to a brain before their start was durable.")
+ENDED_AHEAD = counter(
+    "soma_router_ends_with_start_total", "Turns whose last step was there before their start was sent to the store."
+)
 WITHDRAWN = counter(
     "soma_router_starts_withdrawn_total", "Of those, turns whose start turned out to be none or somebody else's."
 )
@@ -45,6 +54,10 @@ class Ahead:
     """A turn that a brain was given before its start was durable."""
 
     turn: Turn
+    sent: bool
+    """Whether the group with its start is on its way to the store, or only gathers."""
+    end: EndItem | None = None
+    """The end that goes to the store with the start."""
     said: list[Said] = field(default_factory=list)
     """What the brain has said of it, in order. No more than a step with its text: a brain waits for the step's
     confirmation before it goes on."""
@@ -68,19 +81,50 @@ class StartsAhead:
         for item in items:
             if not isinstance(item, StartItem):
                 continue
-            turn = item.turn
-            if turn.id in self._given or turn.id in self._withdrawn:
-                continue  # the group is sent again; or a brain may still run the turn under this dispatch
-            if item.fresh and turn.session.expects_retry(turn.inputs[0].message_id):
-                continue  # no model is to be called for one
-            if self._dispatcher.begin_ahead(turn):
-                self._given[turn.id] = Ahead(turn)
-                AHEAD.inc()
+            given = self._given.get(item.turn.id)
+            if given is not None:
+                given.sent = True  # since the group before; or its group is sent again
+            else:
+                self._give(item, sent=True)
+
+    def give_next(self, starts: Iterable[StartItem]) -> None:
+        """The same for starts that wait for the group that is being written, and go with the next."""
+        for item in starts:
+            self._give(item, sent=False)
+
+    def _give(self, item: StartItem, *, sent: bool) -> None:
+        turn = item.turn
+        if turn.id in self._withdrawn:
+            return  # a brain may still run the turn under this dispatch
+        if item.fresh and turn.session.expects_retry(turn.inputs[0].message_id):
+            return  # no model is to be called for one
+        if self._dispatcher.begin_ahead(turn):
+            self._given[turn.id] = Ahead(turn, sent)
+            AHEAD.inc()
+
+    def end_next(self, link: BrainLink, step: Proposal) -> Turn | None:
+        """The turn that ends with this step, if the group with its start was not sent: then its end goes with it."""
+        given = self._said_of(link, step)
+        if given is None or given.sent or given.end is not None:
+            return None
+        turn = given.turn
+        if int(step.kind) not in _LAST or step.step != 1 or turn.in_flight or turn.status is not TurnStatus.RUNNING:
+            return None
+        failpoint("router.after_answer_before_start")
+        return turn
+
+    def add_end(self, end: EndItem) -> None:
+        """Notes how a turn ends: if it is ahead of its start, it ends only if it starts."""
+        given = self._given.get(end.turn.id)
+        if given is not None:
+            given.end = end
+            end.with_start = True
+            ENDED_AHEAD.inc()
 
     def hold(self, link: BrainLink, item: Said) -> bool:
         """Keeps what a brain says of a turn that is ahead; False if it is about no such turn."""
-        given = self._given.get(item.turn_id)
-        if given is None or given.turn.link is not link or given.turn.dispatch != item.dispatch:
+        given = self._said_of(link, item)
+        if given is None:
             return False
         if isinstance(item, TurnText):
             # As a part of its frame it would keep the whole frame in memory.
@@ -91,6 +135,12 @@ class StartsAhead:
         failpoint("router.after_answer_before_start")
         return True
 
+    def _said_of(self, link: BrainLink, item: Said) -> Ahead | None:
+        given = self._given.get(item.turn_id)
+        if given is None or given.turn.link is not link or given.turn.dispatch != item.dispatch:
+            return None
+        return given
+
     def collect(self, turn: Turn) -> Ahead | None:
         """The start is durable: what was said of the turn since it was given. None if it was not given ahead. A turn
         whose brain is gone meanwhile has no link.
@@ -99,8 +149,11 @@ class StartsAhead:
 
     def withdraw(self, turn: Turn) -> None:
         """The start is none, or not this router's any more: what was said of the turn counts for nothing."""
-        if self._given.pop(turn.id, None) is not None:
+        given = self._given.pop(turn.id, None)
+        if given is not None:
             WITHDRAWN.inc()
+            if given.end is not None:
+                given.end.void = True
             self._withdrawn[turn.id] = None
             while len(self._withdrawn) > _WITHDRAWN_KEPT:
                 del self._withdrawn[next(iter(self._withdrawn))]
@@ -113,7 +166,7 @@ class StartsAhead:
         return turn.dispatch == 1 and turn.id in self._withdrawn
 
     def link_down(self, link: BrainLink) -> None:
-        """A brain is gone: what it has said counts no more."""
+        """A brain is gone: what it has said counts no more, but for the end of a turn."""
         for given in self._given.values():
             if given.turn.link is link:
                 given.turn.let_go()

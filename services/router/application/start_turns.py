@@ -66,11 +66,17 @@ class Starter:
         self._message_ended = message_ended
         self._ready = ready
         self._revisions: dict[tuple[str, str, str], None] = {}
-        self._room = 0
+        self._room = self._all_room = 0
+        self._started_last: list[Turn] = []
 
     def open_group(self) -> None:
-        """Called before each group: turns started in it may not be more than the brains take."""
-        self._room = min(self._dispatcher.room, _STARTS_PER_GROUP)
+        """Called once for each group: turns started in it may not be more than the brains take beside those of the
+        group before, which may not be durable yet.
+        """
+        waiting = sum(t.link is None and t.session.turn is t and not self._state.runs(t) for t in self._started_last)
+        self._started_last = []
+        self._all_room = self._dispatcher.room - waiting
+        self._room = min(self._all_room, _STARTS_PER_GROUP)
         self._state.scheduler.open_group()
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
@@ -95,10 +101,15 @@ class Starter:
                 yield item
 
     @property
+    def has_room(self) -> bool:
+        """Whether the present group may start more turns."""
+        return self._room > 0
+
+    @property
     def left_some(self) -> bool:
         """Whether more could be started than one group takes: they go with the next."""
         scheduler = self._state.scheduler
-        return scheduler.startable and self._dispatcher.room > scheduler.started_in_group
+        return scheduler.startable and self._all_room > scheduler.started_in_group
 
     def end_first(self, session: Session) -> EndItem:
         """Ends the first waiting message, which no brain is to see: that needs no room and no gate."""
@@ -140,6 +151,7 @@ class Starter:
         agent = self._state.directory.agent(key.tenant, key.agent)
         assert agent is not None, "the caller has looked"
         turn = self._new_turn(session, inputs, agent.revision)
+        self._started_last.append(turn)
         known = (key.tenant, key.agent, agent.revision)
         spec = None if known in self._revisions else agent.spec.SerializeToString()
         return StartItem(session.partition, turn, spec, fresh, self._started)
@@ -190,7 +202,7 @@ class Starter:
         """A message of this group is a retry: the turn that was to start for it is none, and what comes behind it in
         the group must not meet it.
         """
-        if session is not None and session.turn is not None and session.turn.inputs[0] is message:
+        if session is not None and session.turn is not None and session.answers(message):
             self._on_dropped(session.turn)
 
     def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:

@@ -88,6 +88,8 @@ class Partition:
     """
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
+    since: float = 0.0
+    """Monotonic time at which the term began, in seconds."""
 
     @property
     def running_turns(self) -> int:

@@ -215,6 +215,10 @@ class Session:
         """
         return self.repeating or message_id in self.recent
 
+    def answers(self, message: QueuedMessage) -> bool:
+        """Whether the turn that runs began with this message."""
+        return self.turn is not None and self.turn.inputs[0] is message
+
     def remember(self, said: list[bytes], keep: int) -> None:
         """Adds to what was said before and keeps the newest `keep` messages; forgets all of it if they are more bytes
         than the cache holds (then the store is read).

@@ -20,7 +20,7 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.router.application.brains import BrainPool
 from services.router.application.commit_group import GroupCommitter
-from services.router.application.group import Group, GroupResult, SessionFacts
+from services.router.application.group import Group, GroupResult, SessionFacts, TurnConflict
 from services.router.application.ingest_messages import Ingest
 from services.router.application.items import KEY_REUSED
 from services.router.application.outcomes import EndItem, RefusalItem
@@ -55,16 +55,32 @@ class MemoryStore:
         error = self.refuse(group)
         if error is not None:
             raise error
+        before = [dict(table) for table in self._tables]
+        try:
+            result = self._store(group)
+        except TurnConflict:
+            for table, rows in zip(self._tables, before, strict=True):
+                table.clear()
+                table.update(rows)
+            raise
         self.groups += 1
+        return result
+
+    @property
+    def _tables(self) -> list[dict[Any, Any]]:
+        return [self.messages, self.hashes, self.turns, self.steps, self.refused, self.last_inputs, self.stops]
+
+    def _store(self, group: Group) -> GroupResult:
         result = self._store_messages(group)
         started = self._start_turns(group, result)
         self._control(group)
+        for turn, _, partition, *_ in group.ends:
+            if self.turns.get(turn) != "running":
+                raise TurnConflict(frozenset({partition}))
+            self.turns[turn] = "ended"
         for turn, step, _, _, _, body in group.steps:
             assert (turn, step) not in self.steps, "a step is journaled once"
             self.steps[turn, step] = body
-        for turn, *_ in group.ends:
-            assert self.turns[turn] == "running", "a turn ends once"
-            self.turns[turn] = "ended"
         return replace(result, started=started)
 
     def _store_messages(self, group: Group) -> GroupResult:
@@ -185,7 +201,12 @@ class Engine:
         )  # fmt: skip
         self.ingest = Ingest(self.state, self.runner)
         self.committer = GroupCommitter(
-            self.store, self.ingest.compose, self.end_fenced, self.end_all, self.runner.group_sent
+            self.store,
+            self.ingest.compose,
+            self.end_fenced,
+            self.end_all,
+            self.runner.group_sent,
+            self.ingest.look_ahead,
         )
         self.runner.use(self.committer)
         self.ingest.committer = self.committer

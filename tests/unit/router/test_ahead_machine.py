@@ -1,5 +1,5 @@
 """The policies' machine with brains that are faster than the store: they answer, decline or die before the start of
-their turn is durable, and stores that take long, take nothing, or take it and do not say so.
+their turn is durable, or before it is sent, and stores that take long, take nothing, or take it and do not say so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from soma.common.v1.message_pb2 import Message, Part
 from soma.router.v1.inbound_pb2 import InboundKind
 
 from services.router.application.group import FenceLost, Group, GroupRejected, GroupResult, StoreLost
+from services.router.application.items import CursorItem
 from services.router.domain.arrival import Policy
+from services.router.domain.partition import Cursor
 from services.router.domain.turn import StepKind, TurnStatus
 from tests.unit.router.builders import inbound
 from tests.unit.router.test_policy_machine import (
@@ -34,6 +36,8 @@ from tests.unit.router.test_policy_machine import (
 
 KINDS = [StepKind.FINAL, StepKind.FINAL, StepKind.MODEL_REPLY, StepKind.INTERIM_REPLY]
 FAILURES = ("fenced", "lost before", "lost after")
+BESIDE = (PARTITION + 1) % 8
+"""A partition of others."""
 
 
 class FailingStore(DurableStore):
@@ -148,6 +152,19 @@ class Ahead(Policies):
             self.store.gate.set()
             self.store.gate = None
 
+    @rule(rounds=ROUNDS)
+    def somebody_else_is_written(self, rounds: int) -> None:
+        """What comes while a group is written that is about others is looked at before that group is done."""
+
+        async def work() -> None:
+            partition = self.owner.state.partitions.get(BESIDE)
+            if partition is not None:
+                cursor = Cursor(partition.cursor.stream, partition.cursor.seq + 1, "b")
+                self.owner.committer.put(CursorItem(partition, cursor))
+            await self._pass(rounds)
+
+        self.run(work())
+
     @rule(how=st.sampled_from([*FAILURES, *[""] * 3]), rounds=ROUNDS)
     def the_store_fails(self, how: str, rounds: int) -> None:
         """The former owner, which lives, has no turn with a brain once it knows."""
@@ -214,7 +231,7 @@ class Ahead(Policies):
 WALKS, STEPS = 100, 80
 DEEDS = {
     "message": 30, "brain": 40, "again": 6, "decline": 3, "control": 4, "death": 3, "undo": 2, "store": 16,
-    "failure": 2, "takeover": 1,
+    "failure": 2, "takeover": 1, "others": 20,
 }  # fmt: skip
 
 
@@ -268,6 +285,8 @@ def _step(story: Ahead, chance: random.Random) -> None:
             story.tools_can_or_cannot_be_undone(chance.random() < 0.5)
         case ["store"]:
             story.the_store_changes(chance.choice([0, 3, 10, 30]), chance.random() < 0.2, chance.random() < 0.4)
+        case ["others"]:
+            story.somebody_else_is_written(chance.choice([2, 3]))
         case ["failure"]:
             story.the_store_fails(chance.choice(FAILURES), rounds)
         case _:

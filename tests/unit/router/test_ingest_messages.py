@@ -33,7 +33,9 @@ class World:
         self.put_items: list[CommitItem] = []
         self.nudges = 0
         self.cancels: list[tuple[bytes | None, int]] = []
-        runner = SimpleNamespace(starter=self, arrivals=self, controls=self)
+        runner = SimpleNamespace(
+            starter=self, arrivals=self, controls=self, starts_ahead=False, give_next=lambda _: None
+        )
         self.ingest = Ingest(self.state, cast(Any, runner))
         self.ingest.committer = cast(Any, self)
 
