@@ -35,12 +35,6 @@ _GROUP_WEIGHT: Final = 2048
 The server waits with the transaction open for a client that does not read a longer one, so a frozen router would hold
 its partitions' rows.
 """
-_LINGER_S: Final = 0.001
-_LINGER_AFTER: Final = 8
-_LINGER_BELOW: Final = 24
-"""Under load a little patience makes groups larger: transactions cost, items are nearly free. More of it costs sessions
-that wait for an echo more than it saves.
-"""
 _LATER_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
@@ -116,16 +110,11 @@ class GroupCommitter:
 
     async def run(self) -> None:
         """Writes groups until cancelled."""
-        previous = 0
         while True:
             taken = await self._gather.take(_GROUP_LIMIT)
-            if previous >= _LINGER_AFTER and len(taken) < _LINGER_BELOW:
-                await asyncio.sleep(_LINGER_S)
-                taken += self._gather.take_now(_GROUP_LIMIT)
             all_taken = not self._gather
             self._nudged = False
             items = [item for item in taken if item is not None]
-            previous = len(items)
             if self._later:
                 items += self._later
                 self._later = []

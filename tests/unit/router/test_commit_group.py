@@ -239,16 +239,6 @@ async def test_a_nudge_composes_and_writes_nothing_if_there_is_nothing(world: Wo
     assert world.writer.groups == [["extra"]]
 
 
-async def test_under_load_a_small_group_waits_a_little_for_company(world: World) -> None:
-    async with world.running():
-        await told(world.put(*[0] * 8))
-        first = world.put(1)
-        await asyncio.sleep(0)
-        second = world.put(2)
-        await told(first + second)
-    assert [len(group) for group in world.writer.groups] == [8, 2]
-
-
 async def test_a_group_is_cut_before_its_answer_gets_too_long(world: World) -> None:
     """After an outage thousands of messages have gathered; each cut is composed for itself, so that turns start in the
     group of their message.
