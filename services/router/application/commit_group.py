@@ -69,11 +69,12 @@ class GroupCommitter:
         self._on_store_lost = on_store_lost
         self._on_sent = on_sent
         self._look_ahead = look_ahead
-        self._looks_ahead = False
+        self._next_is_open = False
         """A group is written, and everything that is not in it has come since."""
         self._came: list[IngestItem] = []
         """Of that, what was not looked at."""
         self._came_weight = 0
+        self._look_ahead_failed: Exception | None = None
         self._gather: Gather[CommitItem | None] = Gather(bound)
         self._nudged = False
         self._later: list[CommitItem] = []
@@ -88,10 +89,10 @@ class GroupCommitter:
             item.abandoned()
             return
         self._gather.put(item)
-        if self._looks_ahead and isinstance(item, IngestItem):
+        if self._next_is_open and isinstance(item, IngestItem):
             self._came.append(item)
             if len(self._came) == 1:
-                asyncio.get_running_loop().call_soon(self._look)
+                asyncio.get_running_loop().call_soon(self._look_at_next)
 
     def put_later(self, item: CommitItem) -> None:
         """Has an item written with the next group that there is anyway, or after `_LATER_S`: nobody waits for it."""
@@ -125,40 +126,46 @@ class GroupCommitter:
                 self._compose(group)
                 if group:
                     GROUP_ITEMS.observe(len(group))
-                    self._looks_ahead = all_taken and len(groups) == 1
+                    self._next_is_open = all_taken and len(groups) == 1
                     self._came_weight = 0
                     await self._write(group)
-                    self._looks_ahead = False
+                    self._next_is_open = False
                     self._came.clear()
+                    if self._look_ahead_failed is not None:
+                        raise self._look_ahead_failed
 
-    def _look(self) -> None:
+    def _look_at_next(self) -> None:
         """Looks at what has come while a group is written. All of it is to fit the next group, with what it starts."""
         came, self._came = self._came, []
         if not came:
             return  # the group that they came behind is written
         self._came_weight += sum(len(item.entries) for item in came)
         if self._came_weight + len(self._gather) > _GROUP_LIMIT:
-            self._looks_ahead = False
-        if self._looks_ahead:
+            self._next_is_open = False
+        if not self._next_is_open:
+            return
+        try:
             for start in self._look_ahead(came):
                 self._gather.put(start)
+        except Exception as error:
+            # Boundary: what was started is on no list. As when `compose` fails, the process is not to go on with it.
+            log.exception("router.look_ahead_failed")
+            self._look_ahead_failed = error
 
     async def _write(self, items: list[CommitItem]) -> None:
         """Writes items in one group; without those of partitions that turn out to be lost, until none is or all are."""
         while live := self._still_held(items):
             try:
                 result = await self._try(live)
-            except (TurnConflict, GroupRejected) as refused:
-                if await self._without_ends(live):
+            except (FenceLost, GroupRejected) as refused:
+                if isinstance(refused, (TurnConflict, GroupRejected)) and await self._without_ends(live):
                     return
                 if isinstance(refused, GroupRejected):
                     await self._isolate(live, refused)
                     return
-                self._give_up(refused.partitions)
-                items = live
-                continue
-            except FenceLost as lost:
-                self._give_up(lost.partitions)
+                FENCED.inc(len(refused.partitions))
+                log.warning("router.fenced", partitions=sorted(refused.partitions))
+                self._on_fenced(refused.partitions)
                 items = live
                 continue
             except StoreLost as error:
@@ -175,11 +182,6 @@ class GroupCommitter:
                     item.committed(result)
             return
 
-    def _give_up(self, partitions: frozenset[int]) -> None:
-        FENCED.inc(len(partitions))
-        log.warning("router.fenced", partitions=sorted(partitions))
-        self._on_fenced(partitions)
-
     async def _without_ends(self, items: list[CommitItem]) -> bool:
         """A group was refused. It may be for the end of a turn that was to start in it, and does not as its message is
         a retry: so it is written without such ends, and then those whose turns have started. False if there are none.
@@ -194,7 +196,7 @@ class GroupCommitter:
                 others.append(item)
         if not ends:
             return False
-        self._looks_ahead = False
+        self._next_is_open = False
         log.info("router.ends_apart", ends=len(ends))
         await self._write(others)
         await self._write(ends)
@@ -224,7 +226,7 @@ class GroupCommitter:
 
     async def _isolate(self, items: list[CommitItem], error: GroupRejected) -> None:
         """The database refuses something in the group: finds the item, so that the others do not wait for it."""
-        self._looks_ahead = False
+        self._next_is_open = False
         log.error("router.group_rejected", items=len(items), error=str(error))
         if len(items) > 1:
             for each in items:

@@ -37,13 +37,12 @@ GATEWAY_GRACE_S: Final = 3.0
 """The same when its whole gateway is silent: the instance has to find another, or to wait for that one's restart."""
 _PAGE: Final = 256
 _IN_MEMORY: Final = 20_000
-"""Most deliveries in memory, over all channels; the others wait in the table."""
+"""Most deliveries held in memory, over all channels; the others wait in the table."""
 _OF_ONE_CHANNEL: Final = 4096
 _SHARES: Final = 64
 """A channel that holds less than one in so many of them gets in although others have filled the memory: adapters that
 acknowledge nothing cost nobody else's theirs.
 """
-"""Most deliveries of all channels held in memory."""
 _RECENT_PROCESSED: Final = 100_000
 _CHOICES: Final = 4096
 """Most sessions whose stream is remembered: about 100 bytes each, kept by idle ones too, and one hash makes it anew."""

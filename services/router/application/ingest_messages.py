@@ -71,8 +71,10 @@ class Ingest:
         """Sessions of which something in the group that is written, or in the next, has to wait: what comes after it
         there waits behind it.
         """
-        self._may_look_ahead = False
-        self._looked_ahead = False
+        self._group_is_open = False
+        """Turns of the next group may have been started already."""
+        self._has_spare_room = False
+        """Nothing of the group that is being written waits for room: others may take what there is."""
         self.on_taken_in: Callable[[], None] = lambda: None
         """Called when something of a lane is in the mailbox."""
         self.backlog = 0
@@ -176,9 +178,11 @@ class Ingest:
         """Adds turn starts to a group: those of its own messages whose session is idle, then those of waiting
         sessions.
         """
-        if not self._looked_ahead:
+        if self._group_is_open:
+            self._starter.count_room()  # since the look ahead, places may have become free
+        else:
             self._starter.open_group()
-        self._looked_ahead = False
+        self._group_is_open = False
         passed_over = self._passed_over = set()
         for item in list(items):
             if isinstance(item, IngestItem) and not item.partition.lost:
@@ -197,7 +201,7 @@ class Ingest:
                         passed_over.add(session_id)
         items.extend(self._starter.start_waiting())
         left_some = self._starter.left_some
-        self._may_look_ahead = self._runner.starts_ahead and self._starter.has_room and not left_some
+        self._has_spare_room = self._starter.has_room and not left_some
         if left_some:
             self.committer.nudge()
 
@@ -205,11 +209,11 @@ class Ingest:
         """While a group is being written: starts turns of messages that have come meanwhile and go with the next one.
         Brains get them at once. What has to wait for anything in the present group is left to `compose`.
         """
-        if not self._may_look_ahead:
+        if not (self._has_spare_room and self._runner.starts_ahead):
             return []
-        if not self._looked_ahead:
+        if not self._group_is_open:
             self._starter.open_group()
-            self._looked_ahead = True
+            self._group_is_open = True
         starts: list[StartItem] = []
         settled_since = monotonic() - _FIRST_S
         for item in items:

@@ -38,7 +38,7 @@ class EndItem:
     control: ControlItem | None = None
     """Controls that are done with by this end, stored with it."""
     with_start: bool = False
-    """Made while the turn's start waits for its group: both are written in one transaction, or neither is."""
+    """Made before the turn's start was sent to the store: there is no such end if the start is none."""
     void: bool = False
     """The start turned out to be none: this is never written."""
     position: int = 0

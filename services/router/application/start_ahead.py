@@ -6,7 +6,7 @@ durable. Then it is applied as if it had been said now. If the start turns out t
 partition is somebody else's), what was held is dropped and the brain is told to stop. No call of a tool runs meanwhile:
 brains wait for the confirmation of a step before they act on it.
 
-    group sent -> give ------------ StartTurn ----------> brain
+    group sent -> give ------------ StartTurn ----------> brain      (or sooner, see below)
                   hold <----------- texts, proposals -----
     durable    -> collect: what was held     or dropped -> withdraw: StopTurn
 
@@ -23,6 +23,7 @@ from soma.cognition.v1.cognition_service_pb2 import Proposal, StopTurn, TurnText
 
 from services.router.application.items import StartItem
 from services.router.domain.turn import StepKind, TurnStatus
+from soma_common.clock import monotonic
 from soma_common.failpoints import failpoint
 from soma_common.telemetry.metrics import counter
 
@@ -38,6 +39,10 @@ Said: TypeAlias = Proposal | TurnText | StopTurn
 """What a brain says of a turn: a step, live text, or that it does not run it."""
 
 _LAST: Final = (int(StepKind.FINAL), int(StepKind.FAILURE))
+_APART_S: Final = 10.0
+"""How long ends of a tenant wait for their starts after one of its starts was none: the group of such an end is written
+three times, which costs everybody in it.
+"""
 _WITHDRAWN_KEPT: Final = 4096
 
 AHEAD = counter("soma_router_starts_ahead_total", "Turns given to a brain before their start was durable.")
@@ -71,6 +76,8 @@ class StartsAhead:
         self._enabled = enabled
         self._given: dict[bytes, Ahead] = {}
         self._withdrawn: dict[bytes, None] = {}
+        self._apart_until: dict[str, float] = {}
+        """By tenant; monotonic seconds."""
 
     def give(self, items: Iterable[CommitItem]) -> None:
         """A group is on its way: brains get the turns that it starts, as far as nothing has to be waited for. The
@@ -94,8 +101,8 @@ class StartsAhead:
 
     def _give(self, item: StartItem, *, sent: bool) -> None:
         turn = item.turn
-        if turn.id in self._withdrawn:
-            return  # a brain may still run the turn under this dispatch
+        if turn.id in self._given or turn.id in self._withdrawn:
+            return  # a brain has it; or may still run it under this dispatch, for nobody
         if item.fresh and turn.session.expects_retry(turn.inputs[0].message_id):
             return  # no model is to be called for one
         if self._dispatcher.begin_ahead(turn):
@@ -109,6 +116,9 @@ class StartsAhead:
             return None
         turn = given.turn
         if int(step.kind) not in _LAST or step.step != 1 or turn.in_flight or turn.status is not TurnStatus.RUNNING:
+            return None
+        tenant = turn.session.key.tenant
+        if self._apart_until and self._apart_until.get(tenant, 0.0) > monotonic():
             return None
         failpoint("router.after_answer_before_start")
         return turn
@@ -154,6 +164,9 @@ class StartsAhead:
             WITHDRAWN.inc()
             if given.end is not None:
                 given.end.void = True
+                now = monotonic()
+                self._apart_until = {tenant: until for tenant, until in self._apart_until.items() if until > now}
+                self._apart_until[turn.session.key.tenant] = now + _APART_S
             self._withdrawn[turn.id] = None
             while len(self._withdrawn) > _WITHDRAWN_KEPT:
                 del self._withdrawn[next(iter(self._withdrawn))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from soma.common.v1.error_reason_pb2 import ErrorReason
@@ -67,17 +68,25 @@ class Starter:
         self._ready = ready
         self._revisions: dict[tuple[str, str, str], None] = {}
         self._room = self._all_room = 0
-        self._started_last: list[Turn] = []
+        self._made: list[Turn] = []
+        """Turns of the group that is open."""
+        self._made_before: list[Turn] = []
 
     def open_group(self) -> None:
-        """Called once for each group: turns started in it may not be more than the brains take beside those of the
-        group before, which may not be durable yet.
-        """
-        waiting = sum(t.link is None and t.session.turn is t and not self._state.runs(t) for t in self._started_last)
-        self._started_last = []
-        self._all_room = self._dispatcher.room - waiting
-        self._room = min(self._all_room, _STARTS_PER_GROUP)
+        """Called once for each group, before anything starts in it."""
         self._state.scheduler.open_group()
+        self._made_before, self._made = self._made, []
+        self.count_room()
+
+    def count_room(self) -> None:
+        """How many turns may still start in the group: not more than the brains take beside those that are neither
+        durable nor given to a brain yet, of this group and the one before.
+        """
+        made = chain(self._made_before, self._made)
+        waiting = sum(t.link is None and t.session.turn is t and not self._state.runs(t) for t in made)
+        room, started = self._dispatcher.room - waiting, self._state.scheduler.started_in_group
+        self._room = min(room, _STARTS_PER_GROUP - started)
+        self._all_room = room + started
 
     def start_now(self, session: Session | None, message: QueuedMessage) -> StartItem | None:
         """Starts the turn of a message that is ingested in the same group; None if it has to wait in line."""
@@ -151,7 +160,7 @@ class Starter:
         agent = self._state.directory.agent(key.tenant, key.agent)
         assert agent is not None, "the caller has looked"
         turn = self._new_turn(session, inputs, agent.revision)
-        self._started_last.append(turn)
+        self._made.append(turn)
         known = (key.tenant, key.agent, agent.revision)
         spec = None if known in self._revisions else agent.spec.SerializeToString()
         return StartItem(session.partition, turn, spec, fresh, self._started)
@@ -202,8 +211,9 @@ class Starter:
         """A message of this group is a retry: the turn that was to start for it is none, and what comes behind it in
         the group must not meet it.
         """
-        if session is not None and session.turn is not None and session.answers(message):
-            self._on_dropped(session.turn)
+        turn = session.turn if session is not None else None
+        if turn is not None and turn.inputs[0] is message:
+            self._on_dropped(turn)
 
     def _refuse(self, session: Session, message: QueuedMessage, reason: int) -> EndItem:
         """Ends a turn as it starts: no brain can answer this message."""

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 from soma.common.v1.error_reason_pb2 import ErrorReason
 
+from services.router.application import start_ahead
 from services.router.application.group import Group, GroupRejected
 from services.router.domain.turn import Outcome
+from soma_common.clock import monotonic
 from tests.unit.router.builders import inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
 from tests.unit.router.test_one_commit import BESIDE, Door, answers, given, names, waits
@@ -115,6 +117,31 @@ async def test_a_retry_alone_changes_nothing(engine: Engine, door: Door, refused
     await answered(engine, inbound(HERE, "next"))
     assert answers(engine) == [(Outcome.FINAL, "ok")]
     await at_rest(engine)
+
+
+async def test_ends_of_its_tenant_wait_for_their_starts_for_a_while(
+    engine: Engine, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group with such an end is written three times: a tenant must not cost the others that again and again."""
+    now = monotonic()
+    monkeypatch.setattr(start_ahead, "monotonic", lambda: now)
+    [retry] = await given(engine)
+    engine.answer(retry, "again")
+    door.opens()
+    await at_rest(engine)
+    for number, together in enumerate((False, True)):
+        door.shut()
+        await door.is_busy()
+        engine.accept(inbound(THERE, f"{number}"))
+        start = (await engine.started(2 + number))[-1]
+        engine.answer(start, "ok")
+        await rounds()
+        written = len(door.written)
+        door.opens()
+        await engine.outcomes(1 + number)
+        starts = [group for group in door.written[written:] if group.turns]
+        assert [bool(group.ends) for group in starts] == [together]
+        now += start_ahead._APART_S
 
 
 async def test_no_brain_gets_a_turn_that_was_given_in_vain_once_more(engine: Engine, door: Door) -> None:

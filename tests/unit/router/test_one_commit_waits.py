@@ -279,3 +279,44 @@ async def test_a_message_answered_in_one_commit_is_remembered(engine: Engine, do
     await at_rest(engine)
     assert len(engine.ended) == 1
     await answered(engine, inbound(HERE, "next"))
+
+
+async def test_a_place_that_becomes_free_while_others_were_looked_at_is_taken(engine: Engine, door: Door) -> None:
+    """Nothing else happens after it that would have the waiting session looked at."""
+    door.opens()
+    engine.brain.credit = 2
+    engine.accept(inbound(HERE, "1"))
+    [one] = await engine.started(1)
+    await eventually(lambda: one.turn_id in engine.state.running, what="the start of the first turn")
+    engine.accept(inbound(HERE, "2"))
+    await rounds()
+    door.shut()
+    engine.answer(one, "ok")
+    await rounds()
+    engine.accept(inbound(THERE))
+    await engine.started(2)
+    door.opens()
+    await eventually(lambda: len(engine.brain.starts) == 3, what="the turn that waited")
+    assert engine.brain.starts[2].turn_id == turn_of(HERE, "2")
+    for start in engine.brain.starts[1:]:
+        engine.answer(start, "ok")
+    await engine.outcomes(3)
+
+
+async def test_a_start_that_a_brain_cannot_be_sent_costs_nobody_else(engine: Engine, door: Door) -> None:
+    loop, failed = asyncio.get_running_loop(), list[object]()
+    loop.set_exception_handler(lambda _, context: failed.append(context["exception"]))
+    send = engine.brain.start
+
+    def raises_once(start: StartTurn) -> None:
+        if not failed:
+            raise ValueError("it cannot be serialized")
+        send(start)
+
+    engine.brain.start = raises_once  # type: ignore[method-assign]
+    engine.accept(inbound(HERE), inbound(THERE), inbound(BESIDE))
+    await eventually(lambda: failed, what="the start that cannot be sent")
+    door.opens()
+    for start in await engine.started(3):
+        engine.answer(start, "ok")
+    await engine.outcomes(3)
