@@ -34,7 +34,7 @@ class Tool(Protocol):
 class ArgumentRules(Protocol):
     """Checks arguments against a tool's JSON Schema."""
 
-    def violations(self, parameters: Mapping[str, Json], arguments: Mapping[str, Json]) -> Sequence[str]:
+    async def violations(self, parameters: Mapping[str, Json], arguments: Mapping[str, Json]) -> Sequence[str]:
         """What does not fit, each with its place; empty when everything does."""
         ...
 

@@ -196,7 +196,7 @@ class ToolRuns:
         definition = tool.definition
         if attempt > MAX_ATTEMPTS:
             return failed(f"{definition.name} did not survive {MAX_ATTEMPTS} attempts", attempts=str(MAX_ATTEMPTS))
-        violations = self._rules.violations(definition.parameters, call.arguments)
+        violations = await self._rules.violations(definition.parameters, call.arguments)
         if violations:
             return bad_arguments(f"the arguments do not fit {definition.name}: " + "; ".join(violations))
         try:

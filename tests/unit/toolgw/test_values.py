@@ -78,18 +78,18 @@ def test_a_failure_passes_as_it_is() -> None:
     assert bounded(outcome) is outcome
 
 
-def test_arguments_are_checked_and_each_mistake_is_placed() -> None:
+async def test_arguments_are_checked_and_each_mistake_is_placed() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 5}}, "required": ["n"]}
     rules = JsonSchemaRules()
-    assert rules.violations(schema, {"n": 5}) == []
-    assert rules.violations(schema, {}) == ["$: 'n' is a required property"]
-    assert rules.violations(schema, {"n": 6}) == ["$.n: 6 is greater than the maximum of 5"]
-    assert len(rules.violations(schema, {"n": "x" * 10_000})[0]) < 300
+    assert await rules.violations(schema, {"n": 5}) == []
+    assert await rules.violations(schema, {}) == ["$: 'n' is a required property"]
+    assert await rules.violations(schema, {"n": 6}) == ["$.n: 6 is greater than the maximum of 5"]
+    assert len((await rules.violations(schema, {"n": "x" * 10_000}))[0]) < 300
 
 
-def test_no_schema_makes_the_gateway_fetch_anything() -> None:
+async def test_no_schema_makes_the_gateway_fetch_anything() -> None:
     schema = {"type": "object", "$ref": "http://127.0.0.1:9/schema.json"}
-    (violation,) = JsonSchemaRules().violations(schema, {})
+    (violation,) = await JsonSchemaRules().violations(schema, {})
     assert "refers to what is not in it" in violation
 
 
