@@ -35,6 +35,10 @@ _GROUP_WEIGHT: Final = 2048
 The server waits with the transaction open for a client that does not read a longer one, so a frozen router would hold
 its partitions' rows.
 """
+_LOOP_ROUNDS: Final = 2
+"""What came while a group's items were told that it is durable is still in the sockets: it is read before the next
+group is taken.
+"""
 _LATER_S: Final = 0.05
 
 log = structlog.get_logger(__name__)
@@ -112,6 +116,8 @@ class GroupCommitter:
     async def run(self) -> None:
         """Writes groups until cancelled."""
         while True:
+            for _ in range(_LOOP_ROUNDS):
+                await asyncio.sleep(0)
             taken = await self._gather.take(_GROUP_LIMIT)
             all_taken = not self._gather
             self._nudged = False
