@@ -30,7 +30,7 @@ def _says(package: str, **environment: str) -> list[str]:
     return ran.stdout.split()
 
 
-@pytest.mark.parametrize("package", ["services", "soma_common"])
+@pytest.mark.parametrize("package", ["services", "soma_common", "tests.bench"])
 def test_the_engine_is_chosen_before_grpc_is_imported(package: str) -> None:
     assert _says(package) == ["False", "-event_engine_listener,-event_engine_client"]
 
