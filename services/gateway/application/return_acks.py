@@ -27,15 +27,16 @@ MAX_RECENT: Final = 4096
 LOOK_S: Final = 0.2
 PAUSE_S: Final = 0.05
 LINGER_S: Final = 0.001
-LOAD_WITHIN_S: Final = 0.002
-"""Acks that come so soon after the last ones were sent say that there is load: they wait LINGER_S for others."""
+"""How long acks wait for others, also without load: an adapter acknowledges an answer in the frame of its next message,
+and a router that is woken by the ack takes the processor from those who store that message.
+"""
 
 _Sent = tuple[float, tuple[str, str], AckBatch]
 """When, to whom (tenant, router), what."""
 
 
 class ReturnAcks:
-    """Collects during one pass of the event loop and sends at its end; under load during a millisecond."""
+    """Collects during a millisecond and sends what there is."""
 
     def __init__(self, routers: Routers, clock: Callable[[], float]) -> None:
         self._routers = routers
@@ -43,7 +44,6 @@ class ReturnAcks:
         self._open: dict[tuple[str, str], AckBatch] = {}
         self._recent: deque[_Sent] = deque(maxlen=MAX_RECENT)
         self._task: asyncio.Task[None] | None = None
-        self._sent_at = 0.0
 
     def ack(self, tenant: str, router: str, delivery_id: bytes) -> None:
         """The delivery is processed."""
@@ -92,15 +92,13 @@ class ReturnAcks:
 
     async def _send(self) -> None:
         try:
-            if self._clock() - self._sent_at < LOAD_WITHIN_S:
-                await asyncio.sleep(LINGER_S)
+            await asyncio.sleep(LINGER_S)
             while self._open:
                 going, self._open = self._open, {}
                 for key, batch in going.items():
                     for part in _cut(batch):
                         await self._send_part(key, part)
         finally:
-            self._sent_at = self._clock()
             self._task = None
 
     async def _send_part(self, key: tuple[str, str], part: AckBatch) -> None:
