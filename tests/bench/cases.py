@@ -8,6 +8,10 @@ from typing import Final
 
 AGENTS: Final = {"echo": "echo/echo", "slow": "echo/delay-0-20", "clock": "echo/clock-40x20ms"}
 """Agents of the run, with their built-in models: no model's own time is measured."""
+STREAMED_S: Final = 0.8
+"""How long the streaming brain takes for an answer. Turns that all take the same time and begin at once stay in step
+for ever: they start and end in storms. Conversations of people are spread.
+"""
 STREAMS: Final = 4
 """Adapter streams that the sessions of the sweep share, as far as there are as many sessions."""
 SWEEP: Final = (1, 4, 16, 64, 256, 1024)
@@ -27,13 +31,17 @@ class Case:
     streams: int
     live: bool = False
     """The brain streams its answer, and what is measured is the way of each word."""
+    spread_s: float = 0.0
+    """Time over which the sessions send their first messages; 0: all at once."""
     bar: bool = True
     """A bar names this shape: it is measured in every round."""
 
     @property
     def name(self) -> str:
-        """For example `echo 64/4`: brain, sessions, streams."""
-        return f"tokens {self.sessions}" if self.live else f"{self.agent} {self.sessions}/{self.streams}"
+        """For example `echo 64/4`: brain, sessions, streams; `tokens 500` of a streaming brain."""
+        if self.live:
+            return f"tokens {self.sessions}" + (" spread" if self.spread_s else "")
+        return f"{self.agent} {self.sessions}/{self.streams}"
 
 
 CASES: Final = (
@@ -47,6 +55,7 @@ CASES: Final = (
     Case("echo", 1024, STREAMS, bar=False),
     Case("clock", 20, STREAMS, live=True),
     Case("clock", 500, STREAMS, live=True),
+    Case("clock", 500, STREAMS, live=True, spread_s=STREAMED_S, bar=False),
 )
 """In the order in which every round takes them."""
 

@@ -128,11 +128,13 @@ async def turns(
     *,
     live: bool = False,
     warm_s: float = 1.0,
+    spread_s: float = 0.0,
     window: AbstractContextManager[object] | None = None,
     kind: type[ChannelClient] | None = None,
 ) -> Result:
     """Runs `sessions` closed loops over `streams` adapter streams for `seconds`, after a warm-up.
 
+    The sessions send their first messages one after the other within `spread_s`, which is part of the warm-up.
     `window` is entered when the measured time begins and left when it ends: whoever looks at CPU looks at that time.
     `kind` is the class of the clients, if it is not the product's.
     """
@@ -162,7 +164,7 @@ async def turns(
         for number in range(sessions):
             session = _Session(clients[number % streams], agent, f"{label}-{number}", run)
             run.by_name[session.name] = session
-            session.send()
+            asyncio.get_running_loop().call_later(spread_s * number / sessions, session.send)
         await asyncio.sleep(warm_s)
         with window or nullcontext():
             run.measuring, began = True, monotonic()

@@ -140,7 +140,7 @@ async def take_case(running: stack.Stack, case: Case, seconds: float, warm_s: fl
     usage = processes.Usage(_everybody(running))
     seen = await load.turns(
         running, case.agent, case.sessions, case.streams, seconds,
-        live=case.live, warm_s=warm_s + (1.0 if case.live else 0.0), window=usage,
+        live=case.live, warm_s=warm_s + (1.0 if case.live else 0.0), spread_s=case.spread_s, window=usage,
     )  # fmt: skip
     thousands = max(seen.turns, 1) / 1000
     row: dict[str, Any] = {

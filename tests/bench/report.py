@@ -111,7 +111,7 @@ def tokens(results: Results) -> Table:
     """What the way of a streamed word adds."""
     rows = [
         (
-            str(taken[0]["sessions"]),
+            taken[0]["case"].removeprefix("tokens "),
             _told(taken, "tokens_per_s", 0),
             _told(taken, "token_p50_ms", 2),
             _told(taken, "token_p99_ms", 2),
