@@ -257,9 +257,12 @@ class LaneReader:
                 # Everything that is there is read again: what is known already is dropped by its message id. The
                 # store is told too: a cursor that counts what is gone would let others purge what is not read yet.
                 partition.read_seq = min(partition.read_seq, first - 1)
+                partition.read_before = last
                 self.committer.put(CursorItem(partition, Cursor(self._created, max(first - 1, 0), "")))
             # What was read beyond the end is on its way to the mailbox; its sequences are given to other messages now.
             partition.read_seq = min(partition.read_seq, last)
+            if partition.read_before is None:
+                partition.read_before = last
             start = min(start, partition.read_seq + 1)
         self.last_seq = min(self.last_seq, start - 1) if self.last_seq else start - 1
         return max(start, first, 1)

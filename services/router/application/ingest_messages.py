@@ -38,10 +38,6 @@ log = structlog.get_logger(__name__)
 
 DEFAULT_DEBOUNCE_MS: Final = 300
 DEFAULT_DEBOUNCE_MAX_MS: Final = 2000
-_FIRST_S: Final = 5.0
-"""The part of a term in which turns are given to brains only when their group was sent: what killed the former owner is
-read again at once, and has to be counted.
-"""
 _MESSAGE: Final = InboundKind.INBOUND_KIND_MESSAGE
 _CONTROLS: Final = frozenset(
     {
@@ -215,9 +211,8 @@ class Ingest:
             self._starter.open_group()
             self._group_is_open = True
         starts: list[StartItem] = []
-        settled_since = monotonic() - _FIRST_S
         for item in items:
-            waits = item.partition.lost or item.partition.since > settled_since
+            waits = item.partition.lost or not _is_read_first_here(item)
             for entry in item.entries:
                 session_id = entry.inbound.session_id
                 start = None
@@ -274,6 +269,14 @@ class Ingest:
         if session.answers(message) and not message.fault:
             return  # its turn was started in this very group
         self._arrivals.arrive(session, message)
+
+
+def _is_read_first_here(item: IngestItem) -> bool:
+    """Whether no former owner can have read it. What killed one is read again by the next, who has to count it: its
+    turn is given to a brain only when its group was sent.
+    """
+    before = item.partition.read_before
+    return before is not None and item.cursor is not None and item.cursor.seq > before
 
 
 def _is_addressed(inbound: Inbound, tenant: str, known: Session | None) -> bool:

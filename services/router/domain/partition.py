@@ -88,8 +88,10 @@ class Partition:
     """
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
-    since: float = 0.0
-    """Monotonic time at which the term began, in seconds."""
+    read_before: int | None = 0
+    """Last lane message that a former owner may have read, found when the lane is attached for this term; None: not
+    yet known. What killed it is among these.
+    """
 
     @property
     def running_turns(self) -> int:

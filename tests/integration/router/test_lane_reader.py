@@ -99,6 +99,22 @@ async def test_nothing_is_skipped_for_a_partition_that_is_ours_and_not_attached_
     assert lane.mailbox.got[1] == numbers(0, 6)
 
 
+async def test_what_a_former_owner_may_have_read_is_what_the_lane_held_when_the_term_attached(lane: Lane) -> None:
+    """And nothing more: a reader that attaches again has read the rest itself."""
+    places = await lane.send_many(A, 0, 10)
+    partition = lane.own(0, places[3])
+    partition.read_before = None
+    lane.attach(partition)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 6)
+    assert partition.read_before == places[-1].seq
+    later = await lane.send_many(A, 10, 3)
+    other = lane.own(1)
+    other.read_before = None
+    lane.attach(other)
+    await eventually(lambda: other.read_before is not None and len(lane.mailbox.got[0]) >= 9)
+    assert (partition.read_before, other.read_before) == (places[-1].seq, later[-1].seq)
+
+
 # ---- the server dies, the stream goes back
 
 
@@ -152,12 +168,16 @@ async def test_a_stream_made_anew_is_read_from_its_beginning(lane: Lane) -> None
     lane.attach(lane.own(0))
     await lane.send_many(A, 0, 30)
     await eventually(lambda: len(lane.mailbox.got[0]) == 30)
+    partition = lane.state.partitions[0]
+    partition.read_before = 30
     await lane.js.delete_stream(stream_name(0))
     await ensure_lanes(lane.js, LAYOUT, 1000)
     last = (await lane.send_many(A, 30, 10))[-1]
     await eventually(lambda: len(lane.mailbox.got[0]) >= 40, timeout_s=10)
     assert lane.mailbox.got[0] == numbers(0, 40)
-    assert lane.state.partitions[0].cursor == last
+    assert partition.cursor == last
+    assert partition.read_before is not None
+    assert partition.read_before <= last.seq, "the new stream's numbers"
 
 
 async def test_a_new_owner_notices_a_stream_made_anew_while_nobody_read(lane: Lane) -> None:

@@ -15,7 +15,6 @@ from soma.router.v1.inbound_pb2 import InBatch, Inbound
 
 from services.router.application.state import CROWD
 from services.router.domain.arrival import Policy
-from soma_common.clock import monotonic
 from soma_common.layout import BATCH_FORMAT
 from soma_common.testing.eventually import eventually
 from tests.unit.router.builders import TENANT, inbound
@@ -57,11 +56,18 @@ async def test_it_can_be_turned_off() -> None:
         await engine.outcomes(1)
 
 
-async def test_the_first_seconds_of_a_term_wait_for_the_group_to_be_sent(engine: Engine, door: Door) -> None:
-    """What killed the former owner is read again at once: the next one must be able to count it."""
-    engine.state.partitions[0].since = monotonic()
-    await waits(engine, inbound(HERE), inbound(BESIDE))
+@pytest.mark.parametrize("is_known", [True, False], ids=["up to the next", "not known yet"])
+async def test_what_a_former_owner_may_have_read_waits_for_the_group_to_be_sent(
+    engine: Engine, door: Door, is_known: bool
+) -> None:
+    """What killed the former owner is read again: the next one must be able to count it."""
+    engine.state.partitions[0].read_before = engine.seq + 1 if is_known else None
+    await waits(engine, inbound(HERE))
     await given(engine, inbound(THERE))
+    if is_known:
+        await given(engine, inbound(BESIDE))
+    else:
+        await waits(engine, inbound(BESIDE))
     door.lets_one_in()
     await engine.started(3)
     assert len(door.sent) == 2
