@@ -156,6 +156,8 @@ def _anchor() -> None:
         async def numbers_only(self: Any) -> int:
             info = await self._js.stream_info(self._stream)
             self._created = str(info.created)
+            for partition in self.partitions():
+                partition.known_seq = info.state.last_seq if partition.known_seq is None else partition.known_seq
             start = min((p.read_seq for p in self.partitions()), default=0) + 1
             self.last_seq = start - 1
             return max(start, 1)

@@ -235,12 +235,14 @@ class LaneReader:
 
     async def _check_cursors(self) -> int:
         """Compares the cursors with the stream, moves those back that do not fit; returns where to start reading."""
+        # What is attached from here on is for the next check: its former owner may have gone beyond this answer.
+        partitions = self.partitions()
         info = await self._js.stream_info(self._stream)
         self._created = str(info.created)
         first, last = info.state.first_seq, info.state.last_seq
         found: dict[int, str | None] = {}
         start = last + 1
-        for partition in self.partitions():
+        for partition in partitions:
             cursor = partition.cursor
             if not cursor.batch:
                 # It has read nothing: of a lane that has its first message, or that began there after a gap.
@@ -257,12 +259,11 @@ class LaneReader:
                 # Everything that is there is read again: what is known already is dropped by its message id. The
                 # store is told too: a cursor that counts what is gone would let others purge what is not read yet.
                 partition.read_seq = min(partition.read_seq, first - 1)
-                partition.read_before = last
+                partition.known_seq = last
                 self.committer.put(CursorItem(partition, Cursor(self._created, max(first - 1, 0), "")))
             # What was read beyond the end is on its way to the mailbox; its sequences are given to other messages now.
             partition.read_seq = min(partition.read_seq, last)
-            if partition.read_before is None:
-                partition.read_before = last
+            partition.known_seq = last if partition.known_seq is None else min(partition.known_seq, last)
             start = min(start, partition.read_seq + 1)
         self.last_seq = min(self.last_seq, start - 1) if self.last_seq else start - 1
         return max(start, first, 1)

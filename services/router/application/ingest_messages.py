@@ -272,11 +272,11 @@ class Ingest:
 
 
 def _is_read_first_here(item: IngestItem) -> bool:
-    """Whether no former owner can have read it. What killed one is read again by the next, who has to count it: its
-    turn is given to a brain only when its group was sent.
+    """Whether nobody can have read it before. What killed a former owner is read again by the next, who has to count
+    it: its turn is given to a brain only when its group was sent. So a message kills one router at most uncounted.
     """
-    before = item.partition.read_before
-    return before is not None and item.cursor is not None and item.cursor.seq > before
+    known = item.partition.known_seq
+    return known is not None and item.cursor is not None and item.cursor.seq > known
 
 
 def _is_addressed(inbound: Inbound, tenant: str, known: Session | None) -> bool:

@@ -262,7 +262,6 @@ class OwnPartitions:
             mail_head=row.mail_head,
             cursor=Cursor(row.cursor_stream, row.cursor_seq, row.cursor_batch),
             read_seq=row.cursor_seq,
-            read_before=None,
         )
         partition.pending = Pending(item.position for item in pending)
         return partition

@@ -88,9 +88,9 @@ class Partition:
     """
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
-    read_before: int | None = 0
-    """Last lane message that a former owner may have read, found when the lane is attached for this term; None: not
-    yet known. What killed it is among these.
+    known_seq: int | None = None
+    """Last lane message that others may have read before this term, or that is read again in it; None: the lane was
+    not looked at yet.
     """
 
     @property

@@ -90,6 +90,7 @@ class Lane:
     def own(self, number: int, cursor: Cursor | None = None) -> Partition:
         """Takes a partition as ownership does: it is there first, and then attached."""
         partition = a_partition(number)
+        partition.known_seq = None
         if cursor is not None:
             partition.cursor, partition.read_seq = cursor, cursor.seq
         self.state.partitions[number] = partition

@@ -1,7 +1,9 @@
 """The lane reader on a real NATS server: in order, without gap or loss, whatever happens to the lane."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
+from typing import Any
 
 import pytest
 
@@ -103,16 +105,42 @@ async def test_what_a_former_owner_may_have_read_is_what_the_lane_held_when_the_
     """And nothing more: a reader that attaches again has read the rest itself."""
     places = await lane.send_many(A, 0, 10)
     partition = lane.own(0, places[3])
-    partition.read_before = None
     lane.attach(partition)
     await eventually(lambda: len(lane.mailbox.got[0]) >= 6)
-    assert partition.read_before == places[-1].seq
+    assert partition.known_seq == places[-1].seq
     later = await lane.send_many(A, 10, 3)
     other = lane.own(1)
-    other.read_before = None
     lane.attach(other)
-    await eventually(lambda: other.read_before is not None and len(lane.mailbox.got[0]) >= 9)
-    assert (partition.read_before, other.read_before) == (places[-1].seq, later[-1].seq)
+    await eventually(lambda: other.known_seq is not None and len(lane.mailbox.got[0]) >= 9)
+    assert (partition.known_seq, other.known_seq) == (places[-1].seq, later[-1].seq)
+
+
+async def test_a_partition_is_not_judged_by_an_answer_that_is_older_than_its_term(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the reader asks for the lane's end, the former owner goes on, and lets the partition go."""
+    lane.attach(lane.own(0))
+    await lane.send_many(A, 0, 5)
+    await eventually(lambda: len(lane.mailbox.got[0]) >= 5)
+    asked, answer = asyncio.Event(), asyncio.Event()
+    stream_info = lane.js.stream_info
+
+    async def slowly(name: str) -> Any:
+        info = await stream_info(name)
+        if not asked.is_set():
+            asked.set()
+            await asyncio.wait_for(answer.wait(), 5)
+        return info
+
+    monkeypatch.setattr(lane.js, "stream_info", slowly)
+    lane.attach(lane.own(1))
+    await asyncio.wait_for(asked.wait(), 5)
+    before, last = gaps(), (await lane.send_many(B, 5, 3))[-1]
+    partition = lane.own(2, last)
+    lane.attach(partition)
+    answer.set()
+    await eventually(lambda: partition.known_seq is not None)
+    assert (partition.known_seq, gaps()) == (last.seq, before)
 
 
 # ---- the server dies, the stream goes back
@@ -169,15 +197,14 @@ async def test_a_stream_made_anew_is_read_from_its_beginning(lane: Lane) -> None
     await lane.send_many(A, 0, 30)
     await eventually(lambda: len(lane.mailbox.got[0]) == 30)
     partition = lane.state.partitions[0]
-    partition.read_before = 30
+    partition.known_seq = 30
     await lane.js.delete_stream(stream_name(0))
     await ensure_lanes(lane.js, LAYOUT, 1000)
     last = (await lane.send_many(A, 30, 10))[-1]
     await eventually(lambda: len(lane.mailbox.got[0]) >= 40, timeout_s=10)
     assert lane.mailbox.got[0] == numbers(0, 40)
     assert partition.cursor == last
-    assert partition.read_before is not None
-    assert partition.read_before <= last.seq, "the new stream's numbers"
+    assert partition.known_seq in range(last.seq + 1), "of the new stream's numbers"
 
 
 async def test_a_new_owner_notices_a_stream_made_anew_while_nobody_read(lane: Lane) -> None:
@@ -185,9 +212,11 @@ async def test_a_new_owner_notices_a_stream_made_anew_while_nobody_read(lane: La
     await lane.js.delete_stream(stream_name(0))
     await ensure_lanes(lane.js, LAYOUT, 1000)
     await lane.send_many(A, 30, 40)  # beyond the old cursor's sequence
-    lane.attach(lane.own(0, before))
+    partition = lane.own(0, before)
+    lane.attach(partition)
     await eventually(lambda: len(lane.mailbox.got[0]) >= 40)
     assert lane.mailbox.got[0] == numbers(30, 40)
+    assert partition.known_seq == 40, "read again by this very term"
 
 
 async def test_another_message_at_the_cursors_place_is_noticed(lane: Lane) -> None:

@@ -58,8 +58,8 @@ def names_in(partition: int, how_many: int, *, tenant: str = TENANT, partitions:
 
 
 def a_partition(number: int = 0) -> Partition:
-    """A partition just taken, with nothing in it."""
-    return Partition(id=number, term=uuid4(), epoch=1, head=0, mail_head=0, cursor=Cursor(), read_seq=0)
+    """A partition just taken, with nothing in it, whose lane was empty."""
+    return Partition(id=number, term=uuid4(), epoch=1, head=0, mail_head=0, cursor=Cursor(), read_seq=0, known_seq=0)
 
 
 def entry(item: Inbound, tenant: str = TENANT) -> Entry:

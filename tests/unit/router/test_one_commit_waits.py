@@ -61,7 +61,7 @@ async def test_what_a_former_owner_may_have_read_waits_for_the_group_to_be_sent(
     engine: Engine, door: Door, is_known: bool
 ) -> None:
     """What killed the former owner is read again: the next one must be able to count it."""
-    engine.state.partitions[0].read_before = engine.seq + 1 if is_known else None
+    engine.state.partitions[0].known_seq = engine.seq + 1 if is_known else None
     await waits(engine, inbound(HERE))
     await given(engine, inbound(THERE))
     if is_known:
