@@ -161,11 +161,14 @@ async def turns(
         # As every service does once it is ready, and an adapter that lives for long should: what exists now stays.
         gc.collect()
         gc.freeze()
+        began_at = monotonic()
         for number in range(sessions):
             session = _Session(clients[number % streams], agent, f"{label}-{number}", run)
             run.by_name[session.name] = session
-            asyncio.get_running_loop().call_later(spread_s * number / sessions, session.send)
-        await asyncio.sleep(warm_s)
+            session.send()
+            if spread_s:
+                await asyncio.sleep(max(0.0, began_at + spread_s * (number + 1) / sessions - monotonic()))
+        await asyncio.sleep(max(0.0, began_at + warm_s - monotonic()))
         with window or nullcontext():
             run.measuring, began = True, monotonic()
             await asyncio.sleep(seconds)

@@ -15,7 +15,7 @@ def row(case: str, number: int, **figures: Any) -> dict[str, Any]:
         "round": number,
         "case": case,
         "agent": "clock" if live else agent,
-        "sessions": int(sessions),
+        "sessions": int(sessions.removesuffix(" spread")),
         "streams": int(streams or 4),
         "live": live,
         "turns_per_s": 1000.0,

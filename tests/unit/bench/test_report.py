@@ -28,9 +28,9 @@ def test_a_disturbed_round_is_told_in_its_row() -> None:
 
 
 def test_tokens_have_a_table_of_their_own() -> None:
-    run = results(row("echo 64/4", 1), row("tokens 500", 1))
+    run = results(row("echo 64/4", 1), row("tokens 500", 1), row("tokens 500 spread", 1))
     assert [line[0] for line in report.turns(run).rows] == ["echo 64/4"]
-    assert [line[0] for line in report.tokens(run).rows] == ["500"]
+    assert [line[0] for line in report.tokens(run).rows] == ["500", "500 spread"]
 
 
 def test_memory_is_summed_over_the_processes() -> None:
