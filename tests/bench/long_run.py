@@ -1,10 +1,10 @@
 """`make bench ARGS="long --minutes 30"`: whether a stack is the same after half an hour of load.
 
 64 sessions over 4 streams, as fast as they are answered or at `--rate` turns per second. The memory of every process is
-its proportional set size without shared memory, each 5 seconds; its growth is the median slope between any two looks
-after the first part (12 minutes of 30), as a part of its median size then. PostgreSQL's shared buffers are shown and
-not judged: a cache of a fixed size. NATS keeps ids of messages for its dedupe window (2 minutes) and an index of what
-is not purged (10 minutes of the lanes): only in a run of 30 minutes are its windows full before the line begins.
+its proportional set size without shared memory, each 5 seconds; its growth is the slope of a line through what was seen
+after the first part (12 minutes of 30), as a part of what it was then. PostgreSQL's shared buffers are shown and not
+judged: a cache of a fixed size. NATS keeps ids of messages for its dedupe window (2 minutes) and an index of what is
+not purged (10 minutes of the lanes): only in a run of 30 minutes are its windows full before the line begins.
 """
 
 from __future__ import annotations

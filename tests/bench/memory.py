@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from itertools import combinations
-from statistics import median
+from statistics import linear_regression
 from typing import Final
 
 from tests.bench import processes
@@ -45,19 +44,13 @@ class Samples:
         return max(sums) / MIB
 
     def slope(self, name: str, settled: float) -> float:
-        """Growth of a process in bytes per unit of progress, from `settled` on; 0 of less than three looks.
-
-        The median of the slopes between any two looks (Theil-Sen): what comes and goes, like a garbage collector's
-        spare memory or a worker of autovacuum, tilts a line of least squares, most of all near its ends.
-        """
+        """Growth of a process in bytes per unit of progress, from `settled` on; 0 of less than three looks."""
         after = [(progress, size) for progress, size in self.taken[name] if progress >= settled]
         if len(after) < 3:
             return 0.0
-        pairs = combinations(after, 2)
-        slopes = [(size - before) / (at - then) for (then, before), (at, size) in pairs if at > then]
-        return median(slopes) if slopes else 0.0
+        return float(linear_regression([progress for progress, _ in after], [size for _, size in after]).slope)
 
     def share(self, name: str, settled: float, per: float) -> float:
-        """Growth per `per` units of progress as a part of what the process mostly has after `settled`."""
-        after = [size for progress, size in self.taken[name] if progress >= settled]
-        return self.slope(name, settled) * per / median(after) if after else 0.0
+        """Growth per `per` units of progress as a part of what the process has at the first look after `settled`."""
+        first = next((size for progress, size in self.taken[name] if progress >= settled), 0)
+        return self.slope(name, settled) * per / first if first else 0.0

@@ -57,23 +57,6 @@ def test_growth_is_judged_from_where_caches_are_full() -> None:
     assert early.slope("router", 200) == 0.0
 
 
-def test_what_comes_and_goes_is_not_growth() -> None:
-    """A garbage collector's spare memory, a worker that runs for a while: least squares says 121 bytes."""
-    samples = grows("nats", 2.0)
-    for place in (*range(12, 18), *range(90, 98)):
-        progress, size = samples.taken["nats"][place]
-        samples.taken["nats"][place] = progress, size + (MIB // 8 if place > 50 else -MIB // 8)
-    assert 1 < samples.slope("nats", 100) < 3
-    assert 1e-6 < samples.share("nats", 100, 100.0) < 3e-6
-
-
-def test_looks_without_progress_between_them_are_no_line() -> None:
-    samples = Samples()
-    for _ in range(3):
-        samples.add("router", 5.0, MIB)
-    assert samples.slope("router", 0) == 0.0
-
-
 def test_what_turns_cost_is_not_the_sessions_doing() -> None:
     told = idle.compared(grows("nats", 300.0), grows("nats", 320.0), 200)
     turns, sessions = told["nats"]
