@@ -27,6 +27,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Final
 
 import asyncpg
 import pytest
@@ -34,6 +36,9 @@ import pytest
 from soma_common.embedded.nats import NatsConfig, NatsServer
 from soma_common.embedded.postgres import DATABASE, PostgresConfig, PostgresServer, ServiceRole
 from soma_common.embedded.process import ChildProcess, descendants
+
+_STANDSTILL_S: Final = 1.0
+"""How long a server gets to stand still. A thread that waits for the disk does not before it is done."""
 
 
 class FaultyNats(NatsServer):
@@ -45,7 +50,7 @@ class FaultyNats(NatsServer):
 
     def sigstop(self) -> None:
         """Freeze the server: connections stay open, nothing is answered."""
-        _signal_all(self.process, signal.SIGSTOP)
+        _freeze_all(self.process)
 
     def sigcont(self) -> None:
         """Wake the frozen server."""
@@ -66,7 +71,7 @@ class FaultyPostgres(PostgresServer):
 
     def sigstop(self) -> None:
         """Freeze the postmaster and every session: connections stay open, nothing is answered."""
-        _signal_all(self.process, signal.SIGSTOP)
+        _freeze_all(self.process)
 
     def sigcont(self) -> None:
         """Wake the frozen server."""
@@ -192,6 +197,26 @@ def _signal_all(process: ChildProcess, number: signal.Signals) -> None:
     for identity in descendants(process.pid):
         identity.send(number)
     process.send(number)
+
+
+def _freeze_all(process: ChildProcess) -> None:
+    """Returns when all of them stand still: on a busy machine a thread that is told to stop may first answer what has
+    come meanwhile.
+    """
+    frozen = [process.pid, *(identity.pid for identity in descendants(process.pid))]
+    _signal_all(process, signal.SIGSTOP)
+    until = monotonic() + _STANDSTILL_S
+    while any(map(_moves, frozen)) and monotonic() < until:
+        sleep(0.001)
+
+
+def _moves(pid: int) -> bool:
+    """Whether a thread of the process is neither stopped nor over. False where the system does not tell."""
+    try:
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:
+        return False
+    return any(state not in "TtZX" for state in states)
 
 
 async def _kill9(process: ChildProcess) -> None:

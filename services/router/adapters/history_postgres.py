@@ -203,7 +203,9 @@ class PostgresHistory:
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 "SELECT position, session_id, payload FROM router.deliveries"
-                " WHERE partition = $1 AND tenant = $2 AND channel = $3 AND position > $4 ORDER BY position LIMIT $5",
+                # `> 0` holds for all, and says that deliveries_waiting (0007) may be used.
+                " WHERE partition = $1 AND tenant = $2 AND channel = $3 AND position > $4 AND position > 0"
+                " ORDER BY position LIMIT $5",
                 partition,
                 tenant,
                 channel,

@@ -125,3 +125,51 @@ async def test_a_group_looks_up_the_rows_it_is_about(store: Store, known: int, e
     assert pages["turns_pkey"] >= 10 * GROUP, "the statistics are of this group"
     assert {name: count for name, count in entries.items() if count > MOST_ENTRIES * GROUP} == {}
     assert {name: count for name, count in pages.items() if count > MOST_PAGES * GROUP} == {}
+
+
+async def test_an_ack_is_looked_up_by_its_place_also_in_a_table_that_was_emptied(store: Store) -> None:
+    """An index of a table that was large is no larger than another's when the table is empty: all plans cost the same
+    then, and the next that is taken may look through every channel.
+    """
+    await store.eye.execute("ALTER TABLE router.deliveries SET (autovacuum_enabled = off)")
+    p = await store.take(0)
+    crowd = PostgresGroupWriter(store.database.dsn("router"), "crowd")
+    life = Life(store, p, crowd)
+    for first in range(0, 2 * MANY, 100):
+        await life.acknowledge(await life.finish(await life.begin([f"old-{n}" for n in range(first, first + 100)])))
+    await store.eye.execute("VACUUM (ANALYZE) router.deliveries")
+    await crowd.close()
+    await eventually(lambda: gone(store, "crowd"))
+
+    life.writer = store.writer
+    positions = await life.finish(await life.begin([f"new-{n}" for n in range(GROUP)]))
+    before = await scans(store)
+    await life.acknowledge(positions)
+    await store.writer.close()
+    await eventually(lambda: gone(store, "router-0"))
+    after = await scans(store)
+    assert {name: after[name] - before[name] for name in after if after[name] > before[name]} == {
+        "deliveries_pkey": GROUP
+    }
+
+
+async def test_a_channel_is_read_without_the_deliveries_of_others(store: Store) -> None:
+    life = Life(store, await store.take(0), store.writer)
+    for first in range(0, MANY, 100):
+        await life.finish(await life.begin([f"waiting-{n}" for n in range(first, first + 100)]))
+    await store.eye.execute("VACUUM (ANALYZE) router.deliveries")
+    assert await store.history.deliveries(TENANT, 0, "another-channel", 0, 10) == []
+
+    async def is_told() -> bool:
+        return (await scans(store))["deliveries_waiting"] == 1
+
+    await eventually(is_told)
+
+
+async def scans(store: Store) -> dict[str, int]:
+    """Searches in each index of the deliveries."""
+    await store.eye.execute("SELECT pg_stat_clear_snapshot()")
+    rows = await store.eye.fetch(
+        "SELECT indexrelname, idx_scan FROM pg_stat_user_indexes WHERE schemaname = 'router' AND relname = 'deliveries'"
+    )
+    return {name: int(count) for name, count in rows}
