@@ -34,7 +34,7 @@ def open_channel(
     `service` is the peer's short name (`router`) or the full name of one of its services; it picks the timeouts and
     retries (soma_common/grpc/service_config). `token` is asked before each call; None sends no identity. With
     `wait_for_ready` calls wait for the peer up to their deadline; without it they fail with UNAVAILABLE while it
-    cannot be reached. An address whose health is NOT_SERVING gets no calls.
+    cannot be reached. An address whose health is NOT_SERVING gets no calls. Each channel has connections of its own.
     """
     channel = grpc.aio.insecure_channel(_resolvable(target), options=_options(short_name(service), max_message_bytes))
     return _IdentifiedChannel(channel, token, wait_for_ready)
@@ -128,6 +128,10 @@ def _options(service: str, max_message_bytes: int) -> list[tuple[str, Any]]:
     }
     return [
         ("grpc.service_config", json.dumps(config)),
+        # Channels to one address would share a connection and, with it, the watcher of its health. gRPC 1.85 makes that
+        # visible to the second channel before it has been started for the first one: if both connect in the same
+        # microseconds, on two threads, the process dies of SIGSEGV (in the constructor of HealthProducer's checker).
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 5_000),

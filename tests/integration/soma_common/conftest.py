@@ -31,6 +31,7 @@ class Tools(tool_service_pb2_grpc.ToolServiceServicer):
     def __init__(self) -> None:
         self.requests: list[tool_service_pb2.ListToolsRequest] = []
         self.callers: list[Caller] = []
+        self.peers: list[str] = []
         self.traces: list[TraceContext | None] = []
         self.time_left: list[float | None] = []
         self.behave: Callable[[], Any] = lambda: None
@@ -40,6 +41,7 @@ class Tools(tool_service_pb2_grpc.ToolServiceServicer):
     ) -> tool_service_pb2.ListToolsResponse:
         self.requests.append(request)
         self.callers.append(caller())
+        self.peers.append(context.peer())
         self.traces.append(current_trace())
         self.time_left.append(time_left_s())
         done = self.behave()

@@ -296,6 +296,14 @@ async def test_calls_are_counted_by_code(stack: Stack) -> None:
     await eventually(lambda: REGISTRY.get_sample_value("soma_rpc_server_running", method) == 0)
 
 
+async def test_channels_to_one_address_share_no_connection(stack: Stack) -> None:
+    """Those that share one share the watcher of its health: gRPC dies of SIGSEGV if two start it at once."""
+    async with stack.channel() as first, stack.channel() as second:
+        for channel in (first, second, first):
+            await ToolServiceStub(channel).ListTools(DEMO)
+    assert len(set(stack.tools.peers)) == 2
+
+
 async def test_health_is_public_and_watchers_see_the_stop(stack: Stack) -> None:
     seen: list[int] = []
     async with grpc.aio.insecure_channel(stack.address) as channel:
