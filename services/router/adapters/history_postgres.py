@@ -353,8 +353,9 @@ class PostgresHistory:
         async with self._as(tenant) as connection:
             rows = await connection.fetch(
                 # The page first: joined before, every turn of the tenant would be read.
+                # `>= 0` holds for all, and says that turns_of_tenant (0008) may be used.
                 f"WITH t AS MATERIALIZED (SELECT * FROM {turns} t"
-                " WHERE t.tenant = $1 AND ($2::int IS NULL OR t.status = $2)"
+                " WHERE t.tenant = $1 AND t.partition >= 0 AND ($2::int IS NULL OR t.status = $2)"
                 " AND ($3::timestamptz IS NULL OR (t.create_time, t.turn_id) < ($3, $4::bytea))"
                 " ORDER BY t.create_time DESC, t.turn_id DESC LIMIT $5)"
                 f" SELECT {_TURN_COLUMNS} FROM t JOIN router.sessions s USING (session_id)"

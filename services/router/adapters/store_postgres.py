@@ -40,11 +40,13 @@ nothing is wrong with the group itself.
 _PARAMETERS: Final = 15
 _COMMIT: Final = "SELECT * FROM router.commit_group(" + ", ".join(f"${n}" for n in range(1, _PARAMETERS + 1)) + ")"
 
-# Plans are made once, on tables that may be empty then: say what is right for full ones.
+# Plans are made once, on tables that may be empty then: say what is right for full ones. A bitmap of the one row that
+# is looked up costs as much as the look-up.
 _WRITER_SETTINGS: Final = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "idle_in_transaction_session_timeout": "1000",

@@ -66,16 +66,18 @@ class Life:
         await self.store.commit(*items, writer=self.writer)
 
 
-async def indexes_read(store: Store) -> dict[str, tuple[int, int]]:
-    """Entries and pages of each index that were read so far, by connections that have ended."""
+async def indexes_read(store: Store) -> dict[str, tuple[int, int, int]]:
+    """Entries and pages of each index that were read so far, and rows that entries led to, by connections that have
+    ended. The rows of a bitmap are not counted.
+    """
     await store.eye.execute("SELECT pg_stat_clear_snapshot()")
     rows = await store.eye.fetch(
-        "SELECT indexrelname, idx_tup_read, idx_blks_hit + idx_blks_read"
+        "SELECT indexrelname, idx_tup_read, idx_blks_hit + idx_blks_read, idx_tup_fetch"
         " FROM pg_stat_user_indexes JOIN pg_statio_user_indexes USING (indexrelid, indexrelname)"
         " WHERE pg_stat_user_indexes.schemaname = 'router' AND pg_stat_user_indexes.relname = ANY ($1)",
         TABLES,
     )
-    return {name: (int(entries), int(pages)) for name, entries, pages in rows}
+    return {name: (int(entries), int(pages), int(found)) for name, entries, pages, found in rows}
 
 
 async def gone(store: Store, writer: str) -> bool:
@@ -87,7 +89,7 @@ async def gone(store: Store, writer: str) -> bool:
 
 
 @pytest.mark.parametrize("emptied", [False, True], ids=["", "deliveries gone"])
-@pytest.mark.parametrize("known", [0, 8, 120], ids=lambda known: f"{known} turns when planned")
+@pytest.mark.parametrize("known", [0, 8, 120, 2400], ids=lambda known: f"{known} turns when planned")
 async def test_a_group_looks_up_the_rows_it_is_about(store: Store, known: int, emptied: bool) -> None:
     for table in TABLES:  # or autoanalyze makes plans good again, some time later
         await store.eye.execute(f"ALTER TABLE router.{table} SET (autovacuum_enabled = off)")
@@ -122,9 +124,11 @@ async def test_a_group_looks_up_the_rows_it_is_about(store: Store, known: int, e
     after = await indexes_read(store)
     entries = {name: after[name][0] - before[name][0] for name in after}
     pages = {name: after[name][1] - before[name][1] for name in after}
+    found = {name: after[name][2] - before[name][2] for name in after}
     assert pages["turns_pkey"] >= 10 * GROUP, "the statistics are of this group"
     assert {name: count for name, count in entries.items() if count > MOST_ENTRIES * GROUP} == {}
     assert {name: count for name, count in pages.items() if count > MOST_PAGES * GROUP} == {}
+    assert {name for name, count in entries.items() if count and not found[name]} == set(), "no bitmap of a few rows"
 
 
 async def test_an_ack_is_looked_up_by_its_place_also_in_a_table_that_was_emptied(store: Store) -> None:
@@ -153,12 +157,39 @@ async def test_an_ack_is_looked_up_by_its_place_also_in_a_table_that_was_emptied
     }
 
 
+async def test_a_tenants_turns_are_listed_by_their_index(store: Store) -> None:
+    life = Life(store, await store.take(0), store.writer)
+    for first in range(0, MANY, 100):
+        await life.finish(await life.begin([f"listed-{n}" for n in range(first, first + 100)]))
+    await store.eye.execute("VACUUM (ANALYZE) router.turns")
+    assert len(await store.history.tenant_turns(TENANT, None, None, 10)) == 10
+    await store.history.close()  # sends what it counted
+
+    async def is_told() -> bool:
+        return (await indexes_read(store))["turns_of_tenant"][0] == 10
+
+    await eventually(is_told)
+
+
+async def test_the_planner_knows_little_of_what_grows(store: Store) -> None:
+    """The largest number of any column decides how many rows autoanalyze reads."""
+    columns = await store.eye.fetch(
+        "SELECT attrelid::regclass::text || '.' || attname, attstattarget FROM pg_attribute"
+        " WHERE attrelid = ANY (SELECT ('router.' || name)::regclass FROM unnest($1::text[]) AS name)"
+        " AND attnum > 0 AND NOT attisdropped",
+        TABLES,
+    )
+    assert len(columns) > 40
+    assert [name for name, target in columns if target != 10] == []
+
+
 async def test_a_channel_is_read_without_the_deliveries_of_others(store: Store) -> None:
     life = Life(store, await store.take(0), store.writer)
     for first in range(0, MANY, 100):
         await life.finish(await life.begin([f"waiting-{n}" for n in range(first, first + 100)]))
     await store.eye.execute("VACUUM (ANALYZE) router.deliveries")
     assert await store.history.deliveries(TENANT, 0, "another-channel", 0, 10) == []
+    await store.history.close()  # sends what it counted
 
     async def is_told() -> bool:
         return (await scans(store))["deliveries_waiting"] == 1
