@@ -137,7 +137,8 @@ class Dispatcher:
             if self._wants_brain(turn):
                 self._alone = turn
                 # Durably: a new owner has to know which of the suspects ran when this router died.
-                self.committer.put(DispatchItem(turn.session.partition, turn, self._on_trial, on_trial=True))
+                trial = DispatchItem(turn.session.partition, turn, self._on_trial, turn.dispatch, on_trial=True)
+                self.committer.put(trial)
 
     def _on_trial(self, turn: Turn) -> None:
         if self._wants_brain(turn) and turn.link is None and self._alone is turn:

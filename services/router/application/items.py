@@ -131,11 +131,16 @@ class StartItem:
 
 @dataclass(slots=True)
 class DispatchItem:
-    """A further try of a running turn, raised durably before anybody runs it."""
+    """A further try of a running turn, raised durably before anybody runs it.
+
+    The turn itself gets the number when it is durable: until then steps of the try before may be on their way, and
+    whoever watches is told of them under the number that the journal has.
+    """
 
     partition: Partition
     turn: Turn
     done: Callable[[Turn], None]
+    dispatch: int
     on_trial: bool = False
     """A suspect that is about to run: should its router die now, it is the one to blame."""
 
@@ -143,10 +148,11 @@ class DispatchItem:
         """Stores the dispatch number and the strikes."""
         group.move(self.partition)
         group.tenants.add(self.turn.session.key.tenant)
-        group.add(group.dispatches, (self.turn.id, self.turn.dispatch, self.turn.strikes, self.on_trial))
+        group.add(group.dispatches, (self.turn.id, self.dispatch, self.turn.strikes, self.on_trial))
 
     def committed(self, result: GroupResult) -> None:
         """The turn may run again."""
+        self.turn.dispatch = self.dispatch
         self.done(self.turn)
 
     def abandoned(self) -> None:

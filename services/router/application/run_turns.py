@@ -287,14 +287,13 @@ class TurnRunner:
                 self._redispatch(turn, 1)
 
     def _redispatch(self, turn: Turn, strikes: int) -> None:
-        turn.let_go()
-        turn.dispatch += 1
+        turn.let_go()  # from here on nothing that its brain says counts
         turn.strikes += strikes
         if turn.status is TurnStatus.CONVERGING:
-            return  # what it has said so far is kept, it says nothing more
+            return  # what it has said so far is kept, and nobody runs it again
         turn.text.clear()
         turn.text_length = 0
-        self.committer.put(DispatchItem(turn.session.partition, turn, self._redispatched))
+        self.committer.put(DispatchItem(turn.session.partition, turn, self._redispatched, turn.dispatch + 1))
 
     def _redispatched(self, turn: Turn) -> None:
         # Behind everything of the former dispatch that was on its way: what the journal got is in memory by now.

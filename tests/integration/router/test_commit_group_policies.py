@@ -264,7 +264,7 @@ async def test_of_several_suspects_only_the_one_on_trial_is_blamed(store: Store)
     fresh, waits, runs = turns.values()
     for turn in (waits, runs):
         turn.strikes = 2
-        await store.commit(DispatchItem(p, turn, lambda _: None, on_trial=turn is runs))
+        await store.commit(DispatchItem(p, turn, lambda _: None, turn.dispatch, on_trial=turn is runs))
     await store.load(p, strike=True)
     await store.load(p, strike=True)
     strikes = {row[0]: row[1] for row in await store.rows("turns", "turn_id, strikes")}

@@ -153,7 +153,7 @@ async def test_a_dispatch_is_raised_durably(store: Store) -> None:
     p = await store.take(0)
     _, turn = await store.started(p, inbound(), 1)
     turn.dispatch, turn.strikes = 4, 2
-    await store.commit(DispatchItem(p, turn, lambda _: None))
+    await store.commit(DispatchItem(p, turn, lambda _: None, turn.dispatch))
     assert await store.rows("turns", "dispatch, strikes") == [(4, 2)]
 
 

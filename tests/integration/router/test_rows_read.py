@@ -47,7 +47,7 @@ class Life:
         """Messages come again, turns take an input, are dispatched again and stopped, a step is journaled."""
         self.groups += 1
         again = ingest(self.partition, self.groups, *(inbound(turn.session.key.session) for turn in turns))
-        dispatches = [DispatchItem(self.partition, turn, lambda _: None) for turn in turns]
+        dispatches = [DispatchItem(self.partition, turn, lambda _: None, turn.dispatch) for turn in turns]
         inputs = [InputItem(self.partition, turn, turn.inputs[0].position + 1, lambda _: None) for turn in turns]
         stops = [ControlItem(self.partition, turn.session.id, TENANT, [], lambda _: None, turn) for turn in turns]
         await self.store.commit(again, *dispatches, *inputs, *stops, *map(step, turns), writer=self.writer)

@@ -10,6 +10,7 @@ from soma.common.v1.error_reason_pb2 import ErrorReason
 from services.router.application import start_turns
 from services.router.application.group import Group, GroupRejected
 from services.router.application.outcomes import EndItem
+from services.router.domain.session import Turn
 from services.router.domain.turn import Outcome, StepKind
 from tests.unit.router.builders import cancel, inbound
 from tests.unit.router.engine import Brain, Engine, running_engine
@@ -264,6 +265,34 @@ async def test_a_poison_turn_takes_nobody_with_it() -> None:
         outcomes = {item.turn.session.key.session: int(item.answer.outcome) for item in engine.ended}
         assert outcomes == {"poison": Outcome.ERROR, "a": Outcome.FINAL, "b": Outcome.FINAL, "c": Outcome.FINAL}
         assert max(item.turn.strikes for item in engine.ended if int(item.answer.outcome) == Outcome.FINAL) <= 2
+
+
+async def test_a_step_on_its_way_when_its_brain_dies_is_shown_as_that_dispatchs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal says so too: shown as the next dispatch's, it would be taken back by whoever reads it there."""
+    told: list[tuple[str, int]] = []
+    for name in ("step", "restarted", "state"):
+
+        def tell(turn: Turn, *_: object, name: str = name) -> None:
+            told.append((name, turn.dispatch))
+
+        monkeypatch.setattr(engine.live, name, tell, raising=False)
+    engine.accept(inbound())
+    [start] = await engine.started(1)
+    turn = engine.state.running[start.turn_id]
+    told.clear()
+    engine.store.gate = asyncio.Event()
+    engine.propose(start, StepKind.MODEL_REPLY, 1)
+    await asyncio.sleep(0.01)
+    engine.disconnect(engine.brain)
+    engine.connect(other := Brain(name="brain-1"))
+    assert (turn.dispatch, turn.link) == (1, None), "the next is not durable yet"
+    engine.propose(start, StepKind.FINAL, 2)  # nobody listens to the one that is gone
+    engine.store.gate.set()
+    [again] = await engine.started(1, other)
+    assert (again.dispatch, len(again.journal)) == (2, 1)
+    assert told == [("step", 1), ("restarted", 2), ("state", 2)]
 
 
 async def test_a_declined_turn_goes_elsewhere_without_a_strike(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from soma.common.v1.message_pb2 import Message, Part
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
 from services.router.application.group import Group, GroupRejected, GroupResult
+from services.router.application.outcomes import EndItem
 from services.router.domain.arrival import Policy
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
 from soma_common import ids
@@ -81,6 +82,23 @@ async def test_a_turn_that_was_stopped_while_its_context_was_read_is_not_started
     engine.tools_away = False
     [second] = await engine.started(1, late)
     assert texts(list(second.inputs)) == ["2"]
+
+
+async def test_a_turn_that_is_being_ended_stays_what_it_was_when_its_brain_dies(engine: Engine) -> None:
+    """Nobody runs it again, and its end is stored as of the dispatch that its journal knows."""
+    await calling(engine)
+    engine.accept(message("2", Policy.INTERRUPT))
+    await eventually(lambda: engine.settled, what="a question to the tools")
+    turn = next(turn for turn in engine.state.running.values() if turn.status is TurnStatus.CONVERGING)
+    engine.disconnect(engine.brain)
+    engine.connect(Brain(name="brain-1"))
+    await engine.quiet()
+    assert (turn.dispatch, turn.link, turn.strikes) == (1, None, 1)
+    engine.tools_away = False
+    await eventually(lambda: engine.ended, what="the end of what is interrupted")
+    [item] = engine.ended
+    assert isinstance(item, EndItem)
+    assert (item.turn, item.dispatch) == (turn, 1)
 
 
 async def test_cancelling_a_session_ends_also_what_a_rollback_is_about_to_give_back(engine: Engine) -> None:
