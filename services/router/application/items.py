@@ -141,6 +141,7 @@ class DispatchItem:
     turn: Turn
     done: Callable[[Turn], None]
     dispatch: int
+    """The number of that try, counted from 1; the present one if only `on_trial` is new."""
     on_trial: bool = False
     """A suspect that is about to run: should its router die now, it is the one to blame."""
 
