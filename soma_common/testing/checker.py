@@ -27,6 +27,7 @@ from typing import Final, TypeAlias
 
 from google.protobuf.json_format import MessageToDict
 from soma.common.v1.error_reason_pb2 import ErrorReason
+from soma.common.v1.message_pb2 import Error
 from soma.common.v1.turn_pb2 import ArrivalPolicy, Delivery, LiveEvent, Outcome, Step, ToolCall
 
 from soma_common import ids
@@ -375,8 +376,18 @@ def _of_call(
     elif result.error.reason == ErrorReason.ERROR_REASON_TOOL_CANCELLED:
         if recorded:
             yield f"{call.tool} was called, and the journal says that it was cancelled before it ran"
-    elif not recorded and result.error.reason != ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN:
-        yield f"{call.tool} has a result in the journal, but was never called"
+    elif not recorded and not _says_that_nobody_answered(result.error):
+        told = f" ({reason_name(result.error.reason)}: {result.error.message})" if result.HasField("error") else ""
+        yield f"{call.tool} has a result in the journal, but was never called{told}"
+
+
+def _says_that_nobody_answered(error: Error) -> bool:
+    """Whether the tool gateway tells of a call that no endpoint answered: it cannot be known, or the endpoint was out
+    of reach or too slow. A gateway that was stopped as it connected finds its time over before the call has left.
+    """
+    return error.reason == ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN or (
+        error.reason == ErrorReason.ERROR_REASON_TOOL_FAILED and "http_status" not in error.metadata
+    )
 
 
 def _told(delivery: Delivery) -> str:

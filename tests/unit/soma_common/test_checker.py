@@ -234,12 +234,22 @@ def charge(key: str = f"{TURN}/1/0", what: str = "tea") -> RecordedToolCall:
 MODEL_CALLS = [(TURN, 1), (TURN, 3)]
 CANCELLED = Error(reason=ErrorReason.ERROR_REASON_TOOL_CANCELLED)
 UNKNOWN = Error(reason=ErrorReason.ERROR_REASON_TOOL_OUTCOME_UNKNOWN)
+FAILED = ErrorReason.ERROR_REASON_TOOL_FAILED
+OUT_OF_REACH = Error(reason=FAILED, message="charge cannot be reached", metadata={"cause": "ConnectTimeout"})
+REFUSED = Error(reason=FAILED, message="it answered HTTP 500: no", metadata={"http_status": "500"})
 
 
 @pytest.mark.parametrize(
     ("steps", "tool_calls"),
-    [(journal(), [charge()]), (journal(UNKNOWN), []), (journal(UNKNOWN), [charge()]), (journal(CANCELLED), [])],
-    ids=["called", "unknown, not called", "unknown, called", "cancelled, not called"],
+    [
+        (journal(), [charge()]),
+        (journal(UNKNOWN), []),
+        (journal(UNKNOWN), [charge()]),
+        (journal(CANCELLED), []),
+        (journal(OUT_OF_REACH), []),
+        (journal(REFUSED), [charge()]),
+    ],
+    ids=["called", "unknown, not called", "unknown, called", "cancelled, not called", "out of reach", "refused"],
 )
 def test_journals_and_witnesses_agree(steps: list[Step], tool_calls: list[RecordedToolCall]) -> None:
     assert journal_violations({TURN: steps}, MODEL_CALLS, tool_calls, frozenset({"charge"})) == []
@@ -251,6 +261,7 @@ def test_journals_and_witnesses_agree(steps: list[Step], tool_calls: list[Record
         (journal(), [charge(), charge()], "charge was called 2 times"),
         (journal(), [charge(what="coffee")], "charge was called with {'what': 'coffee'}"),
         (journal(), [], "has a result in the journal, but was never called"),
+        (journal(REFUSED), [], "was never called (TOOL_FAILED: it answered HTTP 500: no)"),
         (journal(CANCELLED), [charge()], "the journal says that it was cancelled"),
         (journal(), [charge(), charge(f"{TURN}/5/0")], "no journaled step asks for it"),
         (journal()[:1], [charge()], "ended with open calls"),
