@@ -48,7 +48,9 @@ class Release:
         """Put its code into `folder` and return that."""
         archive = subprocess.run(["git", "archive", self.commit], cwd=ROOT, capture_output=True, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-            files.extractall(folder, filter="data")
+            # Not the parameter `filter`: Python knows it since 3.11.4 only.
+            files.extraction_filter = getattr(tarfile, "data_filter", None)
+            files.extractall(folder)
         return folder
 
     def write_examples(self, code: Path, out: Path) -> None:
