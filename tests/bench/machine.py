@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from tools.python_builds import loop_ms
+
 PACKAGES: Final = ("grpcio", "asyncpg", "nats-py", "protobuf", "uvloop")
 ROOT: Final = Path(__file__).parents[2]
 
@@ -20,7 +22,7 @@ def described() -> dict[str, str]:
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores, {platform.machine()}{_virtual()}",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
-        "Python": platform.python_version(),
+        "Python": f"{platform.python_version()}, {loop_ms():.1f} ms for the loop of tools/python_builds.py",
         **{package: version(package) for package in PACKAGES},
     }
 
