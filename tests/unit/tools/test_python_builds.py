@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,16 @@ def test_a_much_faster_build_is_found_wherever_it_is(tmp_path: Path) -> None:
     build, times = found
     assert build.executable == str(tmp_path / "1" / NAME)
     assert times > 1000
+
+
+def test_a_time_that_something_disturbed_does_not_decide(tmp_path: Path) -> None:
+    build = Build(str(tmp_path / NAME), SAME, FAST_MS, usable=True)
+    fast, slow = json.dumps(asdict(build)), json.dumps(asdict(replace(build, loop_ms=SLOW_MS)))
+    asked = tmp_path / "asked"
+    put(tmp_path, f"[ -e {asked} ] && echo '{fast}' || echo '{slow}'; touch {asked}")
+    found = faster_build(str(tmp_path))
+    assert found is not None
+    assert found[0] == build
 
 
 @pytest.mark.parametrize(
