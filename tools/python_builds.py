@@ -37,7 +37,7 @@ class Build:
 
 def faster_build(path: str) -> tuple[Build, float] | None:
     """A build of the version that runs this, with how many times as fast it is; None: none is worth a change. `path`
-    is where to look, as in the variable PATH.
+    is where to look, as in the variable PATH. An older patch release is no choice: it lacks what was mended since.
     """
     here = told_by(sys.executable)
     if here is None:
@@ -49,7 +49,7 @@ def faster_build(path: str) -> tuple[Build, float] | None:
             continue
         seen.add(real)
         build = told_by(candidate)
-        if build is not None and build.usable and _minor(build) == _minor(here):
+        if build is not None and build.usable and _may_replace(build, here):
             others.append(build)
     if not others:
         return None
@@ -90,8 +90,9 @@ def _named(name: str, path: str) -> Iterator[Path]:
             yield candidate
 
 
-def _minor(build: Build) -> list[str]:
-    return build.version.split(".")[:2]
+def _may_replace(build: Build, here: Build) -> bool:
+    theirs, ours = ([int(part) for part in each.version.split(".")] for each in (build, here))
+    return theirs[:2] == ours[:2] and theirs >= ours
 
 
 class _Item:
