@@ -37,7 +37,8 @@ class Build:
 
 def faster_build(path: str) -> tuple[Build, float] | None:
     """A build of the version that runs this, with how many times as fast it is; None: none is worth a change. `path`
-    is where to look, as in the variable PATH. An older patch release is no choice: it lacks what was mended since.
+    is where to look, as in the variable PATH. Any patch release will do: all of 3.11 and later are supported, and what
+    distributions ship has the later security fixes under an older number.
     """
     here = told_by(sys.executable)
     if here is None:
@@ -49,7 +50,7 @@ def faster_build(path: str) -> tuple[Build, float] | None:
             continue
         seen.add(real)
         build = told_by(candidate)
-        if build is not None and build.usable and _may_replace(build, here):
+        if build is not None and build.usable and _minor(build) == _minor(here):
             others.append(build)
     if not others:
         return None
@@ -90,9 +91,8 @@ def _named(name: str, path: str) -> Iterator[Path]:
             yield candidate
 
 
-def _may_replace(build: Build, here: Build) -> bool:
-    theirs, ours = ([int(part) for part in each.version.split(".")] for each in (build, here))
-    return theirs[:2] == ours[:2] and theirs >= ours
+def _minor(build: Build) -> list[str]:
+    return build.version.split(".")[:2]
 
 
 class _Item:

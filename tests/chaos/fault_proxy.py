@@ -112,7 +112,9 @@ class _End(asyncio.Protocol):
                 out.write(data)
             else:
                 out.close()
-                self.link.forget(self)
+                # Known until both ends are closed: heal and cut reach what the other direction holds back.
+                if self.transport is None or self.transport.is_closing():
+                    self.link.forget(self)
         if self._held_bytes <= MAX_HELD_BYTES and self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 

@@ -1,6 +1,7 @@
 """The proxy that stands for the network does to a connection what it says."""
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -99,6 +100,21 @@ async def test_a_blackhole_of_one_direction_lets_the_other_through() -> None:
         await eventually(lambda: peer.heard == b"heard", 5, "what goes there arrives")
         link.heal()
         assert await caller.reader.readexactly(5) == b"heard"
+
+
+@pytest.mark.parametrize("healed", [True, False], ids=["healed", "stopped"])
+async def test_a_connection_whose_end_is_held_back_is_closed_too(healed: bool) -> None:
+    """If not, the warning of a socket that nobody closed fails the test."""
+    async with linked() as (peer, link):
+        async with call(link) as caller:
+            await caller.say(b"x")
+            link.blackhole(there=False)
+        await eventually(lambda: peer.ended == 1, 5, "the end of the caller arrives")
+        assert link.connections == 1
+        if healed:
+            link.heal()
+            await eventually(lambda: not link.connections, 5, "so does the other's")
+    gc.collect()
 
 
 async def test_a_cut_resets_what_there_is_and_refuses_what_comes() -> None:
