@@ -269,6 +269,9 @@ class PostgresServer:
             # But all of it is replayed after a crash, at about 200 MB/s.
             "max_wal_size = 1GB",
             "min_wal_size = 256MB",
+            # No commit waits until the 16 MB of a new WAL file are written with zeros; there are many new ones until
+            # checkpoints have left old ones to use again.
+            "wal_init_zero = off",
             "checkpoint_timeout = 15min",
             "autovacuum_naptime = 15s",
             # Processes that nothing here needs: what is read is nearly always in memory, and nothing is subscribed to.
