@@ -29,6 +29,7 @@ PAIR: Final = {"router": 2}
 TWO_PARTITIONS: Final = {"gateway": {"SOMA_PARTITIONS": "2"}, "router": {"SOMA_PARTITIONS": "2"}}
 """One for each of two routers: whatever a frozen one has in hand is of the partition that the other one takes."""
 ECHOES: Final = Mix(echo=8, slow=0, clerk=0, pause_s=0.1)
+MANY_ERRANDS: Final = Mix(echo=0, slow=0, clerk=48, pause_s=2.0)
 ERRANDS: Final = Mix(echo=0, slow=0, clerk=6, pause_s=0.1)
 
 Hurt = Callable[[FaultyStack, Load, random.Random], Awaitable[None]]
@@ -187,6 +188,20 @@ async def _store_is_cut_off(stack: FaultyStack, _load: Load, _drawn: random.Rand
         await asyncio.sleep(0.5)
 
 
+async def _starts_are_lost_far_from_brains(stack: FaultyStack, _load: Load, drawn: random.Random) -> None:
+    """Commits take their time, so that a brain is at work on turns whose start is lost; what it says arrives later."""
+    store, brain = stack.link("router-0", "postgres"), stack.link("router-0", "cognition-0")
+    brain.delay(drawn.uniform(400, 700))
+    for _ in range(4):
+        store.delay(150)
+        await asyncio.sleep(drawn.uniform(1.5, 2.5))
+        store.cut()
+        store.heal()
+        await asyncio.sleep(1.0)
+    brain.heal()
+    await asyncio.sleep(1.0)
+
+
 async def _one_router_cannot_commit(stack: FaultyStack, load: Load, drawn: random.Random) -> None:
     frozen = drawn.choice(("router-0", "router-1"))
     stack.link(frozen, "postgres").blackhole()
@@ -329,6 +344,10 @@ EXPERIMENTS: Final = (
     Experiment(
         "step_cas dispatch_id", "a brain is so far away that its turns count as stuck", _brains_are_far_away,
         ERRANDS, {"cognition": 2}, {"router": {"SOMA_STUCK_MARGIN_S": "0.1"}}, step_timeout_ms=1000,
+    ),
+    Experiment(
+        "withdrawn", "connections to a slow database are cut, brains far away", _starts_are_lost_far_from_brains,
+        MANY_ERRANDS, rule=fickle,
     ),
     Experiment("inputs_seen", "steered messages, late on their way to the brain", _news_comes_late, STEERED),
     Experiment(

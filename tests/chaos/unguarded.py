@@ -214,6 +214,19 @@ def _rendezvous() -> None:
     replace(f"{_ROUTER}.deliver_outcomes:DeliveryDesk._choose", make)
 
 
+def _withdrawn() -> None:
+    """A turn that a brain was given in vain is given again as if none had had it."""
+
+    def make(withdraw: Any) -> Any:
+        def forgotten(self: Any, turn: Any) -> None:
+            withdraw(self, turn)
+            self._withdrawn.clear()
+
+        return forgotten
+
+    replace(f"{_ROUTER}.start_ahead:StartsAhead.withdraw", make)
+
+
 # ---- brain and tool gateway
 
 
@@ -299,6 +312,7 @@ IN_SERVICES: Final[dict[str, dict[str, Callable[[], None]]]] = {
         "confirm": _confirm,
         "inputs_seen": _inputs_seen,
         "dispatch_id": _dispatch_id,
+        "withdrawn": _withdrawn,
         "load_after": _load_after,
         "term_ends": _term_ends,
         "purge_committed": _purge_committed,
