@@ -174,7 +174,7 @@ def _floor_durable() -> None:
 
 def _floor_acked() -> None:
     """What was sent counts as acknowledged."""
-    ack_item = import_module(f"{_ROUTER}.items").AckItem
+    ack_item = import_module(f"{_ROUTER}.outcomes").AckItem
 
     def make(send: Any) -> Any:
         def sent_is_acked(self: Any, line: Any) -> None:
