@@ -29,8 +29,9 @@ PAIR: Final = {"router": 2}
 TWO_PARTITIONS: Final = {"gateway": {"SOMA_PARTITIONS": "2"}, "router": {"SOMA_PARTITIONS": "2"}}
 """One for each of two routers: whatever a frozen one has in hand is of the partition that the other one takes."""
 ECHOES: Final = Mix(echo=8, slow=0, clerk=0, pause_s=0.1)
-MANY_ERRANDS: Final = Mix(echo=0, slow=0, clerk=48, pause_s=2.0)
 ERRANDS: Final = Mix(echo=0, slow=0, clerk=6, pause_s=0.1)
+MANY_ERRANDS: Final = Mix(echo=0, slow=0, clerk=48, pause_s=2.0)
+"""Not in step: at any moment some of them begin."""
 
 Hurt = Callable[[FaultyStack, Load, random.Random], Awaitable[None]]
 

@@ -1,6 +1,7 @@
 """Every guard can still be taken away: an experiment whose guard has moved proves nothing."""
 
 import asyncio
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,12 +25,9 @@ OF_CODE = [
 @pytest.mark.parametrize(("where", "guard"), OF_CODE, ids=[guard for _, guard in OF_CODE])
 async def test_a_guard_in_the_code_is_where_it_is_taken_from(where: str, guard: str) -> None:
     """In a process of its own: what it does to the code stays."""
-    taken = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", TAKE_AWAY.format(where), guard, cwd=ROOT, stderr=asyncio.subprocess.PIPE
-    )
-    async with asyncio.timeout(60):
-        _, said = await taken.communicate()
-    assert taken.returncode == 0, said.decode()
+    command = [sys.executable, "-c", TAKE_AWAY.format(where), guard]
+    taken = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert taken.returncode == 0, taken.stderr
 
 
 async def test_guards_in_the_database_are_where_they_are_taken_from(postgres: Database) -> None:
