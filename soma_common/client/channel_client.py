@@ -50,7 +50,7 @@ from soma_common.errors import (
     from_proto,
     to_proto,
 )
-from soma_common.grpc.channel import open_channel
+from soma_common.grpc.stream_channel import StreamingChannel, open_stream_channel
 from soma_common.newest_dispatch import NewestDispatch
 
 PROTOCOL: Final = 1
@@ -110,7 +110,7 @@ class ChannelClient:
             tenant=tenant, channel=channel, instance=instance, live=live, credit=credit, protocol=PROTOCOL
         )
         self._own_channel = grpc_channel is None
-        self._grpc = grpc_channel or open_channel(target, token=self._token, service="gateway")
+        self._grpc: StreamingChannel = grpc_channel or open_stream_channel(target, token=self._token, service="gateway")
         self._stream = KeptStream(
             self._grpc,
             Traffic(self._open, self._next_frame, self._finished, self._receive, self._lost, self._failed),

@@ -15,8 +15,7 @@ from typing import Any, Final
 import grpc
 import structlog
 from soma.common.v1.error_reason_pb2 import ErrorReason
-from soma.gateway.v1.channel_service_pb2 import ConnectRequest, ConnectResponse, Hello, Welcome
-from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
+from soma.gateway.v1.channel_service_pb2 import DESCRIPTOR, ConnectRequest, ConnectResponse, Hello, Welcome
 
 from soma_common.errors import (
     DeadlineExceeded,
@@ -26,7 +25,9 @@ from soma_common.errors import (
     Unavailable,
     from_rpc_error,
 )
+from soma_common.grpc.stream_channel import StreamingChannel
 
+_METHOD: Final = f"/{DESCRIPTOR.services_by_name['ChannelService'].full_name}/Connect"
 FIRST_BACKOFF_S: Final = 0.05
 LONGEST_BACKOFF_S: Final = 2.0
 WELCOME_TIMEOUT_S: Final = 10.0
@@ -58,8 +59,12 @@ class Traffic:
 class KeptStream:
     """Runs as one task (`run`); `wake` says that `next_frame` may have something."""
 
-    def __init__(self, channel: grpc.aio.Channel, traffic: Traffic) -> None:
-        self._stub = ChannelServiceStub(channel)
+    def __init__(self, channel: StreamingChannel, traffic: Traffic) -> None:
+        self._connect = channel.stream_stream(
+            _METHOD,
+            request_serializer=ConnectRequest.SerializeToString,
+            response_deserializer=ConnectResponse.FromString,
+        )
         self._traffic = traffic
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
@@ -105,7 +110,7 @@ class KeptStream:
 
     async def _serve(self) -> None:
         """One stream from hello to its end. Raises SomaError when it ends badly."""
-        call: Any = self._stub.Connect()
+        call: Any = self._connect()
         writer: asyncio.Task[None] | None = None
         self._silent = False
         try:

@@ -91,17 +91,25 @@ class _IdentifiedChannel(grpc.aio.Channel):
                 timeout = _shorter(timeout, time_left_s())
             wait = self._wait_for_ready if wait_for_ready is None else wait_for_ready
             arguments = (request,) if has_request or request is not None else ()
-            return make(*arguments, timeout=timeout, metadata=self._metadata(metadata), wait_for_ready=wait, **kwargs)
+            return make(
+                *arguments,
+                timeout=timeout,
+                metadata=call_metadata(self._token, metadata),
+                wait_for_ready=wait,
+                **kwargs,
+            )
 
         return call
 
-    def _metadata(self, given: Any) -> tuple[tuple[str, str | bytes], ...]:
-        metadata: list[tuple[str, str | bytes]] = list(given or ())
-        if self._token is not None:
-            metadata.append(("authorization", f"Bearer {self._token()}"))
-        if (trace := current_trace()) is not None:
-            metadata.append((TRACEPARENT, str(trace)))
-        return tuple(metadata)
+
+def call_metadata(token: Token | None, given: Any) -> tuple[tuple[str, str | bytes], ...]:
+    """What goes with a call: what is given, who calls and in which trace."""
+    metadata: list[tuple[str, str | bytes]] = list(given or ())
+    if token is not None:
+        metadata.append(("authorization", f"Bearer {token()}"))
+    if (trace := current_trace()) is not None:
+        metadata.append((TRACEPARENT, str(trace)))
+    return tuple(metadata)
 
 
 def _shorter(timeout: float | None, left: float | None) -> float | None:

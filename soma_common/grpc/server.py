@@ -10,10 +10,12 @@ import grpc
 import structlog
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from soma_common.authz.authorizer import Authorizer
 from soma_common.grpc.guard import FIRST_MESSAGE_TIMEOUT_S, Guard
+from soma_common.grpc.listener import AddressInUse as AddressInUse
+from soma_common.grpc.listener import Listener
 from soma_common.grpc.method import PUBLIC_SERVICES, Method, describe_service
 from soma_common.settings import ServiceSettings
 
@@ -26,10 +28,6 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _log = structlog.get_logger(__name__)
 
 
-class AddressInUse(RuntimeError):
-    """The address to listen on is taken."""
-
-
 class GrpcServer:
     """Serves `services` on `settings.listen`. Health answers NOT_SERVING until `set_serving(True)`."""
 
@@ -39,7 +37,6 @@ class GrpcServer:
         authorizer: Authorizer,
         *,
         services: Sequence[Service],
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         first_message_timeout_s: float = FIRST_MESSAGE_TIMEOUT_S,
     ) -> None:
         """Raises MissingAuthzRule naming the first method whose contract does not say who may call it."""
@@ -48,9 +45,8 @@ class GrpcServer:
         self._methods = {name: describe_service(name) for name in self._names if name not in PUBLIC_SERVICES}
         self._guard = Guard(authorizer, first_message_timeout_s)
         self._services = services
-        self._interceptors = interceptors
         self._health = _Health()
-        self._server: grpc.aio.Server | None = None
+        self._listener = Listener(settings.grpc_max_message_bytes)
         self._channelz: grpc.aio.Server | None = None
         self.port = 0
         """The port served on; 0 until started."""
@@ -59,21 +55,21 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Start serving and return the port; raises AddressInUse."""
-        server = grpc.aio.server(
-            interceptors=list(self._interceptors), options=_server_options(self._settings.grpc_max_message_bytes)
-        )
         for add, servicer, name in self._services:
-            add(servicer, _Registrar(server, self._guard, self._methods.get(name)))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+            methods = self._methods.get(name)
+            guard = self._guard if methods is not None else None
+            add(servicer, _Registrar(self._listener, guard, methods or {}))
+        own: Any = _Registrar(self._listener, None, {})
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, own)
+        names = [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        add_reflection: Any = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+        add_reflection(reflection.aio.ReflectionServicer(names), own)
         await self.set_serving(False)
-        self.port = _bind(server, self._settings.listen)
-        await server.start()
-        self._server = server
+        self.port = await self._listener.start(self._settings.listen)
         if self._settings.channelz_listen is not None:
             self._channelz = grpc.aio.server()
             channelz.add_channelz_servicer(self._channelz)
-            self.channelz_port = _bind(self._channelz, self._settings.channelz_listen)
+            self.channelz_port = self._channelz.add_insecure_port(self._settings.channelz_listen)
             await self._channelz.start()
             _log.info("grpc.channelz", port=self.channelz_port)
         return self.port
@@ -87,16 +83,17 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
         await self._health.enter_graceful_shutdown()
-        for server in (self._server, self._channelz):
-            if server is not None:
-                await server.stop(grace_s)
+        await self._listener.stop(grace_s)
+        if self._channelz is not None:
+            await self._channelz.stop(grace_s)
 
 
 class _Registrar:
-    """Takes the place of the server in the generated `add_..._to_server`, and wraps each handler on its way there."""
+    """Takes the place of gRPC's server in the generated `add_..._to_server`, and wraps handlers on the way to ours."""
 
-    def __init__(self, server: grpc.aio.Server, guard: Guard, methods: dict[str, Method] | None) -> None:
-        self._server, self._guard, self._methods = server, guard, methods
+    def __init__(self, listener: Listener, guard: Guard | None, methods: dict[str, Method]) -> None:
+        """Without a guard the service is one of gRPC's own, and public."""
+        self._listener, self._guard, self._methods = listener, guard, methods
 
     def add_generic_rpc_handlers(self, _handlers: object) -> None:
         """The same handlers come again, by method, in `add_registered_method_handlers`."""
@@ -105,11 +102,10 @@ class _Registrar:
         self, service: str, handlers: "dict[str, grpc.RpcMethodHandler[Any, Any]]"
     ) -> None:
         """Register the handlers, wrapped unless the service is one of gRPC's own."""
-        if self._methods is not None:
-            methods = self._methods
-            handlers = {name: self._guard.wrap(methods[name], handler) for name, handler in handlers.items()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-        self._server.add_registered_method_handlers(service, handlers)
+        if self._guard is not None:
+            guard, methods = self._guard, self._methods
+            handlers = {name: guard.wrap(methods[name], handler) for name, handler in handlers.items()}
+        self._listener.add(service, handlers)
 
 
 class _Health(health.aio.HealthServicer):
@@ -136,28 +132,3 @@ class _Health(health.aio.HealthServicer):
         await super().enter_graceful_shutdown()
         await asyncio.sleep(0)  # Watchers are woken and write before they are ended.
         self._over.set()
-
-
-def _bind(server: grpc.aio.Server, address: str) -> int:
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise AddressInUse(f"cannot listen on {address}: {error}") from error
-    if port == 0:
-        raise AddressInUse(f"cannot listen on {address}: it is taken or not an address of this machine")
-    return port
-
-
-def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.so_reuseport", 0),  # A second process on the same port is a mistake to be told about.
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        # Without this a frozen peer is never noticed: keepalive alone does not close the connection.
-        ("grpc.http2.ping_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # Must be below the clients' keepalive time, or they are sent away with "too many pings".
-        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
 import structlog
@@ -23,7 +23,7 @@ from soma.cognition.v1.cognition_service_pb2 import (
 )
 
 from soma_common.clock import monotonic
-from soma_common.grpc.channel import open_channel
+from soma_common.grpc.stream_channel import StreamCall, StreamingChannel, open_stream_channel
 from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import gauge
 
@@ -53,7 +53,7 @@ _STARTS, _ADD_INPUTS = (
 _Item = tuple[bytes, int, bytes]
 """Turn, dispatch, and the field of the frame that is about them."""
 
-_Call = grpc.aio.StreamStreamCall[bytes, RunTurnsResponse]
+_Call: TypeAlias = "StreamCall | grpc.aio.StreamStreamCall[bytes, RunTurnsResponse]"
 
 
 class GrpcBrainLink:
@@ -233,7 +233,7 @@ class BrainConnector:
         """Connects, serves the stream, connects again; until cancelled."""
         wait_s = _FIRST_WAIT_S
         while True:
-            channel = open_channel(self._target, token=self._token, service="cognition")
+            channel = open_stream_channel(self._target, token=self._token, service="cognition")
             began = monotonic()
             try:
                 await self._serve(channel)
@@ -244,7 +244,7 @@ class BrainConnector:
             wait_s = _FIRST_WAIT_S if monotonic() - began > _LONGEST_WAIT_S else min(wait_s * 2, _LONGEST_WAIT_S)
             await asyncio.sleep(wait_s)
 
-    async def _serve(self, channel: grpc.aio.Channel) -> None:
+    async def _serve(self, channel: StreamingChannel) -> None:
         # Not by the stub: frames are written as bytes. Without an iterator of requests the call is written to.
         open_stream: Any = channel.stream_stream(_METHOD, response_deserializer=RunTurnsResponse.FromString)
         call: _Call = open_stream()

@@ -1,0 +1,204 @@
+"""gRPC over HTTP/2: messages, metadata, timeouts and statuses as they stand on the wire.
+
+Source: PROTOCOL-HTTP2.md of gRPC. Nothing here knows a connection.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import zlib
+from collections.abc import Iterable
+from struct import Struct
+from typing import Final
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from grpc import StatusCode
+
+from soma_common.http2.headers import Headers
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+MAX_METADATA_BYTES: Final = 64 * 1024
+
+CONTENT_TYPE: Final = "application/grpc"
+ACCEPTED_ENCODINGS: Final = "identity,deflate,gzip"
+
+PREFIX: Final = Struct(">BI")
+"""Whether the message is compressed, and its length."""
+PREFIX_BYTES: Final = PREFIX.size
+
+_WINDOW_BITS: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
+_TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
+_SECONDS: Final = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+_RESERVED: Final = frozenset(
+    (b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding", b"host")
+)
+_STATUS_HEADERS: Final = frozenset((b"grpc-status", b"grpc-message"))
+_CODES: Final[dict[int, StatusCode]] = {code.value[0]: code for code in StatusCode}
+_PLAIN: Final = bytes(range(0x20, 0x7F)).replace(b"%", b"").decode()
+_HTTP_STATUS: Final = {
+    b"400": StatusCode.INTERNAL,
+    b"401": StatusCode.UNAUTHENTICATED,
+    b"403": StatusCode.PERMISSION_DENIED,
+    b"404": StatusCode.UNIMPLEMENTED,
+    b"429": StatusCode.UNAVAILABLE,
+    b"502": StatusCode.UNAVAILABLE,
+    b"503": StatusCode.UNAVAILABLE,
+    b"504": StatusCode.UNAVAILABLE,
+}
+"""What a response that is not gRPC's means (http-grpc-status-mapping.md)."""
+
+
+class WireError(Exception):
+    """What came is not what gRPC allows; `code` is the status to end the call with."""
+
+    def __init__(self, code: StatusCode, why: str) -> None:
+        super().__init__(why)
+        self.code, self.why = code, why
+
+
+class MessageReader:
+    """Puts the messages of a stream together from its bytes. At most one message is held that is not whole yet."""
+
+    __slots__ = ("_encoding", "_held", "_max_bytes", "_needed")
+
+    def __init__(self, max_bytes: int, encoding: bytes = b"identity") -> None:
+        """`encoding` is what compressed messages are compressed by."""
+        self._max_bytes = max_bytes
+        self._encoding = encoding
+        self._held = bytearray()
+        self._needed = PREFIX_BYTES
+
+    def read(self, data: bytes) -> list[bytes]:
+        """The messages that `data` completes. Raises WireError for one that is too large or cannot be expanded."""
+        if not self._held and len(data) >= PREFIX_BYTES:
+            compressed, size = PREFIX.unpack_from(data)
+            if size == len(data) - PREFIX_BYTES and not compressed and size <= self._max_bytes:
+                return [data[PREFIX_BYTES:]]  # nearly always
+        held = self._held
+        held += data
+        if len(held) < self._needed:
+            return []
+        messages = []
+        at = 0
+        while True:
+            self._needed = PREFIX_BYTES
+            if len(held) - at < PREFIX_BYTES:
+                break
+            compressed, size = PREFIX.unpack_from(held, at)
+            if size > self._max_bytes:
+                raise _too_large(size, self._max_bytes)
+            self._needed += size
+            if len(held) - at < self._needed:
+                break
+            message = bytes(held[at + PREFIX_BYTES : at + self._needed])
+            at += self._needed
+            messages.append(self._expanded(message, compressed) if compressed else message)
+        del held[:at]
+        return messages
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether nothing is held of a message that is not whole."""
+        return not self._held
+
+    def _expanded(self, message: bytes, compressed: int) -> bytes:
+        bits = _WINDOW_BITS.get(self._encoding)
+        if compressed != 1 or bits is None:
+            raise WireError(StatusCode.INTERNAL, "a message is said to be compressed, but not how")
+        expander = zlib.decompressobj(bits)
+        try:
+            whole = expander.decompress(message, self._max_bytes + 1)
+        except zlib.error as error:
+            raise WireError(StatusCode.INTERNAL, f"a message cannot be expanded: {error}") from None
+        if len(whole) > self._max_bytes:
+            raise _too_large(len(whole), self._max_bytes)
+        if not expander.eof:
+            raise WireError(StatusCode.INTERNAL, "a compressed message ends too early")
+        return whole
+
+
+def _too_large(size: int, most: int) -> WireError:
+    return WireError(StatusCode.RESOURCE_EXHAUSTED, f"received message larger than max ({size} vs. {most})")
+
+
+def is_known_encoding(encoding: bytes) -> bool:
+    """Whether messages compressed so can be read."""
+    return encoding == b"identity" or encoding in _WINDOW_BITS
+
+
+def read_timeout(value: bytes) -> float:
+    """The seconds of a `grpc-timeout`. Raises WireError for what is none."""
+    found = _TIMEOUT.fullmatch(value)
+    if found is None:
+        raise WireError(StatusCode.INTERNAL, f"grpc-timeout cannot be read: {value!r}")
+    return int(found[1]) * _SECONDS[found[2]]
+
+
+def write_timeout(seconds: float) -> str:
+    """A `grpc-timeout`, of at most eight digits, not shorter than asked for by more than a thousandth."""
+    micros = max(int(seconds * 1e6), 1)
+    if micros < 10**8:
+        return f"{micros}u"
+    millis = micros // 1000
+    return f"{millis}m" if millis < 10**8 else f"{min(millis // 1000, 10**8 - 1)}S"
+
+
+def read_metadata(headers: Headers) -> Metadata:
+    """What the application may know of the headers: all but those of HTTP and of gRPC itself."""
+    return tuple(
+        (name.decode("latin-1"), _read_binary(value) if name.endswith(b"-bin") else value.decode("latin-1"))
+        for name, value in headers
+        if name[:1] != b":" and name not in _RESERVED and name not in _STATUS_HEADERS
+    )
+
+
+def _read_binary(value: bytes) -> bytes:
+    try:
+        return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise WireError(StatusCode.INTERNAL, "binary metadata that is no base64") from None
+
+
+def write_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str | bytes, str | bytes]]:
+    """Metadata as headers. Raises ValueError for what cannot be one."""
+    headers: list[tuple[str | bytes, str | bytes]] = []
+    for name, value in metadata:
+        if name.endswith("-bin"):
+            raw = value if isinstance(value, bytes) else value.encode()
+            headers.append((name, base64.b64encode(raw).rstrip(b"=")))
+            continue
+        text = value.encode() if isinstance(value, str) else value
+        if not name or name != name.lower() or any(not 0x20 <= byte <= 0x7E for byte in text):
+            raise ValueError(f"metadata {name!r} is no header: lower-case names, printable ASCII, or end it in -bin")
+        headers.append((name, text))
+    return headers
+
+
+def write_status(
+    code: int, details: str, metadata: Iterable[tuple[str, str | bytes]] = ()
+) -> list[tuple[str | bytes, str | bytes]]:
+    """The trailers that end a call."""
+    trailers: list[tuple[str | bytes, str | bytes]] = [("grpc-status", str(code))]
+    if details:
+        trailers.append(("grpc-message", quote_from_bytes(details.encode(errors="replace"), safe=_PLAIN)))
+    return trailers + write_metadata(metadata)
+
+
+def read_status(headers: Headers) -> tuple[StatusCode, str] | None:
+    """The status among headers; None: there is none."""
+    code: StatusCode | None = None
+    details = ""
+    for name, value in headers:
+        if name == b"grpc-status":
+            code = _CODES.get(int(value), StatusCode.UNKNOWN) if value.isdigit() else StatusCode.UNKNOWN
+        elif name == b"grpc-message":
+            details = unquote_to_bytes(value).decode(errors="replace")
+    return None if code is None else (code, details)
+
+
+def status_of_http(status: bytes) -> StatusCode:
+    """What a response that is not gRPC's means."""
+    return _HTTP_STATUS.get(status, StatusCode.UNKNOWN)
