@@ -42,8 +42,8 @@ class ServiceSettings(BaseSettings):
     admin_listen: str = "127.0.0.1:0"
     """Where metrics and health are served over HTTP. Loopback unless said otherwise: it asks for no identity."""
     channelz_listen: str | None = None
-    """Where gRPC's channelz is served, for debugging; unset: not at all. It asks for no identity, so keep it on
-    loopback."""
+    """Where gRPC's channelz is served, for debugging; unset: not at all. It shows the calls that this process makes
+    through gRPC's own channels, and asks for no identity: keep it on loopback."""
 
     nats_url: str = "nats://127.0.0.1:4222"
     """The message bus; several servers are separated by commas."""

@@ -17,6 +17,7 @@ from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, encode
 from soma_common.http2.server import ServerConnection
 from soma_common.settings import split_address
+from soma_common.telemetry.metrics import gauge
 
 KEEPALIVE: Final = Keepalive(after_s=10.0, timeout_s=5.0)
 BACKLOG: Final = 1024
@@ -24,6 +25,8 @@ LAST_WORDS_S: Final = 1.0
 """How long handlers that were cancelled at the end may take."""
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+_connections = gauge("soma_rpc_server_connections", "Connections of clients.")
 
 _METHOD_NOT_ALLOWED: Final = encode(((":status", "405"), ("allow", "POST")))
 _NOT_GRPC: Final = encode(((":status", "415"),))
@@ -76,9 +79,14 @@ class Listener:
             connection.close("the server has stopped")
 
     def _connected(self) -> ServerConnection:
-        connection = ServerConnection(KEEPALIVE, self._connections.discard, self._accept)
+        connection = ServerConnection(KEEPALIVE, self._disconnected, self._accept)
         self._connections.add(connection)
+        _connections.inc()
         return connection
+
+    def _disconnected(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        _connections.dec()
 
     def _accept(self, stream: Stream, headers: Headers) -> None:
         """Starts the call that a request asks for, or answers what is none."""

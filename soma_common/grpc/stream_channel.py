@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2
 from soma_common.grpc import wire
 from soma_common.grpc.channel import Token, call_metadata, open_channel
 from soma_common.grpc.wire import MessageReader, WireError
-from soma_common.http2.client import ClientConnection, connect
+from soma_common.http2.client import ClientConnection, connect, resolve
 from soma_common.http2.connection import Keepalive, Stream, StreamLost
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, check_response, check_trailers, encode
@@ -72,8 +72,8 @@ class StreamChannel:
 
     def __init__(self, target: str, *, token: Token | None, max_message_bytes: int = 16 * 1024 * 1024) -> None:
         """Raises ValueError for a target that is not plain."""
-        self._addresses = [split_address(part.strip()) for part in target.split(",")]
-        self._next = random.randrange(len(self._addresses))
+        self._targets = [split_address(part.strip()) for part in target.split(",")]
+        self._next = random.randrange(len(self._targets))
         self._token = token
         self._max_message_bytes = max_message_bytes
         self._calls: set[StreamCall] = set()
@@ -134,35 +134,44 @@ class StreamChannel:
         if spare is not None and spare.closing is None:
             return spare
         failure = ""
-        for _ in self._addresses:
-            host, port = self._addresses[self._next]
-            self._next = (self._next + 1) % len(self._addresses)
+        for _ in self._targets:
+            host, port = self._targets[self._next]
+            self._next = (self._next + 1) % len(self._targets)
+            authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             try:
                 async with asyncio.timeout(CONNECT_S):
-                    return await _serving(host, port)
-            except TimeoutError:
-                failure = f"{host}:{port} did not answer within {CONNECT_S:g} s"
-            except OSError as error:
-                failure = f"{host}:{port}: {error.strerror or error}"
-            except WireError as error:
-                failure = f"{host}:{port}: {error.why}"
+                    addresses = await resolve(host, port)
+            except (OSError, TimeoutError) as error:
+                failure = f"{authority} cannot be resolved: {error}"
+                continue
+            random.shuffle(addresses)
+            for address in addresses:
+                try:
+                    async with asyncio.timeout(CONNECT_S):
+                        return await _serving(address, authority)
+                except TimeoutError:
+                    failure = f"{address} did not answer within {CONNECT_S:g} s"
+                except OSError as error:
+                    failure = f"{address}: {error.strerror or error}"
+                except WireError as error:
+                    failure = f"{address}: {error.why}"
         raise WireError(_StatusCode.UNAVAILABLE, f"failed to connect to all addresses; last: {failure}")
 
 
-async def _serving(host: str, port: int) -> ClientConnection:
+async def _serving(address: tuple[str, int], authority: str) -> ClientConnection:
     """A connection to an address that says it serves, or says nothing of it. Raises OSError, WireError."""
-    connection = await connect(host, port, KEEPALIVE)
+    connection = await connect(address, KEEPALIVE, authority)
     try:
-        await _check_health(connection, f"{host}:{port}")
+        await _check_health(connection)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-async def _check_health(connection: ClientConnection, authority: str) -> None:
+async def _check_health(connection: ClientConnection) -> None:
     replies = _Replies(health_pb2.HealthCheckResponse.FromString, wire.MAX_METADATA_BYTES)
-    stream = _request(connection, replies, _HEALTH, authority, ())
+    stream = _request(connection, replies, _HEALTH, ())
     try:
         await _send(stream, health_pb2.HealthCheckRequest().SerializeToString())
     except StreamLost as lost:
@@ -180,14 +189,13 @@ def _request(
     connection: ClientConnection,
     replies: _Replies,
     method: str,
-    authority: str,
     metadata: Sequence[tuple[str, str | bytes]],
 ) -> Stream:
     headers = [
         (":method", "POST"),
         (":scheme", "http"),
         (":path", method),
-        (":authority", authority),
+        (":authority", connection.authority),
         ("te", "trailers"),
         ("content-type", wire.CONTENT_TYPE),
         ("user-agent", USER_AGENT),
@@ -398,12 +406,14 @@ class StreamCall:
                 connection.close()
                 return
             self._connection = connection
-            self._stream = _request(connection, self._replies, self._method, connection.peer, self._metadata)
+            self._stream = _request(connection, self._replies, self._method, self._metadata)
         except WireError as error:
             self._replies.end(error.code, error.why)
 
     async def _opened(self) -> Stream:
         await asyncio.wait({self._opening})
+        if not self._opening.cancelled() and (defect := self._opening.exception()) is not None:
+            raise defect
         if self._stream is None or self._cancelled:
             raise self._failure() or asyncio.CancelledError
         return self._stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -39,8 +40,10 @@ class ClientConnection(Connection):
 
     is_server = False
 
-    def __init__(self, keepalive: Keepalive, on_close: Callable[[Connection], None]) -> None:
+    def __init__(self, keepalive: Keepalive, authority: str, on_close: Callable[[Connection], None]) -> None:
+        """`authority` is what the peer is called by."""
         super().__init__(keepalive, on_close)
+        self.authority = authority
         self._next_stream = 1
 
     def open(self, receiver: Receiver, block: bytes) -> Stream:
@@ -80,11 +83,17 @@ class ClientConnection(Connection):
             self.close(reason)
 
 
-async def connect(host: str, port: int, keepalive: Keepalive) -> ClientConnection:
-    """A connection to `host:port`. Raises OSError; the caller bounds the time."""
+async def connect(address: tuple[str, int], keepalive: Keepalive, authority: str) -> ClientConnection:
+    """A connection to an address. Raises OSError; the caller bounds the time."""
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: ClientConnection(keepalive, _unnoticed), host, port)
+    _, connection = await loop.create_connection(lambda: ClientConnection(keepalive, authority, _unnoticed), *address)
     return connection
+
+
+async def resolve(host: str, port: int) -> list[tuple[str, int]]:
+    """All addresses of a host. Raises OSError; the caller bounds the time."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys((str(where[0]), int(where[1])) for *_, where in found))
 
 
 def _unnoticed(_connection: Connection) -> None:

@@ -29,6 +29,7 @@ from soma_common.http2.frames import (
     StreamFault,
 )
 from soma_common.http2.headers import MAX_BLOCK_BYTES, TABLE_EMPTIED, HeaderReader, Headers, check_trailers
+from soma_common.telemetry.metrics import counter
 
 STREAM_WINDOW: Final = 1024 * 1024
 """What a peer may send on a stream beyond what was credited; half of it may lie unread before credit ends."""
@@ -50,6 +51,8 @@ REMEMBERED: Final = 1024
 _COPIED_BYTES: Final = 64 * 1024
 """Larger payloads are not copied behind their frame's header."""
 
+_faults = counter("soma_http2_faults_total", "Connections ended because the peer broke a rule of HTTP/2.", ["code"])
+_silent = counter("soma_http2_silent_peers_total", "Connections ended because the peer gave no sign of life.")
 _log = structlog.get_logger(__name__)
 
 
@@ -140,6 +143,7 @@ class Stream:
             or size > connection.max_send_frame
             or connection.blocked
             or self._sending is not None
+            or self.local_ended
             or self.lost is not None
         ):
             return False
@@ -165,9 +169,17 @@ class Stream:
         at, size = 0, len(data)
         while at < size:
             while (connection.blocked or self.send_window <= 0 or connection.send_window <= 0) and self.lost is None:
-                await connection.room()
+                try:
+                    await connection.room()
+                except asyncio.CancelledError:
+                    if at:  # what would follow could not be told from the rest of this
+                        self.lose(StreamLost(ErrorCode.CANCEL, "given up in the middle of a message"))
+                        connection.reset(self, ErrorCode.CANCEL)
+                    raise
             if self.lost is not None:
                 raise StreamLost(self.lost.code, self.lost.why)
+            if self.local_ended:
+                raise StreamLost(None, "nothing more may be sent")
             part = min(size - at, self.send_window, connection.send_window, connection.max_send_frame)
             self.send_window -= part
             connection.send_window -= part
@@ -368,6 +380,7 @@ class Connection(asyncio.Protocol):
 
     def fail(self, code: ErrorCode, why: str) -> None:
         """Ends the connection because of what the peer did."""
+        _faults.labels(code.name).inc()
         _log.info("http2.connection_ended", peer=self.peer, code=code.name, why=why)
         self.write(frames.goaway(self.highest if self.is_server else 0, code, why))
         self.close(why)
@@ -649,6 +662,7 @@ class Connection(asyncio.Protocol):
             self.write(frames.frame(frames.PING, 0, 0, b"alive?\r\n"))
             self._timer = self._loop.call_later(self._keepalive.timeout_s, self._check_life)
         else:
+            _silent.inc()
             _log.info("http2.peer_silent", peer=self.peer, silent_s=round(silent_s, 1))
             self._over(f"the peer was silent for {silent_s:.1f} s")
             self._transport.abort()

@@ -41,6 +41,8 @@ LARGEST_WINDOW: Final = 2**31 - 1
 LARGEST_STREAM: Final = 2**31 - 1
 FIRST_WINDOW: Final = 65_535
 """Of a connection, and of a stream unless the settings say another."""
+MAX_SETTINGS: Final = 64
+"""In one frame. There are six, and some more by extensions."""
 SMALLEST_MAX_FRAME: Final = 16_384
 LARGEST_MAX_FRAME: Final = 2**24 - 1
 
@@ -98,6 +100,8 @@ def read_settings(payload: bytes) -> list[tuple[int, int]]:
     """The settings of a frame, in their order. Raises ConnectionFault for values out of range (section 6.5.2)."""
     if len(payload) % _SETTING.size:
         raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS of a length that is no multiple of six")
+    if len(payload) > MAX_SETTINGS * _SETTING.size:
+        raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_SETTINGS} settings in a frame")
     values: list[tuple[int, int]] = [_SETTING.unpack_from(payload, at) for at in range(0, len(payload), _SETTING.size)]
     for name, value in values:
         if name == ENABLE_PUSH and value > 1:
