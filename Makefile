@@ -1,5 +1,5 @@
 # SomaStack's commands. `make help` lists them; every one sets up what it needs first.
-# Needs Python 3.11 or newer and make. Another interpreter: make setup PYTHON=/path/to/python3
+# Needs Python 3.11 or newer and make; with Go, a further test runs (make tools). Another interpreter: make setup PYTHON=/path/to/python3
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ down: setup ## Stop the stack that `make up` started
 ##@ Check
 
 .PHONY: test
-test: setup ## Every gate, then every test level; one summary at the end (FAIL_FAST=1 stops at the first failure)
+test: setup tools-if-possible ## Every gate, then every test level; one summary at the end (FAIL_FAST=1 stops at the first failure)
 	$(GATES) all
 
 .PHONY: lint
@@ -51,6 +51,7 @@ model: setup ## Check the turn protocol's model over its interleavings (quick bo
 LEVELS := unit contract integration e2e chaos upgrade
 .PHONY: $(LEVELS)
 unit: ## One level of tests; also contract, integration, e2e, chaos, upgrade (ARGS="-k name" goes to pytest)
+integration: tools-if-possible
 $(LEVELS): setup
 	$(GATES) $@ -- $(ARGS)
 
@@ -100,8 +101,12 @@ setup: ## Make or renew .venv from the hash-pinned lock; nothing when it is up t
 	@bin/setup
 
 .PHONY: tools
-tools: ## Install the outside programs that some targets need (none does today)
-	@echo "tools: nothing to install: every program in use comes with the locked Python packages"
+tools: ## Install into .tools what only some tests need: h2spec, built from pinned sources (needs Go 1.18 or newer)
+	@bin/tools
+
+.PHONY: tools-if-possible
+tools-if-possible:
+	@bin/tools --if-possible
 
 .PHONY: clean
 clean: ## Remove caches and reports

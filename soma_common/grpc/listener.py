@@ -147,7 +147,7 @@ def _refuse(stream: Stream, block: bytes) -> None:
 
 def _trailers_only(code: grpc.StatusCode, details: str) -> bytes:
     number: int = code.value[0]
-    return encode(((":status", "200"), ("content-type", wire.CONTENT_TYPE), *wire.write_status(number, details)))
+    return encode((*wire.HTTP_HEADERS, *wire.write_status(number, details)))
 
 
 def _is_grpc(content_type: bytes) -> bool:

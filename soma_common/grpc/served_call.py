@@ -15,18 +15,16 @@ import grpc
 import structlog
 
 from soma_common.grpc import wire
-from soma_common.grpc.wire import MessageReader, Metadata, WireError
+from soma_common.grpc.wire import PREFIX_BYTES, MessageReader, Metadata, WireError
 from soma_common.http2.connection import Stream, StreamLost
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, encode
 
-_HTTP_HEADERS: Final = (
-    (":status", "200"),
-    ("content-type", wire.CONTENT_TYPE),
-    ("grpc-accept-encoding", wire.ACCEPTED_ENCODINGS),
-)
-_PLAIN_HEADERS: Final = encode(_HTTP_HEADERS)
+_PLAIN_HEADERS: Final = encode(wire.HTTP_HEADERS)
 _OK_TRAILERS: Final = encode(wire.write_status(0, ""))
+
+REQUEST_S: Final = 10.0
+"""How long the message of a request that is no stream may take to come."""
 
 _log = structlog.get_logger(__name__)
 
@@ -53,11 +51,14 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         self._serialize: Callable[[Any], bytes] = handler.response_serializer or bytes
         self._deserialize: Callable[[bytes], Any] = handler.request_deserializer or bytes
         self._reader = MessageReader(max_message_bytes, encoding)
+        self._kept = 0
+        """Bytes of a message that is not whole."""
         self._messages: deque[bytes] = deque()
+        self._has_request = False
+        """The one message of a request that is no stream was read."""
         self._waiter: asyncio.Future[None] | None = None
         self._has_all = False
         """The caller sends nothing more, or nothing more will be read."""
-        self._initial: Sequence[tuple[str, str | bytes]] = ()
         self._headers_sent = False
         self._code: grpc.StatusCode | None = None
         self._details = ""
@@ -81,12 +82,19 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         """Takes what the caller sends."""
         if self._has_all:
             return
+        stream, reader = self._stream, self._reader
         try:
-            for message in self._reader.read(data):
+            for message in reader.read(data):
                 self._messages.append(message)
-                self._stream.hold(len(message))
+                stream.hold(PREFIX_BYTES + len(message))
         except WireError as error:
             self.end_with(error.code, error.why)
+            return
+        if reader.held != self._kept:
+            self._kept = reader.held
+            stream.keep(self._kept)
+        if not self._handler.request_streaming and len(self._messages) + self._has_request > 1:
+            self.end_with(grpc.StatusCode.INTERNAL, "there is more than one request message")
             return
         self._wake()
 
@@ -124,9 +132,11 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         if code is grpc.StatusCode.OK and not self._details and not self._trailing and self._headers_sent:
             block = _OK_TRAILERS
         else:
-            trailers = wire.write_status(code.value[0], self._details, self._trailing)
+            most = self._stream.max_send_headers
+            most = wire.LEAST_HEADERS if most is None else most
+            trailers = wire.write_status(code.value[0], self._details, self._trailing, most)
             if not self._headers_sent:  # a response of trailers only
-                trailers = [*_HTTP_HEADERS, *wire.write_metadata(self._initial), *trailers]
+                trailers = [*wire.HTTP_HEADERS, *trailers]
             block = encode(trailers)
         self._headers_sent = True
         stream = self._stream
@@ -145,7 +155,10 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         self._wake()
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except Exception:  # noqa: BLE001 - boundary: the others have to be told too
+                _log.exception("rpc.callback_failed")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -173,10 +186,10 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
             request: Any = _Requests(self._next)
             run = handler.stream_stream if handler.response_streaming else handler.stream_unary
         else:
-            request = await self._next()
-            if request is None:
-                self._code, self._details = grpc.StatusCode.INTERNAL, "there is no request message"
+            if not await self._arrives():
                 return
+            request = await self._next()
+            self._has_request = True
             run = handler.unary_stream if handler.response_streaming else handler.unary_unary
         assert run is not None
         answer: Any = run(request, self)  # type: ignore[arg-type] # the stub knows the context of threads only
@@ -188,18 +201,43 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         if not handler.response_streaming and (self._code is None or self._code is grpc.StatusCode.OK):
             await self.write(response)
 
+    async def _arrives(self) -> bool:
+        """Whether the request's message comes, soon; otherwise the status says what is missing."""
+        if not self._messages:
+            try:
+                async with asyncio.timeout(REQUEST_S):
+                    while not self._messages and not self._has_all:
+                        await self._news()
+            except TimeoutError:
+                self._code = grpc.StatusCode.DEADLINE_EXCEEDED
+                self._details = f"the request did not come within {REQUEST_S:g} s"
+                return False
+        if not self._messages:
+            self._code, self._details = grpc.StatusCode.INTERNAL, "there is no request message"
+        return bool(self._messages)
+
+    async def _news(self) -> None:
+        """Returns when something came, or nothing will."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
     async def _next(self) -> Any:
         """The next message of the caller; None: there is none any more."""
         while not self._messages:
             if self._has_all:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._news()
         message = self._messages.popleft()
-        self._stream.release(len(message))
+        self._stream.release(PREFIX_BYTES + len(message))
+        if type(message) is not bytes:
+            try:
+                message = self._reader.expanded(message)
+            except WireError as error:
+                self.end_with(error.code, error.why)
+                raise asyncio.CancelledError(error.why) from None
         return self._deserialize(message)
 
     # --- grpc.aio.ServicerContext
@@ -221,7 +259,7 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
                 f"sent message larger than max ({size} vs. {self._max_message_bytes})",
             )
         if not self._headers_sent:
-            await self.send_initial_metadata(self._initial)
+            await self.send_initial_metadata(())
         head = wire.PREFIX.pack(0, size)
         if not self._stream.try_send(head, data):
             try:
@@ -233,9 +271,9 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         """Sends the headers of the response."""
         if self._headers_sent or self._is_over:
             return
-        self._headers_sent = True
         given = list(initial_metadata)
-        block = encode([*_HTTP_HEADERS, *wire.write_metadata(given)]) if given else _PLAIN_HEADERS
+        block = encode([*wire.HTTP_HEADERS, *wire.write_metadata(given)]) if given else _PLAIN_HEADERS
+        self._headers_sent = True
         self._stream.send_headers(block)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:

@@ -78,11 +78,11 @@ class GrpcServer:
         """Tell health watchers and load balancers whether calls may come. After `stop` has begun it has no effect."""
         status = SERVING if serving else NOT_SERVING
         for name in ("", *self._names):
-            await self._health.set(name, status)
+            self._health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         await self._listener.stop(grace_s)
         if self._channelz is not None:
             await self._channelz.stop(grace_s)
@@ -108,27 +108,48 @@ class _Registrar:
         self._listener.add(service, handlers)
 
 
-class _Health(health.aio.HealthServicer):
-    """gRPC's health service, whose watch streams end with the server instead of holding up its stop."""
+class _Health(health_pb2_grpc.HealthServicer):
+    """gRPC's health service. Its library's own holds a lock while it writes to a watcher: one that does not read stops
+    all others, and the server's end.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._over = asyncio.Event()
+        self._states: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._over = False
+
+    def set(self, name: str, status: int) -> None:
+        """Tell everybody the state of a service; without effect after the end has begun."""
+        if not self._over:
+            self._states[name] = status
+            self._tell()
+
+    def end(self) -> None:
+        """Tell every watcher NOT_SERVING, then end the watch streams."""
+        self._states = dict.fromkeys(self._states, NOT_SERVING)
+        self._over = True
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        """The state of a service; NOT_FOUND for one that is not here."""
+        state = self._states.get(request.service)
+        if state is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here")
+        return health_pb2.HealthCheckResponse(status=state)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
         """Stream the state of a service until the server stops."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        over = asyncio.ensure_future(self._over.wait())
-        try:
-            await asyncio.wait({watch, over}, return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                watch.result()
-        finally:
-            watch.cancel()
-            over.cancel()
-
-    async def enter_graceful_shutdown(self) -> None:
-        """Tell every watcher NOT_SERVING, then end the watch streams."""
-        await super().enter_graceful_shutdown()
-        await asyncio.sleep(0)  # Watchers are woken and write before they are ended.
-        self._over.set()
+        sent = None
+        while True:
+            changed = self._changed
+            state = self._states.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            if state != sent:
+                await context.write(health_pb2.HealthCheckResponse(status=state))
+                sent = state
+            if self._over:
+                return
+            await changed.wait()

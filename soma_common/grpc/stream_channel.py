@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2
 
 from soma_common.grpc import wire
 from soma_common.grpc.channel import Token, call_metadata, open_channel
-from soma_common.grpc.wire import MessageReader, WireError
+from soma_common.grpc.wire import PREFIX_BYTES, MessageReader, WireError
 from soma_common.http2.client import ClientConnection, connect, resolve
 from soma_common.http2.connection import Keepalive, Stream, StreamLost
 from soma_common.http2.frames import ErrorCode
@@ -33,6 +33,7 @@ CONNECT_S: Final = 2.0
 """For one address: to connect, and to hear of its health."""
 USER_AGENT: Final = "somastack"
 
+_HEALTH_BYTES: Final = 64 * 1024
 _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _URI: Final = re.compile(r"[a-z0-9+.-]+:(?![0-9]+$)")
 """A target that only gRPC can resolve: `dns:///gateway`, `unix:/run/x`."""
@@ -170,7 +171,7 @@ async def _serving(address: tuple[str, int], authority: str) -> ClientConnection
 
 
 async def _check_health(connection: ClientConnection) -> None:
-    replies = _Replies(health_pb2.HealthCheckResponse.FromString, wire.MAX_METADATA_BYTES)
+    replies = _Replies(health_pb2.HealthCheckResponse.FromString, _HEALTH_BYTES)
     stream = _request(connection, replies, _HEALTH, ())
     try:
         await _send(stream, health_pb2.HealthCheckRequest().SerializeToString())
@@ -276,7 +277,7 @@ class _Replies:
         try:
             for message in self._reader.read(data):
                 self._messages.append(message)
-                self.stream.hold(len(message))
+                self.stream.hold(PREFIX_BYTES + len(message))
         except WireError as error:
             self.fail(error.code, error.why)
         self._wake()
@@ -313,7 +314,14 @@ class _Replies:
             finally:
                 self._waiter = None
         message = self._messages.popleft()
-        self.stream.release(len(message))
+        self.stream.release(PREFIX_BYTES + len(message))
+        if type(message) is not bytes and self._reader is not None:
+            try:
+                message = self._reader.expanded(message)
+            except WireError as error:
+                self._messages.clear()
+                self.fail(error.code, error.why)
+                return None
         return self._deserialize(message)
 
     def _wake(self) -> None:

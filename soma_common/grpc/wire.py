@@ -14,20 +14,35 @@ from struct import Struct
 from typing import Final
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
+import structlog
 from grpc import StatusCode
 
 from soma_common.http2.headers import Headers
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-MAX_METADATA_BYTES: Final = 64 * 1024
+LEAST_HEADERS: Final = 8 * 1024
+"""Bytes of headers that peers take who do not say how many."""
+CUT_DETAILS: Final = 512
+"""Characters that are left of a status' text that is too long for its peer."""
+_HEADER_OVERHEAD: Final = 32
+"""Of each header, as RFC 9113, 6.5.2 counts."""
+_FIRST_HEADERS: Final = 512
+"""Room for the headers of a response that has no more than them."""
 
 CONTENT_TYPE: Final = "application/grpc"
-ACCEPTED_ENCODINGS: Final = "identity,deflate,gzip"
+HTTP_HEADERS: Final = (
+    (":status", "200"),
+    ("content-type", CONTENT_TYPE),
+    ("grpc-accept-encoding", "identity,deflate,gzip"),
+)
+"""What a response begins with."""
 
 PREFIX: Final = Struct(">BI")
 """Whether the message is compressed, and its length."""
 PREFIX_BYTES: Final = PREFIX.size
+
+_log = structlog.get_logger(__name__)
 
 _WINDOW_BITS: Final = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _TIMEOUT: Final = re.compile(rb"([0-9]{1,8})([HMSmun])")
@@ -59,6 +74,10 @@ class WireError(Exception):
         self.code, self.why = code, why
 
 
+class Packed(bytes):
+    """A message that is compressed. It is expanded when it is read: what nobody reads stays small."""
+
+
 class MessageReader:
     """Puts the messages of a stream together from its bytes. At most one message is held that is not whole yet."""
 
@@ -72,7 +91,7 @@ class MessageReader:
         self._needed = PREFIX_BYTES
 
     def read(self, data: bytes) -> list[bytes]:
-        """The messages that `data` completes. Raises WireError for one that is too large or cannot be expanded."""
+        """The messages that `data` completes. Raises WireError for one that is too large."""
         if not self._held and len(data) >= PREFIX_BYTES:
             compressed, size = PREFIX.unpack_from(data)
             if size == len(data) - PREFIX_BYTES and not compressed and size <= self._max_bytes:
@@ -81,7 +100,7 @@ class MessageReader:
         held += data
         if len(held) < self._needed:
             return []
-        messages = []
+        messages: list[bytes] = []
         at = 0
         while True:
             self._needed = PREFIX_BYTES
@@ -93,9 +112,9 @@ class MessageReader:
             self._needed += size
             if len(held) - at < self._needed:
                 break
-            message = bytes(held[at + PREFIX_BYTES : at + self._needed])
+            message = held[at + PREFIX_BYTES : at + self._needed]
             at += self._needed
-            messages.append(self._expanded(message, compressed) if compressed else message)
+            messages.append(Packed(message) if compressed else bytes(message))
         del held[:at]
         return messages
 
@@ -104,9 +123,17 @@ class MessageReader:
         """Whether nothing is held of a message that is not whole."""
         return not self._held
 
-    def _expanded(self, message: bytes, compressed: int) -> bytes:
+    @property
+    def held(self) -> int:
+        """Bytes of a message that is not whole."""
+        return len(self._held)
+
+    def expanded(self, message: bytes) -> bytes:
+        """A message as it was before it was compressed. Raises WireError if it is too large or cannot be expanded."""
+        if type(message) is not Packed:
+            return message
         bits = _WINDOW_BITS.get(self._encoding)
-        if compressed != 1 or bits is None:
+        if bits is None:
             raise WireError(StatusCode.INTERNAL, "a message is said to be compressed, but not how")
         expander = zlib.decompressobj(bits)
         try:
@@ -148,14 +175,19 @@ def write_timeout(seconds: float) -> str:
 
 def read_metadata(headers: Headers) -> Metadata:
     """What the application may know of the headers: all but those of HTTP and of gRPC itself."""
-    return tuple(
-        (name.decode("latin-1"), _read_binary(value) if name.endswith(b"-bin") else value.decode("latin-1"))
-        for name, value in headers
-        if name[:1] != b":" and name not in _RESERVED and name not in _STATUS_HEADERS
-    )
+    metadata: list[tuple[str, str | bytes]] = []
+    for name, value in headers:
+        if name[:1] == b":" or name in _RESERVED or name in _STATUS_HEADERS:
+            continue
+        if name.endswith(b"-bin"):  # several values may come as one, with commas between them
+            metadata += [(name.decode("latin-1"), _read_binary(part)) for part in value.split(b",")]
+        else:
+            metadata.append((name.decode("latin-1"), value.decode("latin-1")))
+    return tuple(metadata)
 
 
 def _read_binary(value: bytes) -> bytes:
+    value = value.strip()
     try:
         return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -178,13 +210,26 @@ def write_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[st
 
 
 def write_status(
-    code: int, details: str, metadata: Iterable[tuple[str, str | bytes]] = ()
+    code: int, details: str, metadata: Iterable[tuple[str, str | bytes]] = (), most: int = LEAST_HEADERS
 ) -> list[tuple[str | bytes, str | bytes]]:
-    """The trailers that end a call."""
-    trailers: list[tuple[str | bytes, str | bytes]] = [("grpc-status", str(code))]
-    if details:
-        trailers.append(("grpc-message", quote_from_bytes(details.encode(errors="replace"), safe=_PLAIN)))
-    return trailers + write_metadata(metadata)
+    """The trailers that end a call. Metadata that is no header is left out; so is all of it, and most of a long text,
+    where the peer takes no more than `most` bytes of headers.
+    """
+    status: list[tuple[str | bytes, str | bytes]] = [("grpc-status", str(code))]
+    try:
+        given = write_metadata(metadata)
+    except ValueError:
+        _log.exception("grpc.bad_trailers")
+        given = []
+    trailers = [*status, *_written_details(details), *given]
+    if sum(len(name) + len(value) + _HEADER_OVERHEAD for name, value in trailers) <= most - _FIRST_HEADERS:
+        return trailers
+    _log.warning("grpc.trailers_cut", code=code)
+    return [*status, *_written_details(details[:CUT_DETAILS])]
+
+
+def _written_details(details: str) -> list[tuple[str | bytes, str | bytes]]:
+    return [("grpc-message", quote_from_bytes(details.encode(errors="replace"), safe=_PLAIN))] if details else []
 
 
 def read_status(headers: Headers) -> tuple[StatusCode, str] | None:

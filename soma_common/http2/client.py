@@ -66,9 +66,10 @@ class ClientConnection(Connection):
 
     def _on_more_headers(self, stream: Stream, headers: Headers, *, ended: bool) -> None:
         # What is the response and what its trailers, the receiver tells apart.
+        stream.remote_ended = ended
         stream.receiver.headers_received(headers)
         if ended:
-            self._end_remote(stream)
+            self.end_remote(stream)
 
     def _gone_away(self, last: int, code: int, why: str) -> None:
         reason = why or "the server is going away"

@@ -35,17 +35,25 @@ STREAM_WINDOW: Final = 1024 * 1024
 """What a peer may send on a stream beyond what was credited; half of it may lie unread before credit ends."""
 CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 """For all streams together: large enough that one which nobody reads leaves room for the others."""
+MAX_UNREAD: Final = 64 * 1024 * 1024
+"""Bytes of all streams that may lie unread or wait for the rest of their message, before the connection's credit ends.
+"""
 MAX_STREAMS: Final = 10_000
-MAX_FRAME: Final = 256 * 1024
-MAX_UNREAD_ANSWERS: Final = 1024 * 1024
-"""Bytes that a peer may leave unread while it still asks for answers (pings, settings, resets)."""
+MAX_FRAME: Final = 64 * 1024
+MAX_UNREAD_ANSWERS: Final = 4 * 1024 * 1024
+"""Bytes that a peer may leave unread while it still asks for answers (pings, settings, requests that are refused)."""
 MAX_RESETS: Final = 2_000
-"""Streams that a peer may open and reset within `RESETS_S` (CVE-2023-44487)."""
-RESETS_S: Final = 1.0
+"""Streams that may be opened within `SPELL_S` and reset within it, by the peer (CVE-2023-44487) or because of what it
+did (CVE-2025-8671)."""
+MAX_SETTINGS_FRAMES: Final = 100
+"""Within `SPELL_S`: each may change the window of every stream."""
+SPELL_S: Final = 1.0
 MAX_FRAGMENTS: Final = 64
 """Frames that a header block may come in (CVE-2024-27983 and others)."""
 CLOSE_S: Final = 5.0
 """How long the last words may take to leave."""
+MAX_DISCARDED: Final = 1024 * 1024
+"""Bytes that are read meanwhile for nothing."""
 REMEMBERED: Final = 1024
 """Streams that are over, to tell what was still under way on them from what is wrong."""
 _COPIED_BYTES: Final = 64 * 1024
@@ -94,8 +102,10 @@ class Stream:
     __slots__ = (
         "_connection",
         "_held",
+        "_kept",
         "_owed",
         "_sending",
+        "_waiter",
         "awaited",
         "id",
         "local_ended",
@@ -119,12 +129,19 @@ class Stream:
         self.lost: StreamLost | None = None
         self._owed = 0
         self._held = 0
+        self._kept = 0
         self._sending: asyncio.Lock | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def peer(self) -> str:
         """Address of the other end."""
         return self._connection.peer
+
+    @property
+    def max_send_headers(self) -> int | None:
+        """Bytes that a header block may decode to; None: the peer does not say."""
+        return self._connection.max_send_headers
 
     def send_headers(self, block: bytes, *, end: bool = False) -> None:
         """Sends a header block; nothing if the stream is lost."""
@@ -142,9 +159,9 @@ class Stream:
             or size > connection.send_window
             or size > connection.max_send_frame
             or connection.blocked
+            or connection.queue
             or self._sending is not None
-            or self.local_ended
-            or self.lost is not None
+            or not self._is_open
         ):
             return False
         self.send_window -= size
@@ -163,28 +180,50 @@ class Stream:
                 await self._send_in_parts(data)
         finally:
             self._sending = None
+            self._connection.pass_on()
 
     async def _send_in_parts(self, data: bytes) -> None:
         connection = self._connection
         at, size = 0, len(data)
         while at < size:
-            while (connection.blocked or self.send_window <= 0 or connection.send_window <= 0) and self.lost is None:
+            while self._is_open and (connection.blocked or self.send_window <= 0 or connection.send_window <= 0):
                 try:
-                    await connection.room()
+                    await self._room()
                 except asyncio.CancelledError:
                     if at:  # what would follow could not be told from the rest of this
                         self.lose(StreamLost(ErrorCode.CANCEL, "given up in the middle of a message"))
                         connection.reset(self, ErrorCode.CANCEL)
                     raise
-            if self.lost is not None:
-                raise StreamLost(self.lost.code, self.lost.why)
-            if self.local_ended:
-                raise StreamLost(None, "nothing more may be sent")
+            if not self._is_open:
+                lost = self.lost or StreamLost(None, "the stream has ended")
+                raise StreamLost(lost.code, lost.why)
             part = min(size - at, self.send_window, connection.send_window, connection.max_send_frame)
             self.send_window -= part
             connection.send_window -= part
             connection.write_data(self.id, b"", data[at : at + part])
             at += part
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether anything may still be sent."""
+        return self.lost is None and not self.local_ended and not self._connection.closed
+
+    async def _room(self) -> None:
+        """Returns when there may be room, or the stream is over."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        if self.send_window > 0:  # it is the connection or its socket that has no room
+            self._connection.queue.append(self)
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def wake(self) -> bool:
+        """Has a waiting sender look again; False: nobody waits."""
+        if self._waiter is None or self._waiter.done():
+            return False
+        self._waiter.set_result(None)
+        return True
 
     def end(self) -> None:
         """Says that nothing more will be sent."""
@@ -201,10 +240,19 @@ class Stream:
     def hold(self, size: int) -> None:
         """So many bytes lie unread."""
         self._held += size
+        self._connection.unread += size
+
+    def keep(self, size: int) -> None:
+        """So many bytes wait for the rest of their message. They do not end the stream's credit: it has to come."""
+        self._connection.unread += size - self._kept
+        self._kept = size
 
     def release(self, size: int) -> None:
-        """So many of the bytes that lay unread have been read."""
+        """So many of the bytes that lay unread have been read, or nobody wants them any more."""
+        size = min(size, self._held)
         self._held -= size
+        self._connection.unread -= size
+        self._connection.credit()
         if self._owed >= STREAM_WINDOW // 2 >= self._held:
             self._credit()
 
@@ -217,6 +265,12 @@ class Stream:
         if self._owed >= STREAM_WINDOW // 2 >= self._held:
             self._credit()
 
+    def discharge(self) -> None:
+        """The stream is over: what it holds is no longer the connection's business."""
+        self._connection.unread -= self._held + self._kept
+        self._held = self._kept = 0
+        self._connection.credit()
+
     def _credit(self) -> None:
         if not self.remote_ended and self.lost is None:
             owed, self._owed = self._owed, 0
@@ -227,10 +281,15 @@ class Stream:
         """The peer or the connection has ended it."""
         if self.lost is None:
             self.lost = lost
-            self.receiver.stream_lost(lost)
+            self.wake()
+            try:
+                self.receiver.stream_lost(lost)
+            except Exception:  # noqa: BLE001 - boundary: the other streams have to hear of it too
+                _log.exception("http2.receiver_failed", stream=self.id)
 
     def _end_local(self) -> None:
         self.local_ended = True
+        self.wake()
         if self.remote_ended:
             self._connection.forget(self)
 
@@ -245,29 +304,37 @@ class Connection(asyncio.Protocol):
         self._on_close = on_close
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
-        self._transport: asyncio.Transport
+        self._transport: asyncio.Transport | None = None
         self._rest = b""
         self._reader = HeaderReader()
         self._block: tuple[int, int, list[bytes]] | None = None
         """Stream, flags and parts of a header block that goes on in CONTINUATION."""
         self._block_prefix = b""
         self._seen_settings = False
-        self._waiting: list[asyncio.Future[None]] = []
+        self._discarded = 0
         self._owed = 0
         self._receive_window = CONNECTION_WINDOW
-        self._resets = 0
-        self._resets_since = self._now()
+        self._spell_at = self._now()
+        self._spell_first = 0
+        """The highest stream when the present spell began."""
+        self._resets = self._settings_frames = 0
         self._own_resets: deque[int] = deque(maxlen=REMEMBERED)
         self._ended: deque[int] = deque(maxlen=REMEMBERED)
         self._heard_at = self._now()
         self._timer: asyncio.TimerHandle | None = None
         self._asked = False
         self.streams: dict[int, Stream] = {}
+        self.queue: deque[Stream] = deque()
+        """Senders that wait for the connection's window or its socket, the first one first."""
+        self.unread = 0
+        """Bytes of all streams that lie unread."""
         self.highest = 0
         """The highest stream that the peer (of a server) or this end (of a client) has opened."""
         self.send_window = frames.FIRST_WINDOW
         self.first_send_window = frames.FIRST_WINDOW
         self.max_send_frame = frames.SMALLEST_MAX_FRAME
+        self.max_send_headers: int | None = None
+        """Bytes that a header block may decode to; None: the peer does not say."""
         self.blocked = False
         """The socket takes no more for now."""
         self.closing: str | None = None
@@ -278,6 +345,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self.closed:
+            self._transport.abort()
+            return
         self._heard_at = self._now()
         self._greet()
         self._timer = self._loop.call_later(self._keepalive.after_s, self._check_life)
@@ -285,6 +355,9 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._now()
         if self.closed:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED and self._transport is not None:
+                self._transport.abort()
             return
         if self._rest:
             data = self._rest + data
@@ -299,10 +372,11 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.blocked = False
-        self._tell_room()
+        self.pass_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._over("the connection was lost" if exc is None else f"the connection was lost: {exc}")
+        self._on_close(self)
 
     def _greet(self) -> None:
         """Says hello in the way of this end."""
@@ -313,16 +387,17 @@ class Connection(asyncio.Protocol):
     @property
     def peer(self) -> str:
         """Address of the other end."""
-        name = self._transport.get_extra_info("peername")
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")
 
     def write(self, data: bytes) -> None:
         """Sends whole frames."""
-        if not self.closed:
+        if not self.closed and self._transport is not None:
             self._transport.write(data)
 
     def write_data(self, stream: int, head: bytes, data: bytes) -> None:
         """Sends a DATA frame of `head` and `data`, for which there is room."""
+        assert self._transport is not None
         size = len(data)
         head = HEADER.pack(size + len(head) << 8, 0, stream) + head
         if size < _COPIED_BYTES:
@@ -358,17 +433,22 @@ class Connection(asyncio.Protocol):
         """The stream is over."""
         if self.streams.pop(stream.id, None) is not None:
             self._ended.append(stream.id)
-        self._tell_room()
+            stream.discharge()
         if self.closing is not None and not self.streams:
-            self.close()
+            self.close(linger=True)
 
-    async def room(self) -> None:
-        """Returns when there may be room to send, or the connection or a stream of it is gone."""
-        if self.closed:
-            return
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append(waiter)
-        await waiter
+    def pass_on(self) -> None:
+        """Wakes the next sender that waits, if there is room. It calls this again when it is done."""
+        while self.queue and not self.blocked and self.send_window > 0:
+            if self.queue.popleft().wake():
+                return
+
+    def credit(self) -> None:
+        """Gives back what was used of the connection's window, unless too much lies unread."""
+        if self._owed >= CONNECTION_WINDOW // 4 and self.unread <= MAX_UNREAD:
+            self.write(frames.window_update(0, self._owed))
+            self._receive_window += self._owed
+            self._owed = 0
 
     def go_away(self, why: str) -> None:
         """Lets no stream begin any more; the connection closes when the last one is over."""
@@ -376,21 +456,31 @@ class Connection(asyncio.Protocol):
             self.closing = why
             self.write(frames.goaway(self.highest if self.is_server else 0, ErrorCode.NO_ERROR, why))
             if not self.streams:
-                self.close()
+                self.close(linger=True)
 
     def fail(self, code: ErrorCode, why: str) -> None:
         """Ends the connection because of what the peer did."""
         _faults.labels(code.name).inc()
         _log.info("http2.connection_ended", peer=self.peer, code=code.name, why=why)
         self.write(frames.goaway(self.highest if self.is_server else 0, code, why))
-        self.close(why)
+        self.close(why, linger=True)
 
-    def close(self, why: str = "the connection was closed") -> None:
-        """Ends the connection; what was written still leaves."""
-        if not self.closed:
-            self._over(why)
-            self._transport.close()
-            self._loop.call_later(CLOSE_S, self._transport.abort)
+    def close(self, why: str = "the connection was closed", *, linger: bool = False) -> None:
+        """Ends the connection; what was written still leaves. With `linger` the socket stays open for as long as the
+        peer may need to read it: to close one on which something lies unread throws away what is on its way.
+        """
+        self._over(why)
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        try:
+            if linger:
+                transport.write_eof()  # the peer's answer to it, its own end, closes the transport
+        except OSError:  # the peer is gone
+            linger = False
+        if not linger:
+            transport.close()
+        self._loop.call_later(CLOSE_S, transport.abort)
 
     def _over(self, why: str) -> None:
         if self.closed:
@@ -402,8 +492,8 @@ class Connection(asyncio.Protocol):
         streams, self.streams = list(self.streams.values()), {}
         for stream in streams:
             stream.lose(StreamLost(None, why))
-        self._tell_room()
-        self._on_close(self)
+        while self.queue:
+            self.queue.popleft().wake()
 
     # --- frames
 
@@ -450,6 +540,8 @@ class Connection(asyncio.Protocol):
         if stream is None or stream.remote_ended:
             self._on_late(number, "DATA")
             return
+        if flags & END_STREAM:
+            stream.remote_ended = True
         stream.owe(size)
         if stream.awaited is not None:
             stream.awaited -= len(payload)
@@ -458,17 +550,14 @@ class Connection(asyncio.Protocol):
         if payload:
             stream.receiver.data_received(payload)
         if flags & END_STREAM:
-            self._end_remote(stream)
+            self.end_remote(stream)
 
     def _use_window(self, size: int) -> None:
         self._receive_window -= size
         if self._receive_window < 0:
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         self._owed += size
-        if self._owed >= CONNECTION_WINDOW // 4:
-            self.write(frames.window_update(0, self._owed))
-            self._receive_window += self._owed
-            self._owed = 0
+        self.credit()
 
     def _on_late(self, number: int, what: str) -> None:
         """Something came on a stream on which nothing may come."""
@@ -481,17 +570,20 @@ class Connection(asyncio.Protocol):
         """Whether a stream has never been opened."""
         return number > self.highest or number % 2 == 0
 
-    def _end_remote(self, stream: Stream) -> None:
+    def end_remote(self, stream: Stream) -> None:
+        """The peer has nothing more to say on a stream."""
+        stream.remote_ended = True
         if stream.lost is None:
-            stream.remote_ended = True
             stream.receiver.end_received()
             if stream.local_ended:
                 self.forget(stream)
 
     def _on_fault(self, fault: StreamFault) -> None:
         self._check_unread()
+        self._count_reset(fault.stream)
         stream = self.streams.get(fault.stream)
         if stream is None:
+            self._own_resets.append(fault.stream)
             self.write(frames.rst_stream(fault.stream, fault.code))
             return
         stream.lose(StreamLost(fault.code, fault.why))
@@ -540,8 +632,9 @@ class Connection(asyncio.Protocol):
         check_trailers(stream.id, headers)
         if stream.awaited:
             raise StreamFault(stream.id, ErrorCode.PROTOCOL_ERROR, "not as long as its content-length")
+        stream.remote_ended = True
         stream.receiver.headers_received(headers)
-        self._end_remote(stream)
+        self.end_remote(stream)
 
     def _on_priority(self, number: int, _flags: int, payload: bytes) -> None:
         if number == 0:
@@ -555,19 +648,25 @@ class Connection(asyncio.Protocol):
         stream = self.streams.get(number)
         if stream is None:
             return
-        self._count_reset()
+        self._count_reset(number)
         stream.lose(StreamLost(code, "reset by the peer"))
         self.forget(stream)
 
-    def _count_reset(self) -> None:
-        if not self.is_server:
-            return
+    def _count_reset(self, number: int) -> None:
+        """Raises ConnectionFault if too many streams are opened for nothing. Old ones may go as many at a time as they
+        please: a proxy has lost one of its clients.
+        """
+        self._begin_spell()
+        if self.is_server and number > self._spell_first:
+            self._resets += 1
+            if self._resets > MAX_RESETS:
+                raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_RESETS} streams opened and reset")
+
+    def _begin_spell(self) -> None:
         now = self._now()
-        if now - self._resets_since > RESETS_S:
-            self._resets, self._resets_since = 0, now
-        self._resets += 1
-        if self._resets > MAX_RESETS:
-            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_RESETS} streams reset within a second")
+        if now - self._spell_at > SPELL_S:
+            self._spell_at, self._spell_first = now, self.highest
+            self._resets = self._settings_frames = 0
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number != 0:
@@ -576,23 +675,31 @@ class Connection(asyncio.Protocol):
             if payload:
                 raise ConnectionFault(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS that acknowledge and set")
             return
-        for name, value in frames.read_settings(payload):
+        self._begin_spell()
+        self._settings_frames += 1
+        if self._settings_frames > MAX_SETTINGS_FRAMES:
+            raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_SETTINGS_FRAMES} SETTINGS in a second")
+        for name, value in dict(frames.read_settings(payload)).items():
             self._apply(name, value)
         self._seen_settings = True
         self._check_unread()
         self.write(frames.frame(frames.SETTINGS, ACK, 0))
-        self._tell_room()
 
     def _apply(self, name: int, value: int) -> None:
         if name == frames.INITIAL_WINDOW_SIZE:
             more = value - self.first_send_window
+            if not more:
+                return
             self.first_send_window = value
             for stream in self.streams.values():
                 stream.send_window += more
                 if stream.send_window > LARGEST_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
+                stream.wake()
         elif name == frames.MAX_FRAME_SIZE:
             self.max_send_frame = min(value, MAX_FRAME)
+        elif name == frames.MAX_HEADER_LIST_SIZE:
+            self.max_send_headers = value
         elif name == frames.HEADER_TABLE_SIZE:
             self._block_prefix = TABLE_EMPTIED
 
@@ -625,6 +732,7 @@ class Connection(asyncio.Protocol):
             self.send_window += more
             if self.send_window > LARGEST_WINDOW:
                 raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
+            self.pass_on()
         else:
             if self._is_idle(number):
                 raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"WINDOW_UPDATE on stream {number}, which is not open")
@@ -636,20 +744,14 @@ class Connection(asyncio.Protocol):
             stream.send_window += more
             if stream.send_window > LARGEST_WINDOW:
                 raise StreamFault(number, ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
-        self._tell_room()
+            stream.wake()
 
     # --- bounds and life
 
     def _check_unread(self) -> None:
         """Raises ConnectionFault if the peer asks for answers and does not read them."""
-        if self._transport.get_write_buffer_size() > MAX_UNREAD_ANSWERS:
+        if self._transport is not None and self._transport.get_write_buffer_size() > MAX_UNREAD_ANSWERS:
             raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, "answers are asked for and not read")
-
-    def _tell_room(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for waiter in waiting:
-            if not waiter.done():
-                waiter.set_result(None)
 
     def _check_life(self) -> None:
         silent_s = self._now() - self._heard_at
@@ -665,7 +767,8 @@ class Connection(asyncio.Protocol):
             _silent.inc()
             _log.info("http2.peer_silent", peer=self.peer, silent_s=round(silent_s, 1))
             self._over(f"the peer was silent for {silent_s:.1f} s")
-            self._transport.abort()
+            if self._transport is not None:
+                self._transport.abort()
 
 
 _ACTS: Final[dict[int, Callable[[Connection, int, int, bytes], None]]] = {

@@ -6,6 +6,7 @@ be made once. What repeats in our headers is short, or a secret that belongs in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -24,6 +25,15 @@ TABLE_EMPTIED: Final = b"\x20"
 _CONNECTION_SPECIFIC: Final = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
 )
+_LONGEST_LENGTH: Final = 18
+"""Digits of a content-length."""
+_MAX_TABLE_UPDATES: Final = 2
+"""Changes of the table's size that a block may begin with (RFC 7541, 4.2)."""
+_LONGEST_UPDATE: Final = 6
+"""Bytes of one."""
+_TABLE_UPDATES: Final = re.compile(rb"(?:\x3f[\x80-\xff]*[\x00-\x7f]|[\x20-\x3e])*")
+_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE_FORBIDS: Final = re.compile(rb"[\0\r\n]")
 _REQUEST_PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority"))
 _REQUEST_NEEDS: Final = (b":method", b":scheme", b":path")
 _RESPONSE_PSEUDO: Final = frozenset((b":status",))
@@ -50,6 +60,12 @@ class HeaderReader:
 
     def read(self, block: bytes) -> Headers:
         """The headers of a block. Raises ConnectionFault if it is none: the tables of both ends differ from then on."""
+        if block[:1] >= b"\x20" and block[:1] <= b"\x3f":
+            updates = _TABLE_UPDATES.match(block[:64])
+            if updates is not None and len(updates[0]) > _MAX_TABLE_UPDATES * _LONGEST_UPDATE:
+                raise ConnectionFault(
+                    ErrorCode.COMPRESSION_ERROR, "a header block that goes on changing the table's size"
+                )
         try:
             return [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
         except OversizedHeaderListError:
@@ -83,7 +99,7 @@ def content_length(stream: int, headers: Headers) -> int | None:
     """How many bytes the message says it has. Raises StreamFault for what is no number."""
     for name, value in headers:
         if name == b"content-length":
-            if not value.isdigit():
+            if not value.isdigit() or len(value) > _LONGEST_LENGTH:
                 raise _malformed(stream, "a content-length that is no number")
             return int(value)
     return None
@@ -94,14 +110,16 @@ def _check(stream: int, headers: Headers, allowed: frozenset[bytes]) -> set[byte
     pseudo: set[bytes] = set()
     regular = False
     for name, value in headers:
+        if _VALUE_FORBIDS.search(value):
+            raise _malformed(stream, f"a header value with a line break or zero: {name!r}")
         if name[:1] == b":":
             if regular or name not in allowed or name in pseudo or not value:
                 raise _malformed(stream, f"a pseudo-header that may not be here: {name!r}")
             pseudo.add(name)
             continue
         regular = True
-        if not name or name != name.lower():
-            raise _malformed(stream, f"a header name that is not in lower case: {name!r}")
+        if _NAME.fullmatch(name) is None:
+            raise _malformed(stream, f"a header name that is none, or not in lower case: {name!r}")
         if name in _CONNECTION_SPECIFIC or (name == b"te" and value != b"trailers"):
             raise _malformed(stream, f"a header of HTTP/1: {name!r}")
     return pseudo

@@ -72,11 +72,13 @@ class ServerConnection(Connection):
         stream = Stream(self, number)
         if self.closing is not None or len(self.streams) >= MAX_STREAMS:
             raise StreamFault(number, ErrorCode.REFUSED_STREAM, self.closing or "too many streams")
+        self._check_unread()
         check_request(number, headers)
         stream.awaited = content_length(number, headers)
         if ended and stream.awaited:
             raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "not as long as its content-length")
         self.streams[number] = stream
+        stream.remote_ended = ended
         self._accept(stream, headers)
         if ended:
-            self._end_remote(stream)
+            self.end_remote(stream)
