@@ -213,6 +213,8 @@ class Stream:
         self._waiter = asyncio.get_running_loop().create_future()
         if self.send_window > 0:  # it is the connection or its socket that has no room
             self._connection.queue.append(self)
+        else:
+            self._connection.pass_on()
         try:
             await self._waiter
         finally:
@@ -391,19 +393,24 @@ class Connection(asyncio.Protocol):
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")
 
     def write(self, data: bytes) -> None:
-        """Sends whole frames."""
-        if not self.closed and self._transport is not None:
-            self._transport.write(data)
+        """Sends whole frames; nothing on a connection that is gone."""
+        transport = self._transport
+        if transport is None or self.closed:
+            return
+        if transport.is_closing():  # its end has not been told yet: whoever has more to send waits for that
+            self.blocked = True
+        else:
+            transport.write(data)
 
     def write_data(self, stream: int, head: bytes, data: bytes) -> None:
         """Sends a DATA frame of `head` and `data`, for which there is room."""
-        assert self._transport is not None
         size = len(data)
         head = HEADER.pack(size + len(head) << 8, 0, stream) + head
         if size < _COPIED_BYTES:
-            self._transport.write(head + data)
+            self.write(head + data)
         else:
-            self._transport.writelines((head, data))
+            self.write(head)
+            self.write(data)
 
     def send_headers(self, stream: Stream, block: bytes, *, end: bool) -> None:
         """Sends a header block, in as many frames as the peer wants it in."""
@@ -695,7 +702,8 @@ class Connection(asyncio.Protocol):
                 stream.send_window += more
                 if stream.send_window > LARGEST_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
-                stream.wake()
+                if stream.send_window - more <= 0:
+                    stream.wake()
         elif name == frames.MAX_FRAME_SIZE:
             self.max_send_frame = min(value, MAX_FRAME)
         elif name == frames.MAX_HEADER_LIST_SIZE:
@@ -744,7 +752,8 @@ class Connection(asyncio.Protocol):
             stream.send_window += more
             if stream.send_window > LARGEST_WINDOW:
                 raise StreamFault(number, ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
-            stream.wake()
+            if stream.send_window - more <= 0:
+                stream.wake()
 
     # --- bounds and life
 
