@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc.aio import EOF, AioRpcError
 from grpc_health.v1 import health_pb2
 
@@ -38,6 +39,8 @@ _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _URI: Final = re.compile(r"[a-z0-9+.-]+:(?![0-9]+$)")
 """A target that only gRPC can resolve: `dns:///gateway`, `unix:/run/x`."""
 
+_PORT: Final = re.compile(r":[0-9]+$")
+
 _StatusCode = grpc.StatusCode
 
 
@@ -56,7 +59,7 @@ class StreamingChannel(Protocol):
 
 def is_plain(target: str) -> bool:
     """Whether a target is `host:port`, or several of them: what needs no resolver of gRPC's."""
-    return all(_URI.match(part) is None and ":" in part for part in target.split(","))
+    return all(_URI.match(part) is None and _PORT.search(part.strip()) is not None for part in target.split(","))
 
 
 def open_stream_channel(target: str, *, token: Token | None, service: str) -> StreamingChannel:
@@ -142,7 +145,7 @@ class StreamChannel:
             try:
                 async with asyncio.timeout(CONNECT_S):
                     addresses = await resolve(host, port)
-            except (OSError, TimeoutError) as error:
+            except (OSError, UnicodeError, TimeoutError) as error:
                 failure = f"{authority} cannot be resolved: {error}"
                 continue
             random.shuffle(addresses)
@@ -178,7 +181,10 @@ async def _check_health(connection: ClientConnection) -> None:
     except StreamLost as lost:
         raise WireError(_StatusCode.UNAVAILABLE, lost.why) from None
     stream.end()
-    reply = await replies.next()
+    try:
+        reply = await replies.next()
+    except DecodeError as error:
+        raise WireError(_StatusCode.UNAVAILABLE, f"health: {error}") from None
     if reply is None:
         if replies.code is not _StatusCode.UNIMPLEMENTED:  # a server without health serves
             raise WireError(_StatusCode.UNAVAILABLE, f"health: {replies.code}: {replies.details}")
@@ -250,15 +256,16 @@ class _Replies:
         status = given[b":status"]
         if status[:1] == b"1":  # informational
             return
+        if b"grpc-status" in given:  # a response of trailers only, whatever HTTP says of it
+            self._reader = MessageReader(self._max_message_bytes)
+            self._take_status(headers)
+            return
         if status != b"200":
             raise WireError(wire.status_of_http(status), f"HTTP status {status.decode('latin-1')}")
         if not given.get(b"content-type", b"").startswith(b"application/grpc"):
             raise WireError(_StatusCode.UNKNOWN, f"not gRPC: {given.get(b'content-type', b'')!r}")
         self._reader = MessageReader(self._max_message_bytes, given.get(b"grpc-encoding", b"identity"))
-        if b"grpc-status" in given:
-            self._take_status(headers)
-        else:
-            self.initial = wire.read_metadata(headers)
+        self.initial = wire.read_metadata(headers)
 
     def _take_status(self, headers: Headers) -> None:
         found = wire.read_status(headers)
@@ -284,7 +291,7 @@ class _Replies:
 
     def end_received(self) -> None:
         """The server has said everything."""
-        self.end(_StatusCode.INTERNAL, "the response ends without a status")
+        self.end(_StatusCode.UNKNOWN, "the response ends without a status")
         if not self.stream.local_ended:
             self.stream.reset(ErrorCode.NO_ERROR)
 
@@ -366,7 +373,8 @@ class StreamCall:
             try:
                 await stream.send(head + data)
             except StreamLost:
-                pass
+                if self._replies.code is None:
+                    raise asyncio.InvalidStateError("nothing may be written after done_writing") from None
             else:
                 return
         raise self._failure() or asyncio.InvalidStateError("the call is over")
@@ -386,8 +394,9 @@ class StreamCall:
 
     async def done_writing(self) -> None:
         """Says that nothing more will be sent."""
-        stream = self._stream or await self._opened()
-        stream.end()
+        await asyncio.wait({self._opening})
+        if self._stream is not None:
+            self._stream.end()
 
     def cancel(self) -> bool:
         """Ends the call now; False: it was over."""
@@ -417,6 +426,10 @@ class StreamCall:
             self._stream = _request(connection, self._replies, self._method, self._metadata)
         except WireError as error:
             self._replies.end(error.code, error.why)
+        except ValueError:  # metadata that is no header
+            if self._connection is not None:
+                self._connection.close()
+            raise
 
     async def _opened(self) -> Stream:
         await asyncio.wait({self._opening})

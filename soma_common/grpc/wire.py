@@ -51,7 +51,9 @@ _RESERVED: Final = frozenset(
     (b"te", b"content-type", b"content-length", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding", b"host")
 )
 _STATUS_HEADERS: Final = frozenset((b"grpc-status", b"grpc-message"))
-_CODES: Final[dict[int, StatusCode]] = {code.value[0]: code for code in StatusCode}
+_CODES: Final = {b"%d" % code.value[0]: code for code in StatusCode}
+_NAME: Final = re.compile(r"[0-9a-z_.-]+")
+_VALUE: Final = re.compile(rb"[ -~]*")
 _PLAIN: Final = bytes(range(0x20, 0x7F)).replace(b"%", b"").decode()
 _HTTP_STATUS: Final = {
     b"400": StatusCode.INTERNAL,
@@ -59,6 +61,7 @@ _HTTP_STATUS: Final = {
     b"403": StatusCode.PERMISSION_DENIED,
     b"404": StatusCode.UNIMPLEMENTED,
     b"429": StatusCode.UNAVAILABLE,
+    b"431": StatusCode.INTERNAL,
     b"502": StatusCode.UNAVAILABLE,
     b"503": StatusCode.UNAVAILABLE,
     b"504": StatusCode.UNAVAILABLE,
@@ -109,6 +112,8 @@ class MessageReader:
             compressed, size = PREFIX.unpack_from(held, at)
             if size > self._max_bytes:
                 raise _too_large(size, self._max_bytes)
+            if compressed > 1:
+                raise WireError(StatusCode.INTERNAL, f"a message with the flag {compressed}, which is neither 0 nor 1")
             self._needed += size
             if len(held) - at < self._needed:
                 break
@@ -181,7 +186,7 @@ def read_metadata(headers: Headers) -> Metadata:
             continue
         if name.endswith(b"-bin"):  # several values may come as one, with commas between them
             metadata += [(name.decode("latin-1"), _read_binary(part)) for part in value.split(b",")]
-        else:
+        elif _VALUE.fullmatch(value):  # what is none could not be sent on
             metadata.append((name.decode("latin-1"), value.decode("latin-1")))
     return tuple(metadata)
 
@@ -198,13 +203,15 @@ def write_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[st
     """Metadata as headers. Raises ValueError for what cannot be one."""
     headers: list[tuple[str | bytes, str | bytes]] = []
     for name, value in metadata:
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"metadata {name!r} is no header: lower-case letters, digits and `_.-`")
         if name.endswith("-bin"):
             raw = value if isinstance(value, bytes) else value.encode()
             headers.append((name, base64.b64encode(raw).rstrip(b"=")))
             continue
         text = value.encode() if isinstance(value, str) else value
-        if not name or name != name.lower() or any(not 0x20 <= byte <= 0x7E for byte in text):
-            raise ValueError(f"metadata {name!r} is no header: lower-case names, printable ASCII, or end it in -bin")
+        if _VALUE.fullmatch(text) is None:
+            raise ValueError(f"the value of metadata {name!r} is no header: printable ASCII, or end its name in -bin")
         headers.append((name, text))
     return headers
 
@@ -238,7 +245,7 @@ def read_status(headers: Headers) -> tuple[StatusCode, str] | None:
     details = ""
     for name, value in headers:
         if name == b"grpc-status":
-            code = _CODES.get(int(value), StatusCode.UNKNOWN) if value.isdigit() else StatusCode.UNKNOWN
+            code = _CODES.get(value, StatusCode.UNKNOWN)
         elif name == b"grpc-message":
             details = unquote_to_bytes(value).decode(errors="replace")
     return None if code is None else (code, details)

@@ -237,6 +237,7 @@ class Stream:
         """Ends the stream at once, both ways. The receiver hears nothing more."""
         if self.lost is None:
             self.lost = StreamLost(code, "reset by this end")
+            self.wake()
             self._connection.reset(self, code)
 
     def hold(self, size: int) -> None:
@@ -324,7 +325,8 @@ class Connection(asyncio.Protocol):
         self._ended: deque[int] = deque(maxlen=REMEMBERED)
         self._heard_at = self._now()
         self._timer: asyncio.TimerHandle | None = None
-        self._asked = False
+        self._asked_at: float | None = None
+        """When the peer was asked for a sign of life; None: it gave one since."""
         self.streams: dict[int, Stream] = {}
         self.queue: deque[Stream] = deque()
         """Senders that wait for the connection's window or its socket, the first one first."""
@@ -765,11 +767,11 @@ class Connection(asyncio.Protocol):
     def _check_life(self) -> None:
         silent_s = self._now() - self._heard_at
         left_s = self._keepalive.after_s - silent_s
-        if left_s > 0:
-            self._asked = False
-            self._timer = self._loop.call_later(left_s, self._check_life)
-        elif not self._asked:
-            self._asked = True
+        if left_s > 0 or (self._asked_at is not None and self._heard_at >= self._asked_at):
+            self._asked_at = None
+            self._timer = self._loop.call_later(max(left_s, 0.0), self._check_life)
+        elif self._asked_at is None:
+            self._asked_at = self._now()
             self.write(frames.frame(frames.PING, 0, 0, b"alive?\r\n"))
             self._timer = self._loop.call_later(self._keepalive.timeout_s, self._check_life)
         else:

@@ -33,7 +33,7 @@ _LONGEST_UPDATE: Final = 6
 """Bytes of one."""
 _TABLE_UPDATES: Final = re.compile(rb"(?:\x3f[\x80-\xff]*[\x00-\x7f]|[\x20-\x3e])*")
 _NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9a-z-]+")
-_VALUE_FORBIDS: Final = re.compile(rb"[\0\r\n]")
+_VALUE: Final = re.compile(rb"(?![ \t])[^\0\r\n]*(?<![ \t])")
 _REQUEST_PSEUDO: Final = frozenset((b":method", b":scheme", b":path", b":authority"))
 _REQUEST_NEEDS: Final = (b":method", b":scheme", b":path")
 _RESPONSE_PSEUDO: Final = frozenset((b":status",))
@@ -97,12 +97,13 @@ def check_trailers(stream: int, headers: Headers) -> None:
 
 def content_length(stream: int, headers: Headers) -> int | None:
     """How many bytes the message says it has. Raises StreamFault for what is no number."""
-    for name, value in headers:
-        if name == b"content-length":
-            if not value.isdigit() or len(value) > _LONGEST_LENGTH:
-                raise _malformed(stream, "a content-length that is no number")
-            return int(value)
-    return None
+    values = {value for name, value in headers if name == b"content-length"}
+    if not values:
+        return None
+    value = values.pop()
+    if values or not value.isdigit() or len(value) > _LONGEST_LENGTH:
+        raise _malformed(stream, "a content-length that is no number, or are several")
+    return int(value)
 
 
 def _check(stream: int, headers: Headers, allowed: frozenset[bytes]) -> set[bytes]:
@@ -110,8 +111,8 @@ def _check(stream: int, headers: Headers, allowed: frozenset[bytes]) -> set[byte
     pseudo: set[bytes] = set()
     regular = False
     for name, value in headers:
-        if _VALUE_FORBIDS.search(value):
-            raise _malformed(stream, f"a header value with a line break or zero: {name!r}")
+        if _VALUE.fullmatch(value) is None:
+            raise _malformed(stream, f"a header value with a line break, a zero or space around it: {name!r}")
         if name[:1] == b":":
             if regular or name not in allowed or name in pseudo or not value:
                 raise _malformed(stream, f"a pseudo-header that may not be here: {name!r}")
