@@ -138,10 +138,10 @@ class KeptStream:
                 raise _unavailable("the gateway has fallen silent") from error
             raise
         finally:
+            call.cancel()
             if writer is not None:
                 writer.cancel()
                 await asyncio.wait({writer})
-            call.cancel()
 
     async def _write(self, call: Any, welcome: Welcome) -> None:
         """Sends what has gathered, a heartbeat when nothing has; gives up on a gateway that is silent for three

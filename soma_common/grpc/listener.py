@@ -24,6 +24,8 @@ BACKLOG: Final = 1024
 LAST_WORDS_S: Final = 1.0
 """How long handlers that were cancelled at the end may take."""
 
+LOOK_S: Final = 0.01
+
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 _connections = gauge("soma_rpc_server_connections", "Connections of clients.")
@@ -75,6 +77,12 @@ class Listener:
             _, stuck = await asyncio.wait(self._calls, timeout=LAST_WORDS_S)
             if stuck:
                 _log.warning("grpc.calls_left", calls=len(stuck))
+        # What was written last still leaves, but nobody is waited for who does not read it.
+        ends_at = asyncio.get_running_loop().time() + LAST_WORDS_S
+        while any(connection.closed for connection in self._connections):
+            if asyncio.get_running_loop().time() > ends_at:
+                break
+            await asyncio.sleep(LOOK_S)
         for connection in list(self._connections):
             connection.close("the server has stopped")
 

@@ -109,7 +109,8 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         """The caller is gone."""
         self._is_cancelled = True
         self._finish()
-        self.task.cancel()
+        if not lost.given_up:  # the handler has cancelled its writer, it need not be told
+            self.task.cancel()
 
     # --- what ends it
 

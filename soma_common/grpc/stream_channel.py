@@ -84,6 +84,7 @@ class StreamChannel:
         self._spare: ClientConnection | None = None
         """Connected to an address that serves, for the next stream."""
         self._looking: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def stream_stream(
         self,
@@ -94,6 +95,8 @@ class StreamChannel:
         """A function that opens a stream of the method."""
 
         def begin() -> StreamCall:
+            if self._is_closed:
+                raise grpc.aio.UsageError("Channel is closed.")
             call = StreamCall(
                 self._connected,
                 method,
@@ -110,6 +113,8 @@ class StreamChannel:
 
     def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
         """READY when a connection to an address that serves is at hand; looks for one if asked to."""
+        if self._is_closed:
+            return grpc.ChannelConnectivity.SHUTDOWN
         if self._spare is not None and self._spare.closing is None:
             return grpc.ChannelConnectivity.READY
         if try_to_connect and (self._looking is None or self._looking.done()):
@@ -118,6 +123,7 @@ class StreamChannel:
 
     async def close(self, grace: float | None = None) -> None:
         """Ends all streams and connections."""
+        self._is_closed = True
         for call in list(self._calls):
             call.cancel()
         if self._looking is not None:
@@ -135,7 +141,7 @@ class StreamChannel:
     async def _connected(self) -> ClientConnection:
         """A connection to the next address that serves. Raises WireError with what was wrong with the last one."""
         spare, self._spare = self._spare, None
-        if spare is not None and spare.closing is None:
+        if spare is not None and await _still_serves(spare):
             return spare
         failure = ""
         for _ in self._targets:
@@ -160,6 +166,21 @@ class StreamChannel:
                 except WireError as error:
                     failure = f"{address}: {error.why}"
         raise WireError(_StatusCode.UNAVAILABLE, f"failed to connect to all addresses; last: {failure}")
+
+
+async def _still_serves(spare: ClientConnection) -> bool:
+    """Whether a connection that was made a while ago may be used; closes it if not."""
+    serves = False
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await _check_health(spare)
+        serves = True
+    except (TimeoutError, WireError):
+        pass
+    finally:
+        if not serves:
+            spare.close()
+    return serves
 
 
 async def _serving(address: tuple[str, int], authority: str) -> ClientConnection:
@@ -426,10 +447,10 @@ class StreamCall:
             self._stream = _request(connection, self._replies, self._method, self._metadata)
         except WireError as error:
             self._replies.end(error.code, error.why)
-        except ValueError:  # metadata that is no header
+        except ValueError as error:  # a token or metadata that is no header
+            self._replies.end(_StatusCode.INVALID_ARGUMENT, str(error))
             if self._connection is not None:
                 self._connection.close()
-            raise
 
     async def _opened(self) -> Stream:
         await asyncio.wait({self._opening})

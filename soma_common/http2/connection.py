@@ -35,9 +35,12 @@ STREAM_WINDOW: Final = 1024 * 1024
 """What a peer may send on a stream beyond what was credited; half of it may lie unread before credit ends."""
 CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 """For all streams together: large enough that one which nobody reads leaves room for the others."""
-MAX_UNREAD: Final = 64 * 1024 * 1024
+MAX_UNREAD: Final = 128 * 1024 * 1024
 """Bytes of all streams that may lie unread or wait for the rest of their message, before the connection's credit ends.
 """
+MAX_PARTS: Final = MAX_UNREAD * 3 // 4
+"""Of these, bytes that wait for the rest of their message. Only more bytes can make an end of them, so that beyond this
+the stream with the most of them is reset when credit ends."""
 MAX_STREAMS: Final = 10_000
 MAX_FRAME: Final = 64 * 1024
 MAX_UNREAD_ANSWERS: Final = 4 * 1024 * 1024
@@ -45,7 +48,7 @@ MAX_UNREAD_ANSWERS: Final = 4 * 1024 * 1024
 MAX_RESETS: Final = 2_000
 """Streams that may be opened within `SPELL_S` and reset within it, by the peer (CVE-2023-44487) or because of what it
 did (CVE-2025-8671)."""
-MAX_SETTINGS_FRAMES: Final = 100
+MAX_SETTINGS_FRAMES: Final = 20
 """Within `SPELL_S`: each may change the window of every stream."""
 SPELL_S: Final = 1.0
 MAX_FRAGMENTS: Final = 64
@@ -54,7 +57,7 @@ CLOSE_S: Final = 5.0
 """How long the last words may take to leave."""
 MAX_DISCARDED: Final = 1024 * 1024
 """Bytes that are read meanwhile for nothing."""
-REMEMBERED: Final = 1024
+REMEMBERED: Final = 4 * 1024
 """Streams that are over, to tell what was still under way on them from what is wrong."""
 _COPIED_BYTES: Final = 64 * 1024
 """Larger payloads are not copied behind their frame's header."""
@@ -67,9 +70,10 @@ _log = structlog.get_logger(__name__)
 class StreamLost(Exception):
     """The stream is over: `code` says how it was reset, None that the connection went."""
 
-    def __init__(self, code: int | None, why: str) -> None:
+    def __init__(self, code: int | None, why: str, *, given_up: bool = False) -> None:
+        """`given_up`: this end's own sender was cancelled in the middle of a message."""
         super().__init__(why)
-        self.code, self.why = code, why
+        self.code, self.why, self.given_up = code, why, given_up
 
 
 class Receiver(Protocol):
@@ -102,14 +106,15 @@ class Stream:
     __slots__ = (
         "_connection",
         "_held",
-        "_kept",
         "_owed",
         "_sending",
         "_waiter",
         "awaited",
         "id",
+        "kept",
         "local_ended",
         "lost",
+        "queued",
         "receive_window",
         "receiver",
         "remote_ended",
@@ -127,9 +132,12 @@ class Stream:
         self.local_ended = False
         self.remote_ended = False
         self.lost: StreamLost | None = None
+        self.queued = False
+        """It stands in the connection's queue of senders."""
         self._owed = 0
         self._held = 0
-        self._kept = 0
+        self.kept = 0
+        """Bytes that wait for the rest of their message."""
         self._sending: asyncio.Lock | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -191,7 +199,7 @@ class Stream:
                     await self._room()
                 except asyncio.CancelledError:
                     if at:  # what would follow could not be told from the rest of this
-                        self.lose(StreamLost(ErrorCode.CANCEL, "given up in the middle of a message"))
+                        self.lose(StreamLost(ErrorCode.CANCEL, "given up in the middle of a message", given_up=True))
                         connection.reset(self, ErrorCode.CANCEL)
                     raise
             if not self._is_open:
@@ -210,11 +218,13 @@ class Stream:
 
     async def _room(self) -> None:
         """Returns when there may be room, or the stream is over."""
+        connection = self._connection
+        if self.send_window <= 0:
+            connection.pass_on()  # the room that the connection has is for others
+        elif not self.queued:  # it is the connection or its socket that has no room
+            self.queued = True
+            connection.queue.append(self)
         self._waiter = asyncio.get_running_loop().create_future()
-        if self.send_window > 0:  # it is the connection or its socket that has no room
-            self._connection.queue.append(self)
-        else:
-            self._connection.pass_on()
         try:
             await self._waiter
         finally:
@@ -247,8 +257,9 @@ class Stream:
 
     def keep(self, size: int) -> None:
         """So many bytes wait for the rest of their message. They do not end the stream's credit: it has to come."""
-        self._connection.unread += size - self._kept
-        self._kept = size
+        self._connection.unread += size - self.kept
+        self._connection.parts += size - self.kept
+        self.kept = size
 
     def release(self, size: int) -> None:
         """So many of the bytes that lay unread have been read, or nobody wants them any more."""
@@ -270,8 +281,9 @@ class Stream:
 
     def discharge(self) -> None:
         """The stream is over: what it holds is no longer the connection's business."""
-        self._connection.unread -= self._held + self._kept
-        self._held = self._kept = 0
+        self._connection.unread -= self._held + self.kept
+        self._connection.parts -= self.kept
+        self._held = self.kept = 0
         self._connection.credit()
 
     def _credit(self) -> None:
@@ -332,6 +344,8 @@ class Connection(asyncio.Protocol):
         """Senders that wait for the connection's window or its socket, the first one first."""
         self.unread = 0
         """Bytes of all streams that lie unread."""
+        self.parts = 0
+        """Of these, bytes that wait for the rest of their message."""
         self.highest = 0
         """The highest stream that the peer (of a server) or this end (of a client) has opened."""
         self.send_window = frames.FIRST_WINDOW
@@ -449,7 +463,9 @@ class Connection(asyncio.Protocol):
     def pass_on(self) -> None:
         """Wakes the next sender that waits, if there is room. It calls this again when it is done."""
         while self.queue and not self.blocked and self.send_window > 0:
-            if self.queue.popleft().wake():
+            stream = self.queue.popleft()
+            stream.queued = False
+            if stream.send_window > 0 and stream.wake():
                 return
 
     def credit(self) -> None:
@@ -567,6 +583,10 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         self._owed += size
         self.credit()
+        if self.parts > MAX_PARTS and self._owed >= CONNECTION_WINDOW // 4:
+            largest = max(self.streams.values(), key=lambda stream: stream.kept)
+            largest.lose(StreamLost(ErrorCode.ENHANCE_YOUR_CALM, "too many large messages are under way at once"))
+            self.reset(largest, ErrorCode.ENHANCE_YOUR_CALM)
 
     def _on_late(self, number: int, what: str) -> None:
         """Something came on a stream on which nothing may come."""
@@ -704,7 +724,7 @@ class Connection(asyncio.Protocol):
                 stream.send_window += more
                 if stream.send_window > LARGEST_WINDOW:
                     raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
-                if stream.send_window - more <= 0:
+                if stream.send_window - more <= 0 < stream.send_window:
                     stream.wake()
         elif name == frames.MAX_FRAME_SIZE:
             self.max_send_frame = min(value, MAX_FRAME)
@@ -754,7 +774,7 @@ class Connection(asyncio.Protocol):
             stream.send_window += more
             if stream.send_window > LARGEST_WINDOW:
                 raise StreamFault(number, ErrorCode.FLOW_CONTROL_ERROR, "a window above 2^31-1")
-            if stream.send_window - more <= 0:
+            if stream.send_window - more <= 0 < stream.send_window:
                 stream.wake()
 
     # --- bounds and life

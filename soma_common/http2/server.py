@@ -45,13 +45,12 @@ class ServerConnection(Connection):
         self._is_client_known = False
 
     def data_received(self, data: bytes) -> None:
-        if self._is_client_known:
+        if self._is_client_known or self.closed:
             super().data_received(data)
             return
         self._preface += data
         if not PREFACE.startswith(self._preface[: len(PREFACE)]):
-            if not self.closed:
-                self.fail(ErrorCode.PROTOCOL_ERROR, "not HTTP/2: the client's preface is missing")
+            self.fail(ErrorCode.PROTOCOL_ERROR, "not HTTP/2: the client's preface is missing")
         elif len(self._preface) >= len(PREFACE):
             self._is_client_known = True
             rest, self._preface = self._preface[len(PREFACE) :], b""

@@ -1296,13 +1296,11 @@ async def test_a_writer_waits_until_there_is_room() -> None:
 async def test_a_window_that_opens_by_the_settings_is_used_as_far_as_it_opens() -> None:
     message = framed(b"x" * 1000)
     async with raw_server(idle) as raw, opened(raw.address) as channel:
-        await eventually(lambda: channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY, WAIT_S)
-        peer = raw.peers[0]
+        call = talk(channel)
+        peer, stream = await raw.call()
         peer.credits = False
         await peer.setting(SettingCodes.INITIAL_WINDOW_SIZE, 0)
-        call = talk(channel)
         writing = asyncio.ensure_future(call.write(message[5:]))
-        _, stream = await raw.call()
         for size in (0, 1, 700):
             await peer.setting(SettingCodes.INITIAL_WINDOW_SIZE, size)
             assert bytes(peer.received[stream]) == message[:size]
@@ -1391,8 +1389,9 @@ async def test_a_token_that_is_no_header_fails_the_call_and_leaves_no_connection
     async with raw_server(idle) as raw:
         channel = StreamChannel(raw.address, token=lambda: "line\nbreak")
         try:
-            with pytest.raises(ValueError, match="authorization"):
+            with pytest.raises(grpc.aio.AioRpcError, match="authorization") as failed:
                 await soon(talk(channel).read())
+            assert failed.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             await eventually(lambda: all(peer.gone for peer in raw.peers), 2.0, "the connection is closed")
         finally:
             await channel.close()
