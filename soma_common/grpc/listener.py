@@ -12,10 +12,11 @@ import structlog
 from soma_common.grpc import wire
 from soma_common.grpc.served_call import ServedCall
 from soma_common.grpc.wire import WireError
-from soma_common.http2.connection import Connection, Keepalive, Stream, StreamLost
+from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, encode
 from soma_common.http2.server import ServerConnection
+from soma_common.http2.stream import Stream, StreamLost
 from soma_common.settings import split_address
 from soma_common.telemetry.metrics import gauge
 

@@ -16,9 +16,9 @@ import structlog
 
 from soma_common.grpc import wire
 from soma_common.grpc.wire import PREFIX_BYTES, MessageReader, Metadata, WireError
-from soma_common.http2.connection import Stream, StreamLost
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, encode
+from soma_common.http2.stream import Stream, StreamLost
 
 _PLAIN_HEADERS: Final = encode(wire.HTTP_HEADERS)
 _OK_TRAILERS: Final = encode(wire.write_status(0, ""))

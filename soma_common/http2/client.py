@@ -8,18 +8,12 @@ from collections.abc import Callable
 from typing import Final
 
 from soma_common.http2 import frames
-from soma_common.http2.connection import (
-    CONNECTION_WINDOW,
-    MAX_FRAME,
-    STREAM_WINDOW,
-    Connection,
-    Keepalive,
-    Receiver,
-    Stream,
-    StreamLost,
-)
+from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import LARGEST_STREAM, PREFACE, ConnectionFault, ErrorCode
 from soma_common.http2.headers import MAX_BLOCK_BYTES, Headers
+from soma_common.http2.limits import CONNECTION_WINDOW, MAX_FRAME, STREAM_WINDOW
+from soma_common.http2.reading import ReadingConnection
+from soma_common.http2.stream import Receiver, Stream, StreamLost
 
 _GREETING: Final = (
     PREFACE
@@ -35,7 +29,7 @@ _GREETING: Final = (
 )
 
 
-class ClientConnection(Connection):
+class ClientConnection(ReadingConnection):
     """Opens streams."""
 
     is_server = False

@@ -6,17 +6,12 @@ from collections.abc import Callable
 from typing import Final
 
 from soma_common.http2 import frames
-from soma_common.http2.connection import (
-    CONNECTION_WINDOW,
-    MAX_FRAME,
-    MAX_STREAMS,
-    STREAM_WINDOW,
-    Connection,
-    Keepalive,
-    Stream,
-)
+from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import PREFACE, ConnectionFault, ErrorCode, StreamFault
 from soma_common.http2.headers import MAX_BLOCK_BYTES, Headers, check_request, content_length
+from soma_common.http2.limits import CONNECTION_WINDOW, MAX_FRAME, MAX_STREAMS, STREAM_WINDOW
+from soma_common.http2.reading import ReadingConnection
+from soma_common.http2.stream import Stream
 
 _GREETING: Final = frames.settings(
     {
@@ -28,7 +23,7 @@ _GREETING: Final = frames.settings(
 ) + frames.window_update(0, CONNECTION_WINDOW - frames.FIRST_WINDOW)
 
 
-class ServerConnection(Connection):
+class ServerConnection(ReadingConnection):
     """Takes requests: `accept(stream, headers)` sets the stream's receiver."""
 
     is_server = True

@@ -23,7 +23,8 @@ from soma.cognition.v1.cognition_service_pb2 import (
 )
 
 from soma_common.clock import monotonic
-from soma_common.grpc.stream_channel import StreamCall, StreamingChannel, open_stream_channel
+from soma_common.grpc.stream_call import StreamCall
+from soma_common.grpc.stream_channel import StreamingChannel, open_stream_channel
 from soma_common.telemetry import spans
 from soma_common.telemetry.metrics import gauge
 

@@ -38,7 +38,8 @@ from soma_common.errors import ResourceExhausted, from_rpc_error, to_status
 from soma_common.grpc import stream_channel
 from soma_common.grpc.channel import Token, open_channel
 from soma_common.grpc.stream_channel import StreamChannel, StreamingChannel, is_plain, open_stream_channel
-from soma_common.http2.connection import STREAM_WINDOW, Keepalive
+from soma_common.http2.connection import Keepalive
+from soma_common.http2.limits import STREAM_WINDOW
 from soma_common.testing.eventually import eventually
 
 SERVICE, TALK, METHOD = "probe.Probe", "Talk", "/probe.Probe/Talk"
