@@ -91,8 +91,10 @@ fmt: setup ## Format Python and proto files
 	buf format -w proto
 
 .PHONY: lock
-lock: setup ## Renew requirements/*.lock from pyproject.toml (ARGS=--upgrade takes the newest versions)
+lock: ## Renew requirements/*.lock from pyproject.toml (ARGS=--upgrade takes the newest versions)
+	@test -x .venv/bin/uv || bin/setup # not always: the old lock may lack what pyproject.toml names now
 	$(RUN) -m tools.lock $(ARGS)
+	@bin/setup
 
 ##@ Environment
 
