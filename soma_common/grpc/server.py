@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
@@ -67,6 +66,8 @@ class GrpcServer:
         await self.set_serving(False)
         self.port = await self._listener.start(self._settings.listen)
         if self._settings.channelz_listen is not None:
+            from grpc_channelz.v1 import channelz  # half a megabyte of each process that does not serve it
+
             self._channelz = grpc.aio.server()
             channelz.add_channelz_servicer(self._channelz)
             self.channelz_port = self._channelz.add_insecure_port(self._settings.channelz_listen)
