@@ -185,15 +185,14 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         handler = self._handler
         if handler.request_streaming:
             request: Any = _Requests(self._next)
-            run = handler.stream_stream if handler.response_streaming else handler.stream_unary
+            run: Any = handler.stream_stream or handler.stream_unary
         else:
             if not await self._arrives():
                 return
             request = await self._next()
             self._has_request = True
-            run = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        assert run is not None
-        answer: Any = run(request, self)  # type: ignore[arg-type] # the stub knows the context of threads only
+            run = handler.unary_stream or handler.unary_unary
+        answer = run(request, self)
         if isinstance(answer, AsyncIterator):
             async for response in answer:
                 await self.write(response)
@@ -304,9 +303,9 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         """What the caller sent along."""
         return self._metadata
 
-    def time_remaining(self) -> float:
-        """Seconds until the caller's deadline; None (in spite of the type that gRPC declares) if it has none."""
-        return None if self._ends_at is None else max(self._ends_at - self._now(), 0.0)  # type: ignore[return-value]
+    def time_remaining(self) -> Any:
+        """Seconds until the caller's deadline; None, as in gRPC whatever its stub declares, if it has none."""
+        return None if self._ends_at is None else max(self._ends_at - self._now(), 0.0)
 
     def peer(self) -> str:
         """Address of the caller."""

@@ -6,6 +6,7 @@ What streams carry is their receivers' business. Everything a peer can make grow
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Keepalive:
     timeout_s: float
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol, ABC):
     """What both ends have in common, but for the frames that come (reading.py)."""
 
     is_server: bool
@@ -118,13 +119,13 @@ class Connection(asyncio.Protocol):
         self._over("the connection was lost" if exc is None else f"the connection was lost: {exc}")
         self._on_close(self)
 
+    @abstractmethod
     def _take(self, data: bytes) -> None:
         """Acts on what has come. Raises ConnectionFault."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _greet(self) -> None:
         """Says hello in the way of this end."""
-        raise NotImplementedError
 
     # --- what others ask for
 

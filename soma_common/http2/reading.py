@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Final
 
@@ -181,9 +182,9 @@ class ReadingConnection(Connection):
         else:
             self._on_more_headers(stream, headers, ended=ended)
 
+    @abstractmethod
     def _open(self, number: int, headers: Headers, *, ended: bool) -> None:
         """The peer's headers on a stream that is not open."""
-        raise NotImplementedError
 
     def _on_more_headers(self, stream: Stream, headers: Headers, *, ended: bool) -> None:
         """Headers on an open stream: trailers, unless this end is a client's."""
