@@ -4,6 +4,10 @@ Every id that two processes must agree on is a BLAKE2b digest over length-prefix
 ("ab", "c") never meet (RFC 7693; the prefix is the part's length in 4 bytes, big endian). A retry therefore has the
 same message id wherever it arrives, and a session has the same partition in every process and release:
 `PARTITION_FUNCTION` names that function, and processes that are configured with another one refuse to work together.
+
+Ids of what is in a session begin like the session's own id (`IDS_BESIDE`), so that in an index what belongs together
+stands together: what a turn writes touches pages that its session has touched before, however many turns there are.
+Databases that were made before that keep digests that stand anywhere (`IDS_ANYWHERE`).
 """
 
 from __future__ import annotations
@@ -16,6 +20,14 @@ from typing import Final
 
 ID_BYTES: Final = 16
 PARTITION_FUNCTION: Final = "soma-partition-v1"
+PLACE_BYTES: Final = 4
+"""Of the session's id, in front of 12 bytes of digest: enough to tell some billion sessions apart by their place. That
+ids differ is the digest's doing: 96 bits of it within a session.
+"""
+IDS_ANYWHERE: Final = "soma-ids-v1"
+"""The form of message ids that are digests as a whole."""
+IDS_BESIDE: Final = "soma-ids-v2"
+"""The form of message ids that begin like their session's."""
 KNOWN_SESSIONS: Final = 4096
 """Session keys whose digests are kept, about 3 MB at most: nearly every message is of a session that spoke lately."""
 
@@ -51,26 +63,36 @@ def session_id(tenant: str, agent: str, channel: str, session: str) -> bytes:
     return _digest(b"session", tenant.encode(), agent.encode(), channel.encode(), session.encode())
 
 
-def message_id(tenant: str, agent: str, channel: str, session: str, idempotency_key: str) -> bytes:
-    """The 16-byte id of the message that `idempotency_key` names in its session."""
-    digest = _messages_of(tenant, agent, channel, session).copy()
+def message_id(
+    tenant: str, agent: str, channel: str, session: str, idempotency_key: str, form: str = IDS_BESIDE
+) -> bytes:
+    """The 16-byte id of the message that `idempotency_key` names in its session.
+
+    `form` is fixed for the life of a database (`soma_common.layout`): in another form a retry would be another message.
+    """
+    place, begun = _messages_of(tenant, agent, channel, session)
+    digest = begun.copy()
     digest.update(_prefixed(idempotency_key.encode()))
-    return digest.digest()
+    return place + digest.digest()[:-PLACE_BYTES] if form == IDS_BESIDE else digest.digest()
 
 
 @lru_cache(KNOWN_SESSIONS)
-def _messages_of(tenant: str, agent: str, channel: str, session: str) -> blake2b:
-    """What the ids of a session's messages have in common; to be copied."""
-    return _begun(b"message", tenant.encode(), agent.encode(), channel.encode(), session.encode())
+def _messages_of(tenant: str, agent: str, channel: str, session: str) -> tuple[bytes, blake2b]:
+    """Where a session's ids stand, and what its messages' digests have in common; to be copied."""
+    parts = tenant.encode(), agent.encode(), channel.encode(), session.encode()
+    return session_id(tenant, agent, channel, session)[:PLACE_BYTES], _begun(b"message", *parts)
 
 
 def turn_id(session: bytes, message: bytes, generation: int = 0) -> bytes:
-    """The 16-byte id of the turn whose first input is `message`.
+    """The 16-byte id of the turn whose first input is `message`. It stands beside its session's if the message's does:
+    so whoever knows both ids derives the same, whatever form the database has.
 
     `generation` counts replacements: crash recovery keeps the id, a turn that is started anew after a rollback gets
     the next generation, so that its steps never meet results stored under the keys of the dropped one.
     """
-    return _digest(b"turn", session, message, generation.to_bytes(8, "big"))
+    digest = _digest(b"turn", session, message, generation.to_bytes(8, "big"))
+    place = session[:PLACE_BYTES]
+    return place + digest[:-PLACE_BYTES] if message.startswith(place) else digest
 
 
 def content_hash(content: bytes) -> bytes:

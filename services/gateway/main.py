@@ -33,6 +33,7 @@ from soma_common.layout import LaneLayout
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.live import LiveHub
 from soma_common.nats.connection import connect_nats
+from soma_common.nats.lanes import find_layout
 from soma_common.patience import patiently
 from soma_common.settings import StartRefused, load_settings
 from soma_common.telemetry.admin import serve_admin
@@ -45,7 +46,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
 
     Raises:
         LaneMismatch: the lanes were made for other numbers of partitions or lanes, or another hash.
-        Unavailable: the bus does not answer.
+        Unavailable: the bus does not answer, or no router has made the lanes yet.
         StartRefused: a setting that the gateway cannot do without is missing, or does not fit the bus.
     """
     if settings.controlplane_target is None:
@@ -60,7 +61,9 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
             f"SOMA_MAX_BATCH_BYTES is {settings.max_batch_bytes}, the bus takes {nc.max_payload}: lower it, "
             "or raise max_payload of the NATS server"
         )
-    lanes = NatsLanes(nc, LaneLayout(settings.partitions, settings.lanes), settings.tenant_lane_batches)
+    wanted = LaneLayout(settings.partitions, settings.lanes)
+    layout = await patiently(lambda: find_layout(nc.jetstream(), wanted), settings.start_patience_s)
+    lanes = NatsLanes(nc, layout, settings.tenant_lane_batches)
     await lanes.ensure()
 
     token = load_token(settings.auth_service_token_file) if settings.auth_service_token_file else None
@@ -80,8 +83,7 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
         directory,
         writers,
         mailboxes,
-        partitions=settings.partitions,
-        lanes=settings.lanes,
+        layout,
         max_content_bytes=settings.max_content_bytes,
         now_ms=clock.now_ms,
         trace_every=settings.trace_every,
@@ -103,8 +105,8 @@ async def main(lifecycle: Lifecycle, settings: GatewaySettings) -> int:
     servicer = ChannelServicer(
         streams,
         send,
-        DecideMessage(watches),
-        StreamTurn(send, watches),
+        DecideMessage(accept, watches),
+        StreamTurn(accept, send, watches),
         hub,
         max_content_bytes=settings.max_content_bytes,
     )

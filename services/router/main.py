@@ -86,16 +86,17 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
     """Starts the router; returns once it serves."""
     router = settings.service_instance
     token = load_token(settings.auth_service_token_file)
-    layout = LaneLayout(settings.partitions, settings.lanes)
+    wanted = LaneLayout(settings.partitions, settings.lanes)
     owner_dsn = settings.postgres_owner_dsn or settings.postgres_dsn
     await patiently(
         lambda: apply_migrations(owner_dsn, "router", MIGRATIONS, settings.postgres_migrate), settings.start_patience_s
     )
     leases = PostgresLeases(settings.postgres_dsn, router)
-    stored = await leases.ensure_layout(layout.metadata(), layout.partitions)
-    if stored != layout.metadata():
+    stored = await leases.ensure_layout(wanted)
+    layout = wanted.kept_as(stored)
+    if layout is None:
         raise LaneMismatch(
-            f"the database was made for {stored}, this router is set to {layout.metadata()}:"
+            f"the database was made for {stored}, this router is set to {wanted.metadata()}:"
             " set SOMA_PARTITIONS and SOMA_LANES to the database's values"
         )
     client = await patiently(

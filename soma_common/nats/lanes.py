@@ -13,7 +13,9 @@ from typing import Final
 from nats.js import JetStreamContext
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 from nats.js.errors import BadRequestError, NotFoundError
+from soma.common.v1.error_reason_pb2 import ErrorReason
 
+from soma_common.errors import Unavailable
 from soma_common.layout import LaneLayout, LaneMismatch
 
 DEDUPE_WINDOW_S: Final = 120.0
@@ -41,6 +43,29 @@ def lane_config(lane: int, layout: LaneLayout, tenant_bound: int, replicas: int 
     )
 
 
+async def find_layout(js: JetStreamContext, layout: LaneLayout) -> LaneLayout:
+    """`layout` with the form of ids that the lanes were made with.
+
+    For those who cannot ask the database: the first lanes are made by a router, which can.
+
+    Raises:
+        Unavailable: there is no lane yet.
+        LaneMismatch: they were made for another layout.
+    """
+    for lane in range(layout.lanes):
+        try:
+            info = await js.stream_info(stream_name(lane))
+        except NotFoundError:
+            continue
+        found = layout.kept_as(_metadata(info))
+        if found is None:
+            raise _mismatch(info, layout)
+        return found
+    raise Unavailable(
+        ErrorReason.ERROR_REASON_BUS_UNAVAILABLE, "there are no lanes yet: a router makes them when it starts"
+    )
+
+
 async def ensure_lanes(js: JetStreamContext, layout: LaneLayout, tenant_bound: int, replicas: int = 1) -> None:
     """Makes the lanes that are missing and checks those that exist. Raises LaneMismatch when they were made for
     another layout.
@@ -55,14 +80,17 @@ async def ensure_lanes(js: JetStreamContext, layout: LaneLayout, tenant_bound: i
                 if error.err_code != _NAME_IN_USE:
                     raise
                 info = await js.stream_info(stream_name(lane))  # another process was first, perhaps with other bounds
-        check_layout(info, layout)
+        if _metadata(info) != layout.metadata():
+            raise _mismatch(info, layout)
 
 
-def check_layout(info: StreamInfo, layout: LaneLayout) -> None:
-    """Compares a lane's metadata with this process's settings. Raises LaneMismatch."""
-    have = {key: value for key, value in (info.config.metadata or {}).items() if key.startswith("soma_")}
-    if have != layout.metadata():
-        raise LaneMismatch(
-            f"stream {info.config.name} was made for {have}, this process is set to {layout.metadata()}: "
-            "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; a change needs a stop, a drain and new streams"
-        )
+def _metadata(info: StreamInfo) -> dict[str, str]:
+    """What a lane keeps of its layout. The server adds keys of its own."""
+    return {key: value for key, value in (info.config.metadata or {}).items() if key.startswith("soma_")}
+
+
+def _mismatch(info: StreamInfo, layout: LaneLayout) -> LaneMismatch:
+    return LaneMismatch(
+        f"stream {info.config.name} was made for {_metadata(info)}, this process is set to {layout.metadata()}: "
+        "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; a change needs a stop, a drain and new streams"
+    )

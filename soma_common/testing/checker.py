@@ -76,6 +76,8 @@ class Story:
 
     tolerated: frozenset[int] = frozenset()
     """Error reasons with which a turn may end in this run; any other error is a violation."""
+    id_form: str = ids.IDS_BESIDE
+    """That of the database's message ids."""
     stale_live: list[tuple[int, LiveEvent]] = field(default_factory=list)
     """Live events of a dispatch that was over already when they came, with the newest dispatch by then."""
     _threads: dict[SessionName, _Thread] = field(default_factory=lambda: defaultdict(_Thread))
@@ -95,7 +97,7 @@ class Story:
         ending: str | None = None,
     ) -> bytes:
         """A message is about to be sent; returns the id that it must get."""
-        message_id = ids.message_id(name.tenant, name.agent, name.channel, name.session, key)
+        message_id = ids.message_id(name.tenant, name.agent, name.channel, name.session, key, self.id_form)
         self._threads[name].sent[message_id] = SentMessage(text, expected, ending, policy)
         return message_id
 

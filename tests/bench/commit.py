@@ -78,7 +78,7 @@ class Rig:
         """Migrates, takes all partitions, and finds the writer's backend by a first empty group."""
         await apply_migrations(database.owner_dsn("router"), "router", MIGRATIONS)
         leases = PostgresLeases(database.dsn("router"), "bench")
-        await leases.ensure_layout(LAYOUT.metadata(), LAYOUT.partitions)
+        await leases.ensure_layout(LAYOUT)
         partitions = []
         for number in range(LAYOUT.partitions):
             term = uuid4()

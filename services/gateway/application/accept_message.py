@@ -12,9 +12,10 @@ from soma.router.v1.inbound_pb2 import Inbound
 
 from services.gateway.application.ports import Directory, Sink
 from services.gateway.application.write_lanes import LaneWriters
-from services.gateway.domain.admission import Submission, admit_cancel, admit_message
+from services.gateway.domain.admission import Submission, admit_cancel, admit_message, stored_content
 from services.gateway.domain.mailbox_bounds import MailboxBounds
 from soma_common import ids
+from soma_common.layout import LaneLayout
 from soma_common.telemetry import spans
 from soma_common.telemetry.trace import new_trace
 
@@ -27,9 +28,8 @@ class AcceptMessage:
         directory: Directory,
         writers: LaneWriters,
         mailboxes: MailboxBounds,
+        layout: LaneLayout,
         *,
-        partitions: int,
-        lanes: int,
         max_content_bytes: int,
         now_ms: Callable[[], int],
         trace_every: int = 0,
@@ -38,8 +38,7 @@ class AcceptMessage:
         self._directory = directory
         self._writers = writers
         self._mailboxes = mailboxes
-        self._partitions = partitions
-        self._lanes = lanes
+        self._layout = layout
         self._max_content_bytes = max_content_bytes
         self._now_ms = now_ms
         self._trace_every = self._until_traced = trace_every
@@ -54,7 +53,9 @@ class AcceptMessage:
         # First what needs no look at the message: a flood is refused at little cost.
         self._mailboxes.check_tenant(submission.tenant)
         self._writers.check_room(submission.tenant)
-        inbound = admit_message(submission, message, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms())
+        inbound = admit_message(
+            submission, message, self._layout, max_content_bytes=self._max_content_bytes, now_ms=self._now_ms()
+        )
         self._mailboxes.check_session(submission.tenant, inbound.session_id)
         if not inbound.traceparent and self._trace_every:
             self._until_traced -= 1
@@ -73,8 +74,12 @@ class AcceptMessage:
             Refused: not stored; the sink is not told.
         """
         self._directory.check_tenant(submission.tenant)
-        return self._queue(submission.tenant, admit_cancel(submission, turn_id, now_ms=self._now_ms()), sink, ref)
+        inbound = admit_cancel(submission, turn_id, self._layout, now_ms=self._now_ms())
+        return self._queue(submission.tenant, inbound, sink, ref)
+
+    def ids_of(self, submission: Submission, message: Message) -> tuple[bytes, bytes]:
+        """The id that a message has once it is stored, and the hash of its content."""
+        return submission.message_id(self._layout), ids.content_hash(stored_content(message))
 
     def _queue(self, tenant: str, inbound: Inbound, sink: Sink, ref: int) -> int:
-        lane = ids.lane_of(ids.partition_of(inbound.session_id, self._partitions), self._lanes)
-        return self._writers.put(tenant, lane, inbound, sink, ref)
+        return self._writers.put(tenant, self._layout.lane_of(inbound.session_id), inbound, sink, ref)

@@ -11,9 +11,8 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 
 from services.gateway.application.accept_message import AcceptMessage
 from services.gateway.application.ports import Watches
-from services.gateway.domain.admission import Submission, stored_content
+from services.gateway.domain.admission import Submission
 from services.gateway.domain.refusal import Refused
-from soma_common import ids
 from soma_common.live_merge import Fate, is_answer
 
 TurnShown: TypeAlias = AsyncGenerator[bytes | LiveEvent | Delivery, None]
@@ -40,18 +39,20 @@ class SendMessage:
 class DecideMessage:
     """Tells what became of a stored message."""
 
-    def __init__(self, watches: Watches) -> None:
+    def __init__(self, accept: AcceptMessage, watches: Watches) -> None:
+        self._accept = accept
         self._watches = watches
 
     async def __call__(self, submission: Submission, message: Message) -> Fate:
         """Waits until it is known; the caller bounds the time."""
-        return await self._watches.fate(submission.key, *_ids_of(submission, message))
+        return await self._watches.fate(submission.key, *self._accept.ids_of(submission, message))
 
 
 class StreamTurn:
     """Accepts one message and shows the turn that answers it."""
 
-    def __init__(self, send: SendMessage, watches: Watches) -> None:
+    def __init__(self, accept: AcceptMessage, send: SendMessage, watches: Watches) -> None:
+        self._accept = accept
         self._send = send
         self._watches = watches
 
@@ -65,19 +66,11 @@ class StreamTurn:
             Refused: not stored, or not known whether it is; the reason says which.
             SomaError: the tenant has too many watches, events are not read fast enough, or `lifetime_s` is over.
         """
-        message_id, content_hash = _ids_of(submission, message)
+        message_id, content_hash = self._accept.ids_of(submission, message)
         async with self._watches.watch(submission.key, message_id, content_hash, lifetime_s) as events:
             yield await self._send(submission, message)
             async for event in events:
                 yield event.ended if is_answer(event, message_id) else event
-
-
-def _ids_of(submission: Submission, message: Message) -> tuple[bytes, bytes]:
-    """The message's id, and the hash of its content."""
-    message_id = ids.message_id(
-        submission.tenant, submission.agent, submission.channel, submission.session, submission.idempotency_key
-    )
-    return message_id, ids.content_hash(stored_content(message))
 
 
 class _Answer:

@@ -23,6 +23,7 @@ from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
 from services.gateway.domain.refusal import Refused
 from soma_common import ids
+from soma_common.layout import LaneLayout
 
 MAX_KEY_CHARS: Final = 256
 MAX_PARTS: Final = 64
@@ -60,8 +61,14 @@ class Submission:
         """The session key as the contracts have it."""
         return SessionKey(tenant=self.tenant, agent=self.agent, channel=self.channel, session=self.session)
 
+    def message_id(self, layout: LaneLayout) -> bytes:
+        """The id of the message."""
+        return layout.message_id(self.tenant, self.agent, self.channel, self.session, self.idempotency_key)
 
-def admit_message(submission: Submission, message: Message, *, max_content_bytes: int, now_ms: int) -> Inbound:
+
+def admit_message(
+    submission: Submission, message: Message, layout: LaneLayout, *, max_content_bytes: int, now_ms: int
+) -> Inbound:
     """The stored form of a message. An unset role becomes the user's.
 
     Raises:
@@ -71,10 +78,10 @@ def admit_message(submission: Submission, message: Message, *, max_content_bytes
     if submission.policy not in SERVED_POLICIES:
         raise Refused(_INVALID, "policy: not one of this release; send one of them or leave it unset")
     content = _content(message, max_content_bytes)
-    return _inbound(submission, _MESSAGE, content, ids.content_hash(content), now_ms)
+    return _inbound(submission, layout, _MESSAGE, content, ids.content_hash(content), now_ms)
 
 
-def admit_cancel(submission: Submission, turn_id: bytes, *, now_ms: int) -> Inbound:
+def admit_cancel(submission: Submission, turn_id: bytes, layout: LaneLayout, *, now_ms: int) -> Inbound:
     """The stored form of a cancel, ordered among the messages of its session. `turn_id` is 16 bytes, or empty for
     whatever runs.
 
@@ -84,7 +91,7 @@ def admit_cancel(submission: Submission, turn_id: bytes, *, now_ms: int) -> Inbo
     _check_key(submission)
     if turn_id and len(turn_id) != ids.ID_BYTES:
         raise Refused(_INVALID, f"turn_id: {len(turn_id)} bytes; a turn id has {ids.ID_BYTES}, or leave it empty")
-    inbound = _inbound(submission, _CANCEL, b"", ids.content_hash(b"cancel" + turn_id), now_ms)
+    inbound = _inbound(submission, layout, _CANCEL, b"", ids.content_hash(b"cancel" + turn_id), now_ms)
     inbound.cancel_turn_id = turn_id
     return inbound
 
@@ -104,13 +111,18 @@ def stored_content(message: Message) -> bytes:
 
 
 def _inbound(
-    submission: Submission, kind: InboundKind.ValueType, content: bytes, digest: bytes, now_ms: int
+    submission: Submission,
+    layout: LaneLayout,
+    kind: InboundKind.ValueType,
+    content: bytes,
+    digest: bytes,
+    now_ms: int,
 ) -> Inbound:
     tenant, agent, channel, session = submission.tenant, submission.agent, submission.channel, submission.session
     traceparent = submission.traceparent
     return Inbound(
         session_id=ids.session_id(tenant, agent, channel, session),
-        message_id=ids.message_id(tenant, agent, channel, session, submission.idempotency_key),
+        message_id=layout.message_id(tenant, agent, channel, session, submission.idempotency_key),
         content_hash=digest,
         accept_time_ms=now_ms,
         agent=agent,

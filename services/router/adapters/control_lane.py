@@ -55,7 +55,7 @@ class ControlLane:
     def _item(self, session: SessionName, key: str, hashed: bytes) -> Inbound:
         return Inbound(
             session_id=session.id,
-            message_id=ids.message_id(session.tenant, session.agent, session.channel, session.session, key),
+            message_id=self._layout.message_id(session.tenant, session.agent, session.channel, session.session, key),
             content_hash=ids.content_hash(hashed),
             accept_time_ms=now_ms(),
             agent=session.agent,
@@ -64,7 +64,7 @@ class ControlLane:
         )
 
     async def _store(self, session: SessionName, item: Inbound) -> None:
-        lane = ids.lane_of(ids.partition_of(item.session_id, self._layout.partitions), self._layout.lanes)
+        lane = self._layout.lane_of(item.session_id)
         batch = InBatch(format=BATCH_FORMAT, tenant=session.tenant, items=[item])
         try:
             await self._js.publish(

@@ -23,6 +23,7 @@ from services.router.application.own_partitions import LEASE_S
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from soma_common.errors import Unavailable
 from soma_common.failpoints import FailpointHit, failpoint
+from soma_common.layout import LaneLayout
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, connect
 
 _T = TypeVar("_T")
@@ -218,24 +219,28 @@ class PostgresLeases:
         self._router = router
         self._ttl = timedelta(seconds=LEASE_S)
 
-    async def ensure_layout(self, layout: dict[str, str], partitions: int) -> dict[str, str]:
-        """Stores the layout if there is none yet, with a row per partition; returns the one that is stored."""
+    async def ensure_layout(self, layout: LaneLayout) -> dict[str, str]:
+        """Stores the layout's metadata if there is none yet, and a row per partition if it fits; returns what is
+        stored.
+        """
 
         async def call(connection: Connection) -> dict[str, str]:
             async with connection.transaction():
-                await connection.executemany(
-                    "INSERT INTO router.layout (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING",
-                    sorted(layout.items()),
+                # All of it or nothing: what a database has is not added to, or it would become another layout's.
+                await connection.execute(
+                    "INSERT INTO router.layout (name, value) SELECT * FROM unnest($1::text[], $2::text[])"
+                    " WHERE NOT EXISTS (SELECT FROM router.layout) ON CONFLICT DO NOTHING",
+                    *zip(*sorted(layout.metadata().items()), strict=True),
                 )
                 stored = {
                     r["name"]: r["value"] for r in await connection.fetch("SELECT name, value FROM router.layout")
                 }
-                if stored == layout:
+                if layout.kept_as(stored) is not None:
                     for table, column in (("partitions", "id"), ("leases", "partition")):
                         await connection.execute(
                             f"INSERT INTO router.{table} ({column}) SELECT generate_series(0, $1::int - 1)"
                             " ON CONFLICT DO NOTHING",
-                            partitions,
+                            layout.partitions,
                         )
             return stored
 

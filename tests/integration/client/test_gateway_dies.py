@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from soma.common.v1.turn_pb2 import Delivery
 
+from services.gateway.settings import GatewaySettings
 from soma_common import ids
 from soma_common.client import ChannelClient
 from soma_common.testing.eventually import eventually
@@ -21,8 +22,7 @@ from tests.integration.gateway.harness import AGENT, CHANNEL, TENANT, World, del
 ROOT = Path(__file__).parents[3]
 
 
-def environment(world: World, **changes: object) -> dict[str, str]:
-    settings = world.settings("gateway-0", **changes)
+def environment(settings: GatewaySettings) -> dict[str, str]:
     given = settings.model_dump(mode="json", include=settings.model_fields_set)
     return {
         **os.environ,
@@ -35,11 +35,13 @@ def environment(world: World, **changes: object) -> dict[str, str]:
 async def gateway_process(
     world: World, listen: str, failpoints: str = "", **changes: object
 ) -> AsyncIterator[asyncio.subprocess.Process]:
+    settings = world.settings("gateway-0", listen=listen, failpoints=failpoints, **changes)
+    await world.make_lanes(settings)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "services.gateway.main",
-        env=environment(world, listen=listen, failpoints=failpoints, **changes),
+        env=environment(settings),
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:

@@ -36,9 +36,10 @@ from services.gateway.main import main
 from services.gateway.settings import GatewaySettings
 from soma_common import ids
 from soma_common.grpc.channel import open_channel
+from soma_common.layout import LaneLayout
 from soma_common.lifecycle import Lifecycle
 from soma_common.nats import subjects
-from soma_common.nats.lanes import stream_name
+from soma_common.nats.lanes import ensure_lanes, stream_name
 from soma_common.testing.auth import Identities
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
@@ -263,6 +264,7 @@ class World:
         self.nats_server = nats_server
         self.identities = Identities(folder / "auth")
         self.control = ControlPlane()
+        self.id_form = ids.IDS_BESIDE
         self._folder = folder
         self._stack = stack
         self._control_port = 0
@@ -305,12 +307,20 @@ class World:
             }
         )
 
-    async def gateway(self, instance: str = "gateway-0", **changes: object) -> str:
+    async def make_lanes(self, settings: GatewaySettings) -> None:
+        """What a router has done before the first gateway starts."""
+        layout = LaneLayout(settings.partitions, settings.lanes, self.id_form)
+        await ensure_lanes(self.router.nc.jetstream(), layout, settings.tenant_lane_batches)
+
+    async def gateway(self, instance: str = "gateway-0", *, make_lanes: bool = True, **changes: object) -> str:
         """Starts a gateway in this process and returns its address."""
         lifecycle = Lifecycle()
         self.lifecycles.append(lifecycle)
         self._stack.push_async_callback(lifecycle.stop)
-        port = await main(lifecycle, self.settings(instance, **changes))
+        settings = self.settings(instance, **changes)
+        if make_lanes:
+            await self.make_lanes(settings)
+        port = await main(lifecycle, settings)
         return f"127.0.0.1:{port}"
 
     async def stub(self, target: str, tenant: str = TENANT, ttl_s: float = 3600) -> "ChannelServiceAsyncStub":

@@ -9,9 +9,12 @@ from soma.common.v1.message_pb2 import SessionKey
 from soma.gateway.v1.channel_service_pb2 import ConnectRequest, SendMessageRequest
 
 from services.gateway.adapters.lanes_nats import NatsLanes
-from soma_common import errors
+from services.gateway.main import main
+from soma_common import errors, ids
 from soma_common.layout import LaneLayout, LaneMismatch
+from soma_common.lifecycle import Lifecycle
 from soma_common.nats.connection import connect_nats
+from soma_common.nats.lanes import find_layout, stream_name
 from soma_common.testing.embedded import FaultyNats
 from soma_common.testing.eventually import eventually
 from tests.integration.gateway.harness import AGENT, CHANNEL, PARTITIONS, TENANT, World, delivery, inbound, message
@@ -100,12 +103,46 @@ async def test_a_lane_that_is_gone_is_made_again(world: World) -> None:
     assert len(await world.router.stored()) == 1
 
 
+async def test_a_lane_is_made_again_with_the_form_of_ids_that_it_had(world: World) -> None:
+    """Of a database that release 0.1 made: in the other form, a retry would be another message."""
+    world.id_form = ids.IDS_ANYWHERE
+    adapter = await world.adapter(await world.gateway())
+    await adapter.say(1)
+    await eventually(lambda: 1 in adapter.receipts)
+    js = world.router.nc.jetstream()
+    made = (await js.stream_info(stream_name(0))).config.metadata
+    await js.delete_stream(stream_name(0))
+    await adapter.say(2)
+    await eventually(lambda: 2 in adapter.receipts)
+    assert (await js.stream_info(stream_name(0))).config.metadata == made
+    for ref in (1, 2):
+        assert adapter.receipts[ref] == ids.message_id(TENANT, AGENT, CHANNEL, "s", f"k{ref}", ids.IDS_ANYWHERE)
+
+
+async def test_it_waits_for_the_lanes_of_a_router(world: World) -> None:
+    """Only a router knows which form of ids the database has."""
+    settings = world.settings(start_patience_s=0.6)
+    lifecycle = Lifecycle()
+    with pytest.raises(errors.Unavailable, match="a router makes them"):
+        await main(lifecycle, settings)
+    await lifecycle.stop()
+    starting = asyncio.create_task(world.gateway(make_lanes=False))
+    await asyncio.sleep(0.2)
+    await world.make_lanes(settings)
+    adapter = await world.adapter(await starting)
+    await adapter.say(1)
+    await eventually(lambda: 1 in adapter.receipts)
+
+
 async def test_it_refuses_to_start_beside_lanes_of_another_layout(nats_server: FaultyNats) -> None:
     nc = await connect_nats(nats_server.url, nats_server.token_file, "test")
     try:
         await NatsLanes(nc, LaneLayout(PARTITIONS, 1), 100).ensure()
+        for other in (LaneLayout(PARTITIONS * 2, 1), LaneLayout(PARTITIONS, 1, ids.IDS_ANYWHERE)):
+            with pytest.raises(LaneMismatch, match="SOMA_PARTITIONS"):
+                await NatsLanes(nc, other, 100).ensure()
         with pytest.raises(LaneMismatch, match="SOMA_PARTITIONS"):
-            await NatsLanes(nc, LaneLayout(PARTITIONS * 2, 1), 100).ensure()
+            await find_layout(nc.jetstream(), LaneLayout(PARTITIONS * 2, 1))
     finally:
         await nc.close()
 

@@ -112,7 +112,7 @@ async def open_store(database: Database, router: str = "router-0") -> AsyncItera
     """Migrates as the owner of the schema, then works as the service's role."""
     await apply_migrations(database.owner_dsn("router"), "router", MIGRATIONS)
     leases = PostgresLeases(database.dsn("router"), router)
-    assert await leases.ensure_layout(LAYOUT.metadata(), LAYOUT.partitions) == LAYOUT.metadata()
+    assert await leases.ensure_layout(LAYOUT) == LAYOUT.metadata()
     writer = PostgresGroupWriter(database.dsn("router"), router)
     history = await PostgresHistory.open(database.dsn("router"), router)
     eye = await connect(database.superuser_dsn)

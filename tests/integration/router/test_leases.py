@@ -16,6 +16,8 @@ from services.router.application.outcomes import AckItem, EndItem
 from services.router.application.ports import LeaseRow
 from services.router.domain.partition import Partition
 from services.router.domain.turn import Outcome
+from soma_common.ids import IDS_ANYWHERE
+from soma_common.layout import LaneLayout
 from soma_common.postgres.connect import connect
 from soma_common.testing.eventually import eventually
 from tests.integration.router.store import LAYOUT, Store, end, step
@@ -201,9 +203,20 @@ async def test_a_cut_connection_is_a_lost_store_once_and_then_there_is_another(s
 
 
 async def test_the_layout_is_that_of_the_first_router(store: Store) -> None:
-    other = {**LAYOUT.metadata(), "soma_partitions": "64"}
-    assert await store.leases.ensure_layout(other, 64) == LAYOUT.metadata()
+    assert await store.leases.ensure_layout(LaneLayout(64, 1)) == LAYOUT.metadata()
     assert len(await store.rows("partitions", "id, owner")) == LAYOUT.partitions, "no row of the other layout"
+
+
+async def test_a_database_keeps_the_form_of_its_ids(store: Store) -> None:
+    """Release 0.1 made it: what it kept is not added to, and this release takes its form over."""
+    await store.eye.execute("DELETE FROM router.layout")
+    await store.eye.execute("DELETE FROM router.leases WHERE partition = 3")
+    older = LaneLayout(LAYOUT.partitions, LAYOUT.lanes, IDS_ANYWHERE)
+    assert await store.leases.ensure_layout(older) == older.metadata()
+    stored = await store.leases.ensure_layout(LAYOUT)
+    assert LAYOUT.kept_as(stored) == older
+    rows = await store.eye.fetch("SELECT FROM router.leases")
+    assert len(rows) == LAYOUT.partitions, "one that fits gets a row per partition"
 
 
 # ---- what a new owner loads

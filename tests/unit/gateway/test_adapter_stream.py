@@ -14,6 +14,7 @@ from services.gateway.application.write_lanes import LaneBounds, LaneWriters
 from services.gateway.domain.ingest_window import LaneProgress
 from services.gateway.domain.mailbox_bounds import MailboxBounds
 from soma_common.clock import monotonic
+from soma_common.layout import LaneLayout
 
 
 class AnyTenant:
@@ -29,8 +30,7 @@ def a_stream(number: int, tenant: str, writers: LaneWriters) -> AdapterStream:
         AnyTenant(),
         writers,
         MailboxBounds(per_tenant=10**6, per_session=10**6, clock=monotonic),
-        partitions=8,
-        lanes=1,
+        LaneLayout(8, 1),
         max_content_bytes=10_000,
         now_ms=lambda: 1,
     )

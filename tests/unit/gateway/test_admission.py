@@ -9,7 +9,9 @@ from soma.router.v1.inbound_pb2 import InboundKind
 from services.gateway.domain.admission import Submission, admit_cancel, admit_message
 from services.gateway.domain.refusal import Refused
 from services.gateway.domain.stream_number import StreamNumbers
+from soma_common.layout import LaneLayout
 
+LAYOUT = LaneLayout(8, 1)
 SUBMISSION = Submission("demo", "echo", "line", "s", "k")
 
 
@@ -19,14 +21,14 @@ def text(value: str) -> Message:
 
 def reason_of(message: Message, submission: Submission = SUBMISSION) -> str:
     with pytest.raises(Refused) as caught:
-        admit_message(submission, message, max_content_bytes=1000, now_ms=1)
+        admit_message(submission, message, LAYOUT, max_content_bytes=1000, now_ms=1)
     return ErrorReason.Name(caught.value.error.reason).removeprefix("ERROR_REASON_")
 
 
 def test_an_unset_role_is_the_users_and_the_retry_hashes_the_same() -> None:
-    unset = admit_message(SUBMISSION, text("x"), max_content_bytes=1000, now_ms=1)
+    unset = admit_message(SUBMISSION, text("x"), LAYOUT, max_content_bytes=1000, now_ms=1)
     said = Message(role=Role.ROLE_USER, parts=[Part(text="x")])
-    named = admit_message(SUBMISSION, said, max_content_bytes=1000, now_ms=2)
+    named = admit_message(SUBMISSION, said, LAYOUT, max_content_bytes=1000, now_ms=2)
     assert Message.FromString(unset.content).role == Role.ROLE_USER
     assert unset.content_hash == named.content_hash
     assert unset.message_id == named.message_id
@@ -39,6 +41,7 @@ def test_metadata_in_any_order_hashes_the_same() -> None:
         admit_message(
             SUBMISSION,
             Message(parts=[Part(text="x")], metadata=dict.fromkeys(order, "v")),
+            LAYOUT,
             max_content_bytes=10_000,
             now_ms=1,
         ).content_hash
@@ -70,7 +73,7 @@ def test_a_zero_character_deep_in_data_is_found() -> None:
 def test_zero_bytes_outside_of_texts_are_fine() -> None:
     data = Struct()
     data.update({"number": 0.0, "flag": False})
-    inbound = admit_message(SUBMISSION, Message(parts=[Part(data=data)]), max_content_bytes=1000, now_ms=1)
+    inbound = admit_message(SUBMISSION, Message(parts=[Part(data=data)]), LAYOUT, max_content_bytes=1000, now_ms=1)
     assert b"\0" in inbound.content
 
 
@@ -111,17 +114,19 @@ def test_bad_keys_get_their_reason(submission: Submission, reason: str) -> None:
 def test_a_trace_context_that_cannot_be_read_is_ignored() -> None:
     good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     for given, kept in ((good, good), ("garbage", ""), (good + "\n", "")):
-        inbound = admit_message(replace(SUBMISSION, traceparent=given), text("x"), max_content_bytes=1000, now_ms=1)
+        inbound = admit_message(
+            replace(SUBMISSION, traceparent=given), text("x"), LAYOUT, max_content_bytes=1000, now_ms=1
+        )
         assert inbound.traceparent == kept
 
 
 def test_a_cancel_of_another_turn_is_another_content() -> None:
-    one = admit_cancel(SUBMISSION, b"1" * 16, now_ms=1)
-    two = admit_cancel(SUBMISSION, b"2" * 16, now_ms=1)
+    one = admit_cancel(SUBMISSION, b"1" * 16, LAYOUT, now_ms=1)
+    two = admit_cancel(SUBMISSION, b"2" * 16, LAYOUT, now_ms=1)
     assert one.kind == InboundKind.INBOUND_KIND_CANCEL
     assert one.content_hash != two.content_hash
     with pytest.raises(Refused):
-        admit_cancel(SUBMISSION, b"short", now_ms=1)
+        admit_cancel(SUBMISSION, b"short", LAYOUT, now_ms=1)
 
 
 def test_stream_numbers_grow_even_when_the_clock_goes_back() -> None:
