@@ -68,10 +68,14 @@ def test_a_long_run_may_neither_slow_down_nor_grow() -> None:
     slower = [{"turns_per_s": 1000.0, "errors": 0}] * 9 + [{"turns_per_s": 890.0, "errors": 1}] * 3
     # 1 % of 100 MiB in 600 s.
     by = MIB / 600
-    assert all(bar.holds for bar in long_run.bars(steady, grows("router", 0.9 * by), 100))
-    missed = [bar.name for bar in long_run.bars(slower, grows("router", 1.1 * by), 0) if not bar.holds]
-    assert missed == ["errors", "turns/s at the end by the beginning", "growth in 10 minutes, router"]
-    assert len(long_run.bars(steady, grows(SHARED, 100 * by), 0)) == 2, "buffers are a cache of a fixed size"
+    alike = {"old": steady[:3], "young": steady[:3]}
+    apart = {"old": slower[-3:], "young": steady[:3]}
+    assert all(bar.holds for bar in long_run.bars(steady, alike, grows("router", 0.9 * by), 100))
+    missed = [bar.name for bar in long_run.bars(steady, apart, grows("router", 1.1 * by), 0) if not bar.holds]
+    assert missed == ["errors", "turns/s by a young stack's", "growth in 10 minutes, router"]
+    assert [bar.name for bar in long_run.bars(slower, alike, grows("router", 0), 0) if not bar.holds] == ["errors"]
+    assert len(long_run.bars(steady, alike, grows(SHARED, 100 * by), 0)) == 2, "buffers are a cache of a fixed size"
+    assert long_run.edges(slower) == (1000.0, 890.0)
 
 
 def test_memory_is_that_of_one_look() -> None:
