@@ -1,15 +1,16 @@
 """The gather list: what comes in while the last send is in flight goes out in the next.
 
-One producer side that never waits, one consumer that takes everything there is. It is a list and one future, because
+One producer side that never waits, one consumer that takes everything there is. It is a list and one wake-up, because
 at thousands of items a second a queue object per hop costs more than the work itself. Frames, wake-ups and
 transactions cost; items are nearly free.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Generic, TypeVar
+
+from soma_common.wakeup import WakeUp
 
 T = TypeVar("T")
 
@@ -29,12 +30,12 @@ class Gather(Generic[T]):
     for a writer.
     """
 
-    __slots__ = ("_bound", "_closed", "_items", "_waiter")
+    __slots__ = ("_bound", "_closed", "_items", "_wake")
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._items: list[T] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake = WakeUp()
         self._closed = False
 
     def __len__(self) -> int:
@@ -71,11 +72,7 @@ class Gather(Generic[T]):
         while not self._items:
             if self._closed:
                 raise GatherClosed
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wake.wait()
         return self.take_now(limit)
 
     def take_now(self, limit: int = 512) -> list[T]:
@@ -90,8 +87,3 @@ class Gather(Generic[T]):
         """Takes no more items; the taker still gets what is there."""
         self._closed = True
         self._wake()
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)

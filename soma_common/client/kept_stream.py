@@ -26,6 +26,7 @@ from soma_common.errors import (
     from_rpc_error,
 )
 from soma_common.grpc.stream_channel import StreamingChannel
+from soma_common.wakeup import WakeUp
 
 _METHOD: Final = f"/{DESCRIPTOR.services_by_name['ChannelService'].full_name}/Connect"
 FIRST_BACKOFF_S: Final = 0.05
@@ -66,7 +67,7 @@ class KeptStream:
             response_deserializer=ConnectResponse.FromString,
         )
         self._traffic = traffic
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake_writer = WakeUp()
         self._woken = False
         self._heard_at = self._wrote_at = 0.0
         self._silent = False
@@ -82,8 +83,7 @@ class KeptStream:
     def wake(self) -> None:
         """There may be something to send, or a reason to close."""
         self._woken = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._wake_writer()
 
     async def run(self) -> None:
         """Keeps a stream until `closing` or refused for good."""
@@ -175,13 +175,8 @@ class KeptStream:
 
     async def _news(self) -> None:
         """Returns when `wake` was called since the last look at what there is to send."""
-        if self._woken:
-            return
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        if not self._woken:
+            await self._wake_writer.wait()
 
 
 class _Wakeups:

@@ -19,6 +19,7 @@ from soma_common.grpc.wire import PREFIX_BYTES, MessageReader, Metadata, WireErr
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, encode
 from soma_common.http2.stream import Stream, StreamLost
+from soma_common.wakeup import WakeUp
 
 _PLAIN_HEADERS: Final = encode(wire.HTTP_HEADERS)
 _OK_TRAILERS: Final = encode(wire.write_status(0, ""))
@@ -56,7 +57,7 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         self._messages: deque[bytes] = deque()
         self._has_request = False
         """The one message of a request that is no stream was read."""
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake = WakeUp()
         self._has_all = False
         """The caller sends nothing more, or nothing more will be read."""
         self._headers_sent = False
@@ -161,10 +162,6 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
             except Exception:  # noqa: BLE001 - boundary: the others have to be told too
                 _log.exception("rpc.callback_failed")
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
     # --- the handler's side
 
     async def _run(self) -> None:
@@ -207,7 +204,7 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
             try:
                 async with asyncio.timeout(REQUEST_S):
                     while not self._messages and not self._has_all:
-                        await self._news()
+                        await self._wake.wait()
             except TimeoutError:
                 self._code = grpc.StatusCode.DEADLINE_EXCEEDED
                 self._details = f"the request did not come within {REQUEST_S:g} s"
@@ -216,20 +213,12 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
             self._code, self._details = grpc.StatusCode.INTERNAL, "there is no request message"
         return bool(self._messages)
 
-    async def _news(self) -> None:
-        """Returns when something came, or nothing will."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
     async def _next(self) -> Any:
         """The next message of the caller; None: there is none any more."""
         while not self._messages:
             if self._has_all:
                 return None
-            await self._news()
+            await self._wake.wait()
         message = self._messages.popleft()
         self._stream.release(PREFIX_BYTES + len(message))
         if type(message) is not bytes:

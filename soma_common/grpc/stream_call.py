@@ -16,6 +16,7 @@ from soma_common.http2.client import ClientConnection
 from soma_common.http2.frames import ErrorCode
 from soma_common.http2.headers import Headers, check_response, check_trailers, encode
 from soma_common.http2.stream import Stream, StreamLost
+from soma_common.wakeup import WakeUp
 
 USER_AGENT: Final = "somastack"
 
@@ -68,7 +69,7 @@ class Replies:
         self._reader: MessageReader | None = None
         self._max_message_bytes = max_message_bytes
         self._messages: deque[bytes] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake = WakeUp()
 
     def headers_received(self, headers: Headers) -> None:
         """The response begins, or ends."""
@@ -146,11 +147,7 @@ class Replies:
         while not self._messages:
             if self.code is not None:
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wake.wait()
         message = self._messages.popleft()
         self.stream.release(PREFIX_BYTES + len(message))
         if type(message) is not bytes and self._reader is not None:
@@ -161,10 +158,6 @@ class Replies:
                 self.fail(error.code, error.why)
                 return None
         return self._deserialize(message)
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class StreamCall:

@@ -11,6 +11,7 @@ from soma_common.http2 import frames
 from soma_common.http2.frames import DATA, END_STREAM, HEADER, ErrorCode, StreamFault
 from soma_common.http2.headers import Headers
 from soma_common.http2.limits import STREAM_WINDOW
+from soma_common.wakeup import WakeUp
 
 if TYPE_CHECKING:
     from soma_common.http2.connection import Connection
@@ -51,7 +52,6 @@ class Stream:
         "_held",
         "_owed",
         "_sending",
-        "_waiter",
         "awaited",
         "id",
         "kept",
@@ -62,6 +62,7 @@ class Stream:
         "receiver",
         "remote_ended",
         "send_window",
+        "wake",
     )
 
     def __init__(self, connection: Connection, number: int) -> None:
@@ -81,8 +82,9 @@ class Stream:
         self._held = 0
         self.kept = 0
         """Bytes that wait for the rest of their message."""
+        self.wake = WakeUp()
+        """Has a waiting sender look again."""
         self._sending: asyncio.Lock | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def peer(self) -> str:
@@ -167,18 +169,7 @@ class Stream:
         elif not self.queued:  # it is the connection or its socket that has no room
             self.queued = True
             connection.queue.append(self)
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def wake(self) -> bool:
-        """Has a waiting sender look again; False: nobody waits."""
-        if self._waiter is None or self._waiter.done():
-            return False
-        self._waiter.set_result(None)
-        return True
+        await self.wake.wait()
 
     def end(self) -> None:
         """Says that nothing more will be sent."""

@@ -33,6 +33,7 @@ from services.gateway.domain.delivery_window import DeliveryWindow, Offer
 from services.gateway.domain.refusal import Refused, protocol_order, queue_full
 from soma_common.ids import ID_BYTES
 from soma_common.newest_dispatch import NewestDispatch
+from soma_common.wakeup import WakeUp
 
 FRAME_BYTES: Final = 1024 * 1024
 """About how much of deliveries, and of live events, goes in one frame."""
@@ -102,7 +103,7 @@ class AdapterStream:
         self._live_bytes = 0
         self._shown = NewestDispatch()
         self._heard_at = self._sent_at = clock()
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake = WakeUp()
         self._half_closed = False
         self._ended = False
         self._end: Refused | None = None
@@ -230,11 +231,7 @@ class AdapterStream:
                 raise self._end
             if self._ended or (self._half_closed and not self._unanswered):
                 return None
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wake.wait()
         frame, self._frame = self._frame, ConnectResponse()
         self._filled = False
         self._live_bytes = 0
@@ -353,10 +350,6 @@ class AdapterStream:
     def _fill(self) -> None:
         self._filled = True
         self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 def _silent_peer(silence_s: float) -> Refused:
