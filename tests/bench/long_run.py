@@ -1,8 +1,9 @@
 """`make bench ARGS="long --minutes 30"`: whether a stack is the same after half an hour of load.
 
-64 sessions over 4 streams, as fast as they are answered or at `--rate` turns per second. Afterwards a young stack is
-started beside the old one, and both are loaded in turns: what the machine does in a minute meets both, and half an hour
-later it is another machine. The rates of the first and the last minutes are told as well, and not judged.
+64 sessions at a time over 4 streams, as fast as they are answered or at `--rate` turns per second; one that has had
+1000 turns (`--life`) makes room for a new one, as conversations do. Afterwards a young stack is started beside the old
+one, and both are loaded in turns: what the machine does in a minute meets both, and half an hour later it is another
+machine. The rates of the first and the last minutes are told as well, and not judged.
 
 The memory of every process is its proportional set size without shared memory, each 5 seconds; its growth is the slope
 of a line through what was seen after the first part (12 minutes of 30), as a part of what it was then. PostgreSQL's
@@ -49,17 +50,19 @@ _WARM_S: Final = 5.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, and how fast (0: as fast as it goes)."""
+    """How long, how fast (0: as fast as it goes), and of what sessions."""
 
     minutes: float = 30.0
     rate: float = 0.0
+    life: int = 1000
+    """Turns of a session; 0: no end."""
 
 
 async def measure(plan: Plan, say: flat.Say) -> bool:
     """One load without a break, looked at every few seconds."""
     samples, stretches = Samples(), []
     async with _running() as stack:
-        async with _load(stack, plan.rate) as load:
+        async with _load(stack, plan) as load:
             await load.measure(_WARM_S)
             began = monotonic()
             while (at := monotonic() - began) < plan.minutes * 60:
@@ -67,7 +70,7 @@ async def measure(plan: Plan, say: flat.Say) -> bool:
                 samples.take(stack.pids, monotonic() - began)
                 if len(stretches) % 12 == 0:
                     say(f"{at / 60:.0f} min: {stretches[-1]['turns_per_s']:.0f}/s, {samples.total_mib:.0f} MiB")
-        pairs = await _beside_a_young_one(stack, plan.rate, say)
+        pairs = await _beside_a_young_one(stack, plan, say)
     say(flat.table(f"after {plan.minutes:.0f} minutes, and new", pairs))
     first, last = edges(stretches)
     say(f"  turns/s in the first part of the run {first:.0f}, in the last {last:.0f}")
@@ -75,7 +78,14 @@ async def measure(plan: Plan, say: flat.Say) -> bool:
     for name, sizes in samples.taken.items():
         growth = samples.slope(name, settled) * TEN_MINUTES_S / MIB
         say(f"  {name}: {sizes[0][1] / MIB:.1f} -> {sizes[-1][1] / MIB:.1f} MiB, {growth:+.2f} per 10 minutes")
-    told = {"minutes": plan.minutes, "rate": plan.rate, "stretches": stretches, "memory": samples.taken, "pairs": pairs}
+    told = {
+        "minutes": plan.minutes,
+        "rate": plan.rate,
+        "life": plan.life,
+        "stretches": stretches,
+        "memory": samples.taken,
+        "pairs": pairs,
+    }
     return flat.conclude("long", told, bars(stretches, pairs, samples, settled), say)
 
 
@@ -89,23 +99,23 @@ async def _running() -> AsyncIterator[stacks.Stack]:
         await stacks.stop(stack)
 
 
-def _load(stack: stacks.Stack, rate: float) -> Rotation:
+def _load(stack: stacks.Stack, plan: Plan) -> Rotation:
     lines = [Line(stacks.TENANT, stack.token, f"long-{number}") for number in range(STREAMS)]
     sessions = [(each % STREAMS, f"long-{each}") for each in range(SESSIONS)]
-    return Rotation(stack.gateway, AGENT, lines, sessions, SESSIONS, rate=rate)
+    return Rotation(stack.gateway, AGENT, lines, sessions, SESSIONS, life=plan.life, rate=plan.rate)
 
 
-async def _beside_a_young_one(old: stacks.Stack, rate: float, say: flat.Say) -> dict[str, list[dict[str, Any]]]:
+async def _beside_a_young_one(old: stacks.Stack, plan: Plan, say: flat.Say) -> dict[str, list[dict[str, Any]]]:
     """Rounds of the old and of a young stack in turns, each in front in every second round."""
     pairs: dict[str, list[dict[str, Any]]] = {"old": [], "young": []}
     async with _running() as young:
         say("a young stack beside the old one ...")
-        async with _load(young, rate) as load:
+        async with _load(young, plan) as load:
             await load.measure(YOUTH_S)
         sides = [("old", old), ("young", young)]
         for number in range(ROUNDS):
             for name, stack in sides if number % 2 else sides[::-1]:
-                async with _load(stack, rate) as load:
+                async with _load(stack, plan) as load:
                     await load.measure(1.0)
                     pairs[name].append(await flat.sample(stack, load, _LOOK_S))
     return pairs
@@ -142,5 +152,6 @@ def main(arguments: list[str], say: flat.Say) -> bool:
     parser = argparse.ArgumentParser(prog="tests.bench long", description=__doc__)
     parser.add_argument("--minutes", type=float, default=Plan.minutes)
     parser.add_argument("--rate", type=float, default=Plan.rate, help="turns per second; 0: as fast as it goes")
+    parser.add_argument("--life", type=int, default=Plan.life, help="turns of a session; 0: no end")
     chosen = parser.parse_args(arguments)
-    return uvloop.run(measure(Plan(chosen.minutes, chosen.rate), say))
+    return uvloop.run(measure(Plan(chosen.minutes, chosen.rate, chosen.life), say))

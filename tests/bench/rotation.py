@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -74,8 +74,9 @@ class Seen:
 class Rotation:
     """Runs from entering to leaving the block. `sessions` are (number of the line, name); none may be there twice.
 
-    `again` puts a session behind the others when its turn has ended; otherwise the load ends with the sessions. `rate`
-    bounds the turns per second; 0: as fast as they are answered.
+    `again` puts a session behind the others when its turn has ended; otherwise the load ends with the sessions. After
+    `life` turns of a session a new one takes its place; 0: sessions are for ever. `rate` bounds the turns per second;
+    0: as fast as they are answered.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Rotation:
         in_flight: int,
         *,
         again: bool = True,
+        life: int = 0,
         rate: float = 0.0,
     ) -> None:
         self._gateway, self._agent, self._lines = gateway, agent, lines
         self._waiting = deque(sessions)
-        self._in_flight, self._again, self._rate = in_flight, again, rate
+        self._in_flight, self._again, self._life, self._rate = in_flight, again, life, rate
+        self._lived: Counter[tuple[int, str]] = Counter()
         self._sent_at: dict[tuple[int, str], float] = {}
         self._sent = self._held_back = 0
         self._began = 0.0
@@ -199,6 +202,16 @@ class Rotation:
     def _over(self, place: tuple[int, str]) -> None:
         del self._sent_at[place]
         if self._again:
-            self._waiting.append(place)
+            self._waiting.append(self._next_of(place))
         if not self._stopping:
             self._send_next()
+
+    def _next_of(self, place: tuple[int, str]) -> tuple[int, str]:
+        """Whose turn comes after that of a session: its own, until it has had all of them."""
+        if not self._life:
+            return place
+        self._lived[place] += 1
+        if self._lived[place] < self._life:
+            return place
+        del self._lived[place]
+        return place[0], uuid.uuid4().hex
