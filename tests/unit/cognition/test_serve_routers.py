@@ -240,3 +240,43 @@ async def test_a_turn_that_is_stopped_while_its_final_waits_is_over_once() -> No
     session.take(cognition.RunTurnsRequest(confirms=[confirm, confirm], stops=[stop]))
     session.take(cognition.RunTurnsRequest(confirms=[confirm]))
     assert (len(brain.turns), session.running) == (0, 0)
+
+
+async def test_it_is_known_whether_a_turn_is_in_the_middle_of_a_text() -> None:
+    """Of whatever router: to its readers it is late while anything else is done."""
+    brain = make_brain()
+    session, outbox = connect(brain, "router-0")
+    other, _ = connect(brain, "router-1")
+    start = stories.start("a b c", turn_id=stories.TURN, model="echo/words-3x20ms")
+    session.take(cognition.RunTurnsRequest(starts=[start]))
+    await asyncio.sleep(0)
+    assert not other.is_heard, "it has said nothing yet"
+    while not isinstance((await outbox.take())[-1], cognition.TurnText):
+        pass
+    assert other.is_heard
+    while not isinstance((await outbox.take())[-1], cognition.Proposal):
+        pass
+    assert not other.is_heard, "it has said everything, though nothing is confirmed"
+    assert brain.turns
+
+
+async def test_a_turn_that_is_stopped_in_the_middle_of_a_text_is_silent() -> None:
+    brain = make_brain()
+    session, outbox = connect(brain, "router-0")
+    start = stories.start("a b c", turn_id=stories.TURN, model="echo/words-100x20ms")
+    session.take(cognition.RunTurnsRequest(starts=[start]))
+    while not isinstance((await outbox.take())[-1], cognition.TurnText):
+        pass
+    assert session.is_heard
+    session.take(cognition.RunTurnsRequest(stops=[cognition.StopTurn(turn_id=stories.TURN, dispatch=1)]))
+    assert not session.is_heard
+    if brain.unwinding:
+        await asyncio.wait(brain.unwinding)
+
+
+async def test_a_short_answer_is_never_in_the_middle_of_a_text() -> None:
+    """A crowd of them is started as a whole and goes on as one."""
+    session, outbox = connect(make_brain(), "router-0")
+    session.take(cognition.RunTurnsRequest(starts=[stories.start()]))
+    await outbox.take()
+    assert not session.is_heard
