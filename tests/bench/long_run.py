@@ -1,7 +1,7 @@
 """`make bench ARGS="long --minutes 30"`: whether a stack is the same after half an hour of load.
 
 64 sessions at a time over 4 streams, as fast as they are answered or at `--rate` turns per second; one that has had
-1000 turns (`--life`) makes room for a new one, as conversations do. Afterwards a young stack is started beside the old
+200 turns (`--life`) makes room for a new one, as conversations do. Afterwards a young stack is started beside the old
 one, and both are loaded in turns: what the machine does in a minute meets both, and half an hour later it is another
 machine. The rates of the first and the last minutes are told as well, and not judged.
 
@@ -54,7 +54,7 @@ class Plan:
 
     minutes: float = 30.0
     rate: float = 0.0
-    life: int = 1000
+    life: int = 200
     """Turns of a session; 0: no end."""
 
 
