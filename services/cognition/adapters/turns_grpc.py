@@ -37,11 +37,6 @@ _LINGER_BELOW: Final = 0.25
 """With so many turns of a router running, a frame that would speak of less than this part of them waits for company: a
 frame, and the group commit that it may cause, costs far more than an item. Text never waits, nor do few turns."""
 
-STARTS_AT_ONCE: Final = 16
-"""Turns that are started in one go while others are in the middle of a text: about a millisecond's work. A crowd of
-short answers is better started as a whole, because it goes on as one.
-"""
-
 _ITEMS_PER_CREDIT: Final = 4
 _SPARE_ITEMS: Final = 4096
 
@@ -128,35 +123,13 @@ async def _read(
         first.ClearField("hello")
         session.take(first)
         async for frame in frames:
-            if len(frame.starts) <= STARTS_AT_ONCE or not session.is_heard:
-                session.take(frame)
-                continue
-            for part in parts_of(frame):
-                session.take(part)
-                await asyncio.sleep(0)
+            session.take(frame)
         session.close(None)
     except SomaError as error:
         session.close(error)
     except Exception:  # noqa: BLE001 - boundary: however reading ends, the stream must not go on without a reader
         _log.warning("router.stream_broken", router=session.router, exc_info=True)
         session.close(None)
-
-
-def parts_of(frame: cognition.RunTurnsRequest) -> Iterator[cognition.RunTurnsRequest]:
-    """A frame as several of few starts each, which mean the same if they are taken one after the other.
-
-    Each has the stops, because a turn that is started and stopped in one frame does not run.
-    """
-    last = len(frame.starts) - STARTS_AT_ONCE
-    for at in range(0, len(frame.starts), STARTS_AT_ONCE):
-        part = cognition.RunTurnsRequest(stops=frame.stops, starts=frame.starts[at : at + STARTS_AT_ONCE])
-        if at == 0:
-            part.confirms.extend(frame.confirms)
-            if frame.HasField("hello"):  # out of order
-                part.hello.CopyFrom(frame.hello)
-        if at >= last:
-            part.add_inputs.extend(frame.add_inputs)
-        yield part
 
 
 class _Load(Protocol):

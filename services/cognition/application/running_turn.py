@@ -45,14 +45,6 @@ class TurnOwner(Protocol):
         """Says that a turn does not run here (any more)."""
         ...
 
-    def speaks(self, turn: RunningTurn) -> None:
-        """A turn is in the middle of a text from now on."""
-        ...
-
-    def is_silent(self, turn: RunningTurn) -> None:
-        """It is not any more."""
-        ...
-
     def ended(self, turn: RunningTurn) -> None:
         """A turn is over."""
         ...
@@ -67,7 +59,6 @@ class RunningTurn:
         "_loop",
         "_over",
         "_proposed",
-        "_speaks",
         "_start",
         "_taken",
         "_task",
@@ -91,7 +82,6 @@ class RunningTurn:
         self._go_on: GoOn | None = None  # what is to be done if the final, which is proposed, is not taken
         self._taken: asyncio.Future[None] | None = None  # done when the router has taken the step that is proposed
         self._over = False
-        self._speaks = False  # in the middle of a text
         self._task: asyncio.Task[None] | None = None
         self._unwinding: set[asyncio.Task[None]] = set()
         if start.traceparent:
@@ -174,9 +164,6 @@ class RunningTurn:
             return True
         if self.session.behind:
             return False
-        if not self._speaks:
-            self._speaks = True
-            self.session.speaks(self)
         self.session.send(
             cognition.TurnText(turn_id=self.turn_id, dispatch=self.dispatch, step=step, offset=offset, text=text)
         )
@@ -214,7 +201,6 @@ class RunningTurn:
             return
         if spans.watched:
             spans.stage("cognition.step", (self.turn_id,))
-        self._fall_silent()
         self.session.send(
             cognition.Proposal(
                 turn_id=self.turn_id,
@@ -228,14 +214,8 @@ class RunningTurn:
             )
         )
 
-    def _fall_silent(self) -> None:
-        if self._speaks:
-            self._speaks = False
-            self.session.is_silent(self)
-
     def _finish(self) -> None:
         self._over = True
-        self._fall_silent()
         self._go_on = None  # it refers to this turn
         if spans.watched:
             spans.stage("cognition.confirm", (self.turn_id,), last=True)

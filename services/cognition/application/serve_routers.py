@@ -59,8 +59,6 @@ class Brain:
         self.max_turns = max_turns
         self.draining = False
         self.turns: dict[bytes, RunningTurn] = {}
-        self.speaking = 0
-        """Turns that are in the middle of a text."""
         self.unwinding: set[asyncio.Task[None]] = set()
         self._share = max(1, max_turns // max(1, routers))
         self._sessions: dict[str, RouterSession] = {}
@@ -214,19 +212,6 @@ class RouterSession:
                     retry_delay_s=1,
                 )
             )
-
-    @property
-    def is_heard(self) -> bool:
-        """Whether a turn of this brain is in the middle of a text, which waits while anything else is done."""
-        return self._brain.speaking > 0
-
-    def speaks(self, turn: RunningTurn) -> None:
-        """A turn is in the middle of a text from now on."""
-        self._brain.speaking += 1
-
-    def is_silent(self, turn: RunningTurn) -> None:
-        """It is not any more."""
-        self._brain.speaking -= 1
 
     def ended(self, turn: RunningTurn) -> None:
         """A turn is over: its credit is free again."""

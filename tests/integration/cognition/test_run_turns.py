@@ -136,30 +136,6 @@ async def test_a_router_that_connects_again_replaces_its_old_stream(brain: Runni
         assert answer_of(await new.ending()) == "again"
 
 
-async def test_a_crowd_starts_in_parts_while_somebody_is_in_the_middle_of_a_text(start_brain: StartBrain) -> None:
-    brain = await start_brain(max_turns=100)
-    speaker, *crowd = turn_ids(61)
-    async with brain.router() as router:
-
-        async def frames_of_the_crowd() -> int:
-            """Starts all of the crowd in one frame that stops one of them; returns how many frames its finals took."""
-            had, said = len(router.frames), len(router.proposals)
-            stop = cognition.StopTurn(turn_id=crowd[40], dispatch=1)
-            starts = [stories.start("hello", turn_id=turn) for turn in crowd]
-            await router.send(cognition.RunTurnsRequest(starts=starts, stops=[stop]))
-            await router.until(lambda: len(router.proposals) == said + len(crowd) - 1)
-            answered = [proposal.turn_id for proposal in router.proposals[said:]]
-            assert sorted(answered) == [turn for turn in crowd if turn != crowd[40]]
-            return sum(bool(frame.proposals) for frame in router.frames[had:])
-
-        whole = await frames_of_the_crowd()
-        await router.start(stories.start("a b c", turn_id=speaker, model="echo/words-10000x1ms"))
-        await router.until(lambda: bool(router.text(speaker, 1)))
-        assert await frames_of_the_crowd() > whole
-        heard = len(router.text(speaker, 1))
-        await router.until(lambda: len(router.text(speaker, 1)) > heard)
-
-
 # --- credits ------------------------------------------------------------------------------------------------------
 
 

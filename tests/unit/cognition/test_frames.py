@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 
-from services.cognition.adapters.turns_grpc import FRAME_BYTES, STARTS_AT_ONCE, frames_of, gathered, parts_of
+from services.cognition.adapters.turns_grpc import FRAME_BYTES, frames_of, gathered
 from services.cognition.application.ports import Outgoing
 from soma_common.gather import Gather
 
@@ -60,41 +60,3 @@ async def test_a_frame_that_speaks_of_many_turns_goes_at_once() -> None:
     await asyncio.sleep(0)
     assert taking.done()
     assert len(taking.result()) == 16
-
-
-ids = st.sampled_from([bytes([number]) * 16 for number in range(6)])
-crowds = st.lists(st.integers(10, 200), max_size=3 * STARTS_AT_ONCE, unique=True).map(
-    lambda numbers: [cognition.StartTurn(turn_id=bytes([number]) * 16, dispatch=1) for number in numbers]
-)
-
-
-@given(
-    crowds,
-    st.lists(st.builds(cognition.StartTurn, turn_id=ids, dispatch=st.integers(1, 3)), max_size=8),
-    st.lists(st.builds(cognition.StopTurn, turn_id=ids, dispatch=st.integers(1, 3)), max_size=4),
-    st.lists(st.builds(cognition.Confirm, turn_id=ids, step=st.integers(1, 3)), max_size=4),
-    st.lists(st.builds(cognition.AddInputs, turn_id=ids, first=st.integers(1, 3)), max_size=4),
-    st.booleans(),
-)
-def test_parts_hold_what_the_frame_held(
-    crowd: list[cognition.StartTurn],
-    starts: list[cognition.StartTurn],
-    stops: list[cognition.StopTurn],
-    confirms: list[cognition.Confirm],
-    inputs: list[cognition.AddInputs],
-    greets: bool,
-) -> None:
-    hello = cognition.RouterHello(router="again") if greets else None
-    frame = cognition.RunTurnsRequest(
-        hello=hello, starts=crowd + starts, stops=stops, confirms=confirms, add_inputs=inputs
-    )
-    parts = list(parts_of(frame))
-    assert [start for part in parts for start in part.starts] == list(frame.starts)
-    assert all(len(part.starts) <= STARTS_AT_ONCE for part in parts)
-    assert all(part.stops == frame.stops for part in parts), "what is stopped in the frame does not run"
-    if parts:
-        assert parts[0].confirms == frame.confirms
-        assert parts[0].HasField("hello") == greets
-        assert parts[-1].add_inputs == frame.add_inputs, "they may be for a turn that is started in the same frame"
-        assert not any(part.confirms or part.HasField("hello") for part in parts[1:])
-        assert not any(part.add_inputs for part in parts[:-1])
