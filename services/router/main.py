@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 from nats.js.errors import APIError
 from soma.router.v1 import session_service_pb2_grpc, turn_service_pb2_grpc
 
@@ -39,13 +41,14 @@ from soma_common.authz.authorizer import Authorizer
 from soma_common.authz.tokens import load_token
 from soma_common.clock import monotonic
 from soma_common.config_feed import ConfigFeed
+from soma_common.errors import Unavailable
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.server import GrpcServer
 from soma_common.layout import LaneLayout, LaneMismatch
 from soma_common.lifecycle import Lifecycle, run_service
 from soma_common.live import LiveHub
 from soma_common.nats.connection import connect_nats
-from soma_common.nats.lanes import ensure_lanes
+from soma_common.nats.lanes import ensure_lanes, find_layout
 from soma_common.patience import patiently
 from soma_common.postgres.migrations import apply_migrations
 from soma_common.settings import load_settings
@@ -82,16 +85,12 @@ class Background:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
-    """Starts the router; returns once it serves."""
-    router = settings.service_instance
-    token = load_token(settings.auth_service_token_file)
-    wanted = LaneLayout(settings.partitions, settings.lanes)
-    owner_dsn = settings.postgres_owner_dsn or settings.postgres_dsn
-    await patiently(
-        lambda: apply_migrations(owner_dsn, "router", MIGRATIONS, settings.postgres_migrate), settings.start_patience_s
-    )
-    leases = PostgresLeases(settings.postgres_dsn, router)
+async def agreed_layout(js: JetStreamContext, leases: PostgresLeases, wanted: LaneLayout) -> LaneLayout:
+    """`wanted` with the form of ids that the database has; one that is new gets that of the lanes, whose messages it is
+    to take in, or of this release if there are none. Raises LaneMismatch.
+    """
+    with suppress(Unavailable):  # there are no lanes yet
+        wanted = await find_layout(js, wanted)
     stored = await leases.ensure_layout(wanted)
     layout = wanted.kept_as(stored)
     if layout is None:
@@ -99,11 +98,24 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
             f"the database was made for {stored}, this router is set to {wanted.metadata()}:"
             " set SOMA_PARTITIONS and SOMA_LANES to the database's values"
         )
+    return layout
+
+
+async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
+    """Starts the router; returns once it serves."""
+    router = settings.service_instance
+    token = load_token(settings.auth_service_token_file)
+    owner_dsn = settings.postgres_owner_dsn or settings.postgres_dsn
+    await patiently(
+        lambda: apply_migrations(owner_dsn, "router", MIGRATIONS, settings.postgres_migrate), settings.start_patience_s
+    )
     client = await patiently(
         lambda: connect_nats(settings.nats_url, settings.nats_token_file, router), settings.start_patience_s
     )
     lifecycle.on_stop("bus", client.close)
     js = client.jetstream(timeout=2.0)
+    leases = PostgresLeases(settings.postgres_dsn, router)
+    layout = await agreed_layout(js, leases, LaneLayout(settings.partitions, settings.lanes))
     await ensure_lanes(js, layout, settings.tenant_lane_batches)
 
     background = Background()
