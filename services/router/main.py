@@ -96,7 +96,8 @@ async def agreed_layout(js: JetStreamContext, leases: PostgresLeases, wanted: La
     if layout is None:
         raise LaneMismatch(
             f"the database was made for {stored}, this router is set to {wanted.metadata()}:"
-            " set SOMA_PARTITIONS and SOMA_LANES to the database's values"
+            " set SOMA_PARTITIONS and SOMA_LANES to the database's values;"
+            " a soma_ids that is not known here is a newer release's"
         )
     return layout
 

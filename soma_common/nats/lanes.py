@@ -92,5 +92,6 @@ def _metadata(info: StreamInfo) -> dict[str, str]:
 def _mismatch(info: StreamInfo, layout: LaneLayout) -> LaneMismatch:
     return LaneMismatch(
         f"stream {info.config.name} was made for {_metadata(info)}, this process is set to {layout.metadata()}: "
-        "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; a change needs a stop, a drain and new streams"
+        "set SOMA_PARTITIONS and SOMA_LANES to the stream's values; a change needs a stop, a drain and new streams; "
+        "no setting changes soma_ids: lanes and database belong to one system, bring back those that do"
     )
