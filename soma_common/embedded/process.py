@@ -44,15 +44,21 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity | None":
-        """The identity of the running process `pid`; None when there is none (a zombie counts as none)."""
+        """The identity of the running process `pid`; None when there is none.
+
+        A zombie counts as none once its last thread is gone. Until then it is still there: a killed process's first
+        thread can be a zombie while others hold on to its ports and locks.
+        """
         if sys.platform == "linux":
             try:
                 # The name in the second field may hold blanks and brackets: count the fields after its last bracket.
                 status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+                fields = status.rpartition(")")[2].split()
+                # Field 20 counts the threads, a zombie first thread among them.
+                gone = fields[0] in "ZX" and int(fields[17]) <= 1
             except OSError:
                 return None
-            fields = status.rpartition(")")[2].split()
-            return None if fields[0] in "ZX" else cls(pid, fields[19])
+            return None if gone else cls(pid, fields[19])
         shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
         return cls(pid, shown.stdout.strip()) if shown.stdout.strip() else None
 

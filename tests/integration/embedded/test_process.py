@@ -11,6 +11,7 @@ import pytest
 
 from soma_common.embedded.launch import NOT_STARTED
 from soma_common.embedded.process import ChildProcess, ProcessIdentity, descendants, write_private
+from soma_common.testing.eventually import eventually
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 STUBBORN = [
@@ -18,6 +19,16 @@ STUBBORN = [
     "-c",
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)",
 ]
+
+BEHEADED = [
+    sys.executable,
+    "-c",
+    "import ctypes, threading, time\n"
+    "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+    "print('up', flush=True)\n"
+    "ctypes.CDLL(None).pthread_exit(None)\n",
+]
+"""Its first thread ends and is a zombie, the other goes on: so a killed process looks until its last thread is gone."""
 
 
 async def started(command: list[str], output: Path) -> ChildProcess:
@@ -75,6 +86,19 @@ async def test_an_identity_outlives_its_process_only_as_a_memory(tmp_path: Path)
     await identity.end(signal.SIGTERM, timeout_s=5.0)
     assert await child.ended() == -signal.SIGTERM
     assert not identity.send(signal.SIGTERM)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells zombies apart")
+async def test_a_process_is_alive_until_its_last_thread_is_gone(tmp_path: Path) -> None:
+    child = await started(BEHEADED, tmp_path / "output")
+    identity = child.identity
+    assert identity is not None
+    status = Path(f"/proc/{child.pid}/stat")
+    await eventually(lambda: status.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert identity.alive()
+    await identity.end(signal.SIGTERM, timeout_s=5.0)
+    assert not identity.alive()
+    await child.ended()
 
 
 def test_a_private_file_is_replaced_in_one_step(tmp_path: Path) -> None:
