@@ -175,5 +175,8 @@ async def _listening(address: str) -> socket.socket:
         listening = socket.create_server(where, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:
         raise AddressInUse(f"cannot listen on {address}: {error}") from error
+    # What it accepts has it too. uvloop sets it itself, asyncio leaves it to who makes the socket: the end of an answer
+    # would wait 40 ms for the acknowledgement of its beginning.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listening.setblocking(False)
     return listening

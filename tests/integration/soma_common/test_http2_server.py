@@ -6,6 +6,7 @@ The first part keeps the rules and looks at the answers; the second breaks them 
 import asyncio
 import base64
 import gzip
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -36,8 +37,10 @@ from soma.toolgw.v1.tool_service_pb2 import ListToolsRequest, ListToolsResponse
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceServicer, add_ToolServiceServicer_to_server
 
 from soma_common.errors import NotFound
+from soma_common.grpc import listener
 from soma_common.grpc.call_context import time_left_s
 from soma_common.grpc.server import GrpcServer
+from soma_common.http2.server import ServerConnection
 from soma_common.settings import ServiceSettings
 from soma_common.testing.auth import Identities
 from soma_common.testing.eventually import eventually
@@ -205,6 +208,22 @@ async def test_a_unary_call_is_answered_by_headers_one_message_and_trailers(serv
     assert bytes(answer.data) == message(SERVING)
     assert dict(trailers)["grpc-status"] == "0"
     assert not any(name.startswith(":") for name, _ in trailers)
+
+
+async def test_what_is_written_leaves_at_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TCP_NODELAY the end of an answer waits for the acknowledgement of its beginning, which may take 40 ms."""
+    accepted: list[asyncio.BaseTransport] = []
+
+    class Noted(ServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            accepted.append(transport)
+            super().connection_made(transport)
+
+    monkeypatch.setattr(listener, "ServerConnection", Noted)
+    async with peer(served.port) as connection:
+        await usable(connection)
+        [transport] = accepted
+        assert transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("content_type", ["application/grpc+proto", "application/grpc;charset=utf-8"])
