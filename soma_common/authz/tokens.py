@@ -6,11 +6,12 @@ since the epoch), `jti` (unique id). The header's `kid` names the key; the publi
 
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Caller:
     subject: str
     tenant: str
     roles: tuple[str, ...]
+    expires: float = field(default=math.inf, compare=False)
+    """When the token that says so expires, seconds since the epoch. A caller with a new token is the same caller."""
 
     @property
     def all_tenants(self) -> bool:
@@ -207,7 +210,8 @@ def _read_claims(claims: Mapping[str, Any]) -> tuple[Caller, float, float]:
     assert isinstance(subject, str)
     assert isinstance(tenant, str)
     assert isinstance(roles, list)
-    return Caller(subject, tenant, tuple(roles)), float(issued or 0), float(expires or 0)
+    caller = Caller(subject, tenant, tuple(roles), float(expires or 0))
+    return caller, float(issued or 0), caller.expires
 
 
 def _refused(what_to_do: str) -> Unauthenticated:

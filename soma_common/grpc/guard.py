@@ -2,6 +2,7 @@
 
     count and time -> errors to statuses -> deadline -> authenticate -> authorize -> validate -> handler
 
+A unary request is authenticated before it is decoded, too (`Guard.door`).
 Handlers are wrapped once, when the server is made, so a call pays for nothing that is known before it. A stream is
 checked at its first message, or the part of it that opens the stream (`hello`); the frames after it pass through
 untouched.
@@ -13,7 +14,7 @@ taken already and is given back by the iterator.
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from soma_common.errors import (
     Internal,
     InvalidRequest,
     SomaError,
+    Unauthenticated,
     Unimplemented,
     from_rpc_error,
     to_status,
@@ -38,6 +40,7 @@ from soma_common.errors import (
 from soma_common.grpc.call_context import set_caller, set_deadline
 from soma_common.grpc.method import Method
 from soma_common.grpc.validation import validate
+from soma_common.grpc.wire import Metadata
 from soma_common.telemetry.metrics import counter, gauge, histogram
 from soma_common.telemetry.trace import TRACEPARENT, TraceContext, new_trace, parse_traceparent, set_trace
 
@@ -67,10 +70,10 @@ _MAKERS: dict[tuple[bool, bool], Callable[..., Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Undecodable:
-    """Stands for a unary request whose bytes are no message of the contract's type."""
+class Unread:
+    """Stands for a unary request that is not read, or whose bytes are no message of the contract's type."""
 
-    why: str
+    error: SomaError
 
 
 class FirstThenRest:
@@ -114,10 +117,27 @@ class Guard:
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(_observed(method, checked, timed=timed), decode, encode)
         return wrapped
 
+    def door(self, method: Method) -> Callable[[Metadata], Unread | None] | None:
+        """What a unary request passes before its message is expanded and decoded: it costs a stranger as much to have
+        that done as it costs us. Returns what to give the handler instead of a message that is not to be read; there
+        is no such door for a public method.
+        """
+        if method.public:
+            return None
+
+        def admit(metadata: Metadata) -> Unread | None:
+            try:
+                self._authorizer.authenticate(_authorization(metadata))
+            except SomaError as error:
+                return Unread(error)
+            return None
+
+        return admit
+
     def _unary_in(self, method: Method, handler: Serve) -> Checked:
         async def serve(request: Any, context: Context, authorization: str | None) -> Any:
-            if type(request) is Undecodable:
-                raise _undecodable(request.why)
+            if type(request) is Unread:
+                raise request.error
             self._admit(method, authorization, request)
             return await handler(request, context)
 
@@ -264,16 +284,24 @@ async def _resolved(message: Message) -> Message:
 
 
 def _begin(context: Context) -> str | None:
-    """Enter the caller's trace, or a new one, and return the metadata value `authorization`."""
-    authorization: str | None = None
+    """Enter the caller's trace, or a new one, and return the metadata value `authorization`; raises Unauthenticated."""
+    metadata = context.invocation_metadata() or ()
     received: TraceContext | None = None
-    for key, value in context.invocation_metadata() or ():
-        if key == "authorization" and isinstance(value, str):
-            authorization = value
-        elif key == TRACEPARENT and isinstance(value, str):
+    for key, value in metadata:
+        if key == TRACEPARENT and isinstance(value, str):
             received = parse_traceparent(value)
     set_trace(received.child() if received is not None else new_trace())
-    return authorization
+    return _authorization(metadata)
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """The value of `authorization`. Raises Unauthenticated if there are several: who would say which one counts?"""
+    given = [value for key, value in metadata if key == "authorization" and isinstance(value, str)]
+    if len(given) > 1:
+        raise Unauthenticated(
+            error_reason_pb2.ERROR_REASON_UNAUTHENTICATED, "more than one metadata value `authorization`: send one"
+        )
+    return given[0] if given else None
 
 
 def _marking_decoder(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -285,7 +313,7 @@ def _marking_decoder(decode: Callable[[bytes], Any] | None) -> Callable[[bytes],
         try:
             return decode(data)
         except DecodeError as error:
-            return Undecodable(str(error))
+            return Unread(_undecodable(str(error)))
 
     return decode_or_mark
 

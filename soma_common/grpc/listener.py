@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import grpc
 import structlog
 
 from soma_common.grpc import wire
-from soma_common.grpc.served_call import ServedCall
+from soma_common.grpc.served_call import Door, Handler, ServedCall, ServedMethod
 from soma_common.grpc.wire import WireError
 from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import ErrorCode
@@ -27,8 +27,6 @@ LAST_WORDS_S: Final = 1.0
 
 LOOK_S: Final = 0.01
 
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
 _connections = gauge("soma_rpc_server_connections", "Connections of clients.")
 
 _METHOD_NOT_ALLOWED: Final = encode(((":status", "405"), ("allow", "POST")))
@@ -42,19 +40,23 @@ class AddressInUse(RuntimeError):
 
 
 class Listener:
-    """Serves handlers by the path of their method."""
+    """Serves methods by their paths."""
 
     def __init__(self, max_message_bytes: int) -> None:
         self._max_message_bytes = max_message_bytes
-        self._handlers: dict[bytes, Handler] = {}
+        self._methods: dict[bytes, ServedMethod] = {}
         self._connections: set[Connection] = set()
         self._calls: dict[asyncio.Task[None], ServedCall] = {}
         self._server: asyncio.Server | None = None
 
-    def add(self, service: str, handlers: dict[str, Handler]) -> None:
-        """Serves the methods of a service."""
-        for method, handler in handlers.items():
-            self._handlers[f"/{service}/{method}".encode()] = handler
+    def add(
+        self, path: str, handler: Handler, *, door: Door | None = None, max_request_bytes: int | None = None
+    ) -> None:
+        """Serves a method by its path, as `/soma.router.v1.TurnService/GetTurn`. `max_request_bytes`: of a message to
+        it, if fewer than `max_message_bytes`.
+        """
+        limit = self._max_message_bytes if max_request_bytes is None else max_request_bytes
+        self._methods[path.encode()] = ServedMethod(handler, door, min(limit, self._max_message_bytes))
 
     async def start(self, address: str) -> int:
         """Listens on `host:port` and returns the port. Raises AddressInUse."""
@@ -111,8 +113,8 @@ class Listener:
                 _refuse(stream, _trailers_only(error.code, error.why))
 
     def _begin(self, stream: Stream, given: dict[bytes, bytes], headers: Headers) -> None:
-        handler = self._handlers.get(given[b":path"])
-        if handler is None:
+        method = self._methods.get(given[b":path"])
+        if method is None:
             raise WireError(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         encoding = given.get(b"grpc-encoding", b"identity")
         if not wire.is_known_encoding(encoding):
@@ -120,7 +122,7 @@ class Listener:
         timeout = given.get(b"grpc-timeout")
         call = ServedCall(
             stream,
-            handler,
+            method,
             stream.peer,
             wire.read_metadata(headers),
             timeout_s=None if timeout is None else wire.read_timeout(timeout),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NoReturn
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -30,13 +31,30 @@ REQUEST_S: Final = 10.0
 _log = structlog.get_logger(__name__)
 
 
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Door: TypeAlias = Callable[[Metadata], Any]
+"""Looks at the metadata before a request that is no stream is expanded and decoded. Returns None, or what its handler
+is given in place of the message.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedMethod:
+    """How a method is served."""
+
+    handler: Handler
+    door: Door | None
+    max_request_bytes: int
+    """Of a message to it."""
+
+
 class ServedCall(grpc.aio.ServicerContext[Any, Any]):
     """The context of a call, and the receiver of its stream."""
 
     def __init__(
         self,
         stream: Stream,
-        handler: grpc.RpcMethodHandler[Any, Any],
+        method: ServedMethod,
         peer: str,
         metadata: Metadata,
         *,
@@ -45,13 +63,15 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         max_message_bytes: int,
     ) -> None:
         self._stream = stream
+        handler = method.handler
         self._handler = handler
+        self._door = method.door
         self._peer = peer
         self._metadata = metadata
         self._max_message_bytes = max_message_bytes
         self._serialize: Callable[[Any], bytes] = handler.response_serializer or bytes
         self._deserialize: Callable[[bytes], Any] = handler.request_deserializer or bytes
-        self._reader = MessageReader(max_message_bytes, encoding)
+        self._reader = MessageReader(method.max_request_bytes, encoding)
         self._kept = 0
         """Bytes of a message that is not whole."""
         self._messages: deque[bytes] = deque()
@@ -186,7 +206,9 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         else:
             if not await self._arrives():
                 return
-            request = await self._next()
+            request = None if self._door is None else self._door(self._metadata)
+            if request is None:
+                request = await self._next()
             self._has_request = True
             run = handler.unary_stream or handler.unary_unary
         answer = run(request, self)

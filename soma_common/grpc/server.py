@@ -21,6 +21,9 @@ from soma_common.settings import ServiceSettings
 Service = tuple[Callable[[Any, Any], None], object, str]
 """Generated `add_XServicer_to_server`, the servicer, and the service's full name."""
 
+PUBLIC_REQUEST_BYTES = 16 * 1024
+"""Largest message, expanded, to gRPC's own services: names, from callers whom nobody knows."""
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -103,10 +106,13 @@ class _Registrar:
         self, service: str, handlers: "dict[str, grpc.RpcMethodHandler[Any, Any]]"
     ) -> None:
         """Register the handlers, wrapped unless the service is one of gRPC's own."""
-        if self._guard is not None:
-            guard, methods = self._guard, self._methods
-            handlers = {name: guard.wrap(methods[name], handler) for name, handler in handlers.items()}
-        self._listener.add(service, handlers)
+        for name, handler in handlers.items():
+            path = f"/{service}/{name}"
+            if self._guard is None:
+                self._listener.add(path, handler, max_request_bytes=PUBLIC_REQUEST_BYTES)
+            else:
+                method = self._methods[name]
+                self._listener.add(path, self._guard.wrap(method, handler), door=self._guard.door(method))
 
 
 class _Health(health_pb2_grpc.HealthServicer):

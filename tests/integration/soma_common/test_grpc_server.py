@@ -1,6 +1,7 @@
 """The guard around every handler, seen from a client over a real connection."""
 
 import asyncio
+import gzip
 import time
 from dataclasses import replace
 from typing import Any
@@ -24,12 +25,13 @@ from soma_common.errors import STATUS_DETAILS_KEY, NotFound, SomaError, Unavaila
 from soma_common.grpc.channel import open_channel
 from soma_common.grpc.guard import Guard
 from soma_common.grpc.method import MissingAuthzRule, describe_service
-from soma_common.grpc.server import AddressInUse, GrpcServer
+from soma_common.grpc.server import PUBLIC_REQUEST_BYTES, AddressInUse, GrpcServer
 from soma_common.settings import ServiceSettings
 from soma_common.telemetry.metrics import REGISTRY
 from soma_common.testing.auth import Identities
 from soma_common.testing.eventually import eventually
 from tests.integration.soma_common.conftest import TURN, Stack
+from tests.integration.soma_common.h2_peer import message, peer, request
 from tests.streams import write
 
 DEMO = ListToolsRequest(parent="tenants/demo")
@@ -57,6 +59,49 @@ async def test_without_a_token_nothing_is_served(stack: Stack) -> None:
         call = CognitionServiceStub(channel).RunTurns()
         assert reason_name((await refused(call.read())).reason) == "UNAUTHENTICATED"
     assert stack.tools.requests == []
+
+
+@pytest.mark.parametrize(
+    ("path", "payload"),
+    [
+        pytest.param("/soma.toolgw.v1.ToolService/ListTools", DEMO.SerializeToString(), id="unary"),
+        pytest.param(
+            "/soma.cognition.v1.CognitionService/RunTurns", RunTurnsRequest().SerializeToString(), id="stream"
+        ),
+    ],
+)
+async def test_with_two_tokens_nothing_is_served(
+    stack: Stack, identities: Identities, path: str, payload: bytes
+) -> None:
+    """Whichever was verified, somebody else might go by the other."""
+    tokens = [("authorization", identities.bearer("tester", "*", ["admin", "service"])()) for _ in range(2)]
+    async with peer(stack.server.port) as connection:
+        answer = await connection.call(request(path, *tokens), payload)
+    assert answer.status == grpc.StatusCode.UNAUTHENTICATED.value[0]
+    assert "more than one" in answer.status_message
+    assert stack.tools.requests == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/soma.toolgw.v1.ToolService/ListTools", "/soma.cognition.v1.CognitionService/RunTurns"]
+)
+async def test_what_a_stranger_sends_is_not_unpacked(stack: Stack, path: str) -> None:
+    """Kilobytes may be megabytes when they are expanded: who is not known does not even learn that these are none."""
+    async with peer(stack.server.port) as connection:
+        number = await connection.open(request(path, ("grpc-encoding", "gzip")))
+        await connection.write(number, message(b"not compressed", compressed=True), end=True)
+        answer = await connection.end_of(number)
+    assert answer.status == grpc.StatusCode.UNAUTHENTICATED.value[0]
+
+
+async def test_grpcs_own_services_take_names_and_nothing_larger(stack: Stack) -> None:
+    health = "/grpc.health.v1.Health/Check"
+    question = health_pb2.HealthCheckRequest(service="x" * PUBLIC_REQUEST_BYTES).SerializeToString()
+    async with peer(stack.server.port) as connection:
+        number = await connection.open(request(health, ("grpc-encoding", "gzip")))
+        await connection.write(number, message(gzip.compress(question), compressed=True), end=True)
+        assert (await connection.end_of(number)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        assert (await connection.call(request(health))).status == 0
 
 
 async def test_another_tenants_data_is_denied_before_it_is_looked_for(stack: Stack) -> None:

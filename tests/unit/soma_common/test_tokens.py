@@ -61,6 +61,16 @@ def test_a_good_token_says_who_calls(identities: Identities, verifier: TokenVeri
     assert verifier.verify(identities.token()).all_tenants
 
 
+def test_a_caller_is_known_until_its_token_expires_and_is_the_same_with_the_next(
+    identities: Identities, verifier: TokenVerifier, clock: Clock
+) -> None:
+    first, second = (verifier.verify(identities.token(ttl_s=ttl_s)) for ttl_s in (60, 600))
+    assert 59 <= first.expires - clock.now <= 60
+    assert 599 <= second.expires - clock.now <= 600
+    assert first == second
+    assert hash(first) == hash(second)
+
+
 def test_a_token_ends_when_it_says_even_if_known(identities: Identities, verifier: TokenVerifier, clock: Clock) -> None:
     token = identities.token(ttl_s=60)
     verifier.verify(token)
