@@ -224,12 +224,12 @@ class PostgresLeases:
         stored.
         """
 
-        async def call(connection: Connection) -> dict[str, str]:
+        async def keep(connection: Connection) -> dict[str, str]:
             async with connection.transaction():
                 # All of it or nothing: what a database has is not added to, or it would become another layout's.
                 await connection.execute(
                     "INSERT INTO router.layout (name, value) SELECT * FROM unnest($1::text[], $2::text[])"
-                    " WHERE NOT EXISTS (SELECT FROM router.layout) ON CONFLICT DO NOTHING",
+                    " WHERE NOT EXISTS (SELECT FROM router.layout)",
                     *zip(*sorted(layout.metadata().items()), strict=True),
                 )
                 stored = {
@@ -243,6 +243,12 @@ class PostgresLeases:
                             layout.partitions,
                         )
             return stored
+
+        async def call(connection: Connection) -> dict[str, str]:
+            try:
+                return await keep(connection)
+            except asyncpg.UniqueViolationError:  # another router was storing its own, which is there now
+                return await keep(connection)
 
         return await self._line.use(call)
 

@@ -219,6 +219,16 @@ async def test_a_database_keeps_the_form_of_its_ids(store: Store) -> None:
     assert len(rows) == LAYOUT.partitions, "one that fits gets a row per partition"
 
 
+async def test_of_two_layouts_stored_at_once_one_is_kept_whole(store: Store) -> None:
+    older = LaneLayout(LAYOUT.partitions, LAYOUT.lanes, IDS_ANYWHERE)
+    await store.eye.execute("DELETE FROM router.layout")
+    async with store.eye.transaction():
+        await store.eye.executemany("INSERT INTO router.layout VALUES ($1, $2)", list(older.metadata().items()))
+        storing = asyncio.create_task(store.leases.ensure_layout(LAYOUT))
+        await eventually(lambda: store.eye.fetch("SELECT pid FROM pg_locks WHERE NOT granted"))
+    assert await storing == older.metadata()
+
+
 # ---- what a new owner loads
 
 
