@@ -5,9 +5,10 @@
 one, and both are loaded in turns: what the machine does in a minute meets both, and half an hour later it is another
 machine. The rates of the first and the last minutes are told as well, and not judged.
 
-The memory of every process is its proportional set size without shared memory, each 5 seconds; its growth is the slope
-of a line through what was seen after the first part (12 minutes of 30), as a part of what it was then. PostgreSQL's
-shared buffers are shown and not judged: a cache of a fixed size. NATS keeps ids of messages for its dedupe window (2
+The memory of every process is looked at each 5 seconds. Its growth is that of what it allocated itself (what it maps
+from files counts in parts, and falls and rises as others map them): the slope of a line through what was seen after the
+first part (12 minutes of 30), as a part of what it was then. PostgreSQL's shared buffers are shown and not judged: a
+cache of a fixed size. NATS keeps ids of messages for its dedupe window (2
 minutes) and an index of what is not purged (10 minutes of the lanes): only in a run of 30 minutes are its windows full
 before the line begins.
 """
@@ -24,7 +25,7 @@ from typing import Any, Final
 
 import uvloop
 
-from tests.bench import flat
+from tests.bench import flat, processes
 from tests.bench import stack as stacks
 from tests.bench.memory import MIB, SHARED, Samples
 from tests.bench.rotation import Line, Rotation
@@ -61,6 +62,7 @@ class Plan:
 async def measure(plan: Plan, say: flat.Say) -> bool:
     """One load without a break, looked at every few seconds."""
     samples, stretches = Samples(), []
+    allocated = Samples(processes.anonymous)
     async with _running() as stack:
         async with _load(stack, plan) as load:
             await load.measure(_WARM_S)
@@ -68,6 +70,7 @@ async def measure(plan: Plan, say: flat.Say) -> bool:
             while (at := monotonic() - began) < plan.minutes * 60:
                 stretches.append({"at_s": at, **await flat.sample(stack, load, _LOOK_S)})
                 samples.take(stack.pids, monotonic() - began)
+                allocated.take(stack.pids, monotonic() - began)
                 if len(stretches) % 12 == 0:
                     say(f"{at / 60:.0f} min: {stretches[-1]['turns_per_s']:.0f}/s, {samples.total_mib:.0f} MiB")
         pairs = await _beside_a_young_one(stack, plan, say)
@@ -75,8 +78,8 @@ async def measure(plan: Plan, say: flat.Say) -> bool:
     first, last = edges(stretches)
     say(f"  turns/s in the first part of the run {first:.0f}, in the last {last:.0f}")
     settled = plan.minutes * 60 * SETTLED
-    for name, sizes in samples.taken.items():
-        growth = samples.slope(name, settled) * TEN_MINUTES_S / MIB
+    for name, sizes in allocated.taken.items():
+        growth = allocated.slope(name, settled) * TEN_MINUTES_S / MIB
         say(f"  {name}: {sizes[0][1] / MIB:.1f} -> {sizes[-1][1] / MIB:.1f} MiB, {growth:+.2f} per 10 minutes")
     told = {
         "minutes": plan.minutes,
@@ -84,9 +87,10 @@ async def measure(plan: Plan, say: flat.Say) -> bool:
         "life": plan.life,
         "stretches": stretches,
         "memory": samples.taken,
+        "allocated": allocated.taken,
         "pairs": pairs,
     }
-    return flat.conclude("long", told, bars(stretches, pairs, samples, settled), say)
+    return flat.conclude("long", told, bars(stretches, pairs, allocated, settled), say)
 
 
 @asynccontextmanager

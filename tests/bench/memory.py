@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import linear_regression
 from typing import Final
 
@@ -15,15 +15,17 @@ SHARED: Final = "postgres, shared"
 
 
 class Samples:
-    """Proportional set sizes by process, in bytes, against some progress (seconds, sessions)."""
+    """Sizes by process, in bytes, against some progress (seconds, sessions)."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Callable[[int], tuple[int, int]] = processes.memory) -> None:
+        """`look` tells the size of a process tree, and of its shared memory."""
+        self._look = look
         self.taken: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
     def take(self, pids: Mapping[str, int], progress: float) -> None:
         """Looks at all processes now."""
         for name, pid in pids.items():
-            own, shared = processes.memory(pid)
+            own, shared = self._look(pid)
             self.add(name, progress, own)
             if name == "postgres":
                 self.add(SHARED, progress, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,16 +92,29 @@ class Usage:
 
 def memory(pid: int) -> tuple[int, int]:
     """Proportional set size of the process tree in bytes: (without shared memory, the shared memory)."""
-    own = shared = 0
+    sizes = _sizes(pid)
+    return sizes["Pss"] - sizes["Pss_Shmem"], sizes["Pss_Shmem"]
+
+
+def anonymous(pid: int) -> tuple[int, int]:
+    """What the process tree allocated itself, in bytes, and the shared memory. What it maps from files is left out:
+    its part of them falls and rises as other programs that use them come and go.
+    """
+    sizes = _sizes(pid)
+    return sizes["Pss_Anon"], sizes["Pss_Shmem"]
+
+
+def _sizes(pid: int) -> Counter[str]:
+    sizes: Counter[str] = Counter()
     for member in tree(pid):
         try:
             rows = [line.split() for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()]
         except OSError:
             continue
-        sizes = {row[0]: int(row[1]) * 1024 for row in rows if row[0].startswith("Pss")}
-        shared += sizes["Pss_Shmem:"]
-        own += sizes["Pss:"] - sizes["Pss_Shmem:"]
-    return own, shared
+        for row in rows:
+            if row[0].startswith("Pss"):
+                sizes[row[0].rstrip(":")] += int(row[1]) * 1024
+    return sizes
 
 
 def pss_mb(pid: int, without: Collection[int] = ()) -> float:

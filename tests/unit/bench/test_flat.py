@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import pytest
 from soma.common.v1.message_pb2 import Message
 from soma.common.v1.turn_pb2 import StepBody
 
 from soma_common import ids
-from tests.bench import flat, history, history_load, idle, long_run, tenants
+from tests.bench import flat, history, history_load, idle, long_run, processes, tenants
 from tests.bench.history_load import CHANNELS, History, Rows
 from tests.bench.memory import MIB, SHARED, Samples
 from tests.bench.stack import TENANT
@@ -84,6 +90,19 @@ def test_memory_is_that_of_one_look() -> None:
         samples.add("router", at, router * MIB)
         samples.add("nats", at, nats * MIB)
     assert (samples.total_mib, samples.peak_mib) == (80.0, 150.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells sizes")
+def test_what_is_allocated_is_told_apart_from_what_is_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(16 * MIB))
+    before, _ = processes.anonymous(os.getpid())
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[::4096]) == 0, "every page is in memory"
+        assert processes.anonymous(os.getpid())[0] - before < 8 * MIB
+        held = bytearray(b"x") * (16 * MIB)
+        assert processes.anonymous(os.getpid())[0] - before > 15 * MIB
+        del held
 
 
 def test_loaded_rows_are_dense_and_named_as_the_product_does() -> None:
