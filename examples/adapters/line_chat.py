@@ -1,10 +1,11 @@
 """A TCP line chat: every line of a connection is a message, every answer comes back as a line.
 
     python -m examples.adapters.line_chat --gateway 127.0.0.1:7400 --token-file .somastack/auth/tenants/demo.token
-    --agent assistant nc 127.0.0.1 7000
+    nc 127.0.0.1 7000
 
-The first line is the user's name. It names the conversation: whoever comes back under the same name goes on with it. An
-answer for a user who has left is tried for about a minute. docs/guides/channel-adapter.md explains this file.
+Each command wants a terminal of its own. The first line of a connection is the user's name. It names the conversation:
+whoever comes back under the same name goes on with it. An answer for a user who has left is tried for about a minute.
+docs/guides/channel-adapter.md explains this file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import re
 import socket
+import sys
 from pathlib import Path
 
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
@@ -20,6 +22,8 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 from soma_common.client import ChannelClient
 from soma_common.errors import SomaError
 
+EXIT_REFUSED = 2
+"""Exit code: what it was started with does not work, such as the token or the port. A restart does not help."""
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 RETRY_ABSENT_S = 6.0
 """When to try again to deliver to a user who is not connected. A delivery has ten tries unless the router is set
@@ -121,5 +125,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Serves until interrupted; returns the exit code."""
+    try:
+        asyncio.run(run(parse(arguments)))
+    except (SomaError, OSError) as error:
+        print(f"line_chat: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
 if __name__ == "__main__":
-    asyncio.run(run(parse()))
+    sys.exit(main())

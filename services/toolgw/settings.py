@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from soma_common.settings import ServiceSettings
 
@@ -30,3 +30,14 @@ class ToolgwSettings(ServiceSettings):
     say."""
     postgres_pool_size: int = Field(default=8, ge=2, le=100)
     """Connections to the database at most."""
+
+    @field_validator("toolgw_http_tools_file")
+    @classmethod
+    def _check_tools_file(cls, value: Path | None) -> Path | None:
+        # Taken against the working directory of the service, a relative path names another file than whoever wrote it
+        # meant, or none.
+        if value is not None and not value.is_absolute():
+            raise ValueError(
+                f"it is no absolute path, and services run in /: give the whole path, such as $PWD/{value}"
+            )
+        return value

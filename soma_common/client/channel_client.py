@@ -46,6 +46,7 @@ from soma_common.client.outbox import Answer, Outbox
 from soma_common.errors import (
     ResourceExhausted,
     SomaError,
+    Unauthenticated,
     Unavailable,
     from_proto,
     to_proto,
@@ -94,10 +95,13 @@ class ChannelClient:
         on_delivery: Callable[[Delivery], None] | None = None,
         on_live: Callable[[LiveEvent], None] | None = None,
         grpc_channel: grpc.aio.Channel | None = None,
+        connect_timeout_s: float | None = None,
     ) -> None:
         """`target` is `host:port` of a gateway, or several separated by commas.
 
-        `token` is a bearer token, or a function that returns the present one. `instance` is stable over restarts of
+        `token` is a bearer token, or a function that returns the present one; what it raises ends the client with
+        Unauthenticated. `connect_timeout_s` bounds how long entering waits for a gateway; None: without end, so that
+        an adapter may start before its gateway. Later losses are never given up. `instance` is stable over restarts of
         one adapter process and different for each. `credit` is how many deliveries may be unacknowledged at once;
         0: only send. `outbox` bounds the items without an answer.
 
@@ -105,7 +109,9 @@ class ChannelClient:
         delivery back to come again. `on_live` likewise gets the live events. Both are called from the reader and
         must not block.
         """
-        self._token: Callable[[], str] = (lambda: token) if isinstance(token, str) else token
+        self._token: Callable[[], str] = (lambda: token) if isinstance(token, str) else _shown(token)
+        self._target = target
+        self._connect_timeout_s = connect_timeout_s
         self._hello = Hello(
             tenant=tenant, channel=channel, instance=instance, live=live, credit=credit, protocol=PROTOCOL
         )
@@ -114,6 +120,7 @@ class ChannelClient:
         self._stream = KeptStream(
             self._grpc,
             Traffic(self._open, self._next_frame, self._finished, self._receive, self._lost, self._failed),
+            target,
         )
         self._on_delivery = on_delivery
         self._on_live = on_live
@@ -133,10 +140,15 @@ class ChannelClient:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Connects. Raises SomaError when the gateway refuses for a reason that waiting does not change."""
+        """Connects; waits for a gateway that is not there, and logs a warning that it does.
+
+        Raises:
+            SomaError: the gateway refuses for a reason that waiting does not change; Unavailable: none was there within
+                `connect_timeout_s`.
+        """
         self._task = asyncio.get_running_loop().create_task(self._stream.run(), name="channel-client")
         try:
-            await self._stream.connected.wait()
+            await self._connected()
             if self._failure is not None:
                 raise self._failure
         except BaseException:  # a caller that does not wait any longer too: nobody else would end the task
@@ -295,6 +307,19 @@ class ChannelClient:
             if self._own_channel:
                 await self._grpc.close()
 
+    async def _connected(self) -> None:
+        """Returns with the first welcome, or a failure for good. Raises Unavailable when the time for it is over."""
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._stream.connected.wait()
+        except TimeoutError:
+            trouble = self._stream.trouble or "it does not answer"
+            raise Unavailable(
+                ErrorReason.ERROR_REASON_SERVICE_UNAVAILABLE,
+                f"no gateway at {self._target} within {self._connect_timeout_s:g} s: check the address, and that it "
+                f"runs ({trouble})",
+            ) from None
+
     async def _all_answered(self) -> None:
         while len(self._outbox) and self._failure is None:
             self._room.clear()
@@ -445,6 +470,22 @@ class ChannelClient:
 def text_message(text: str) -> Message:
     """A user's message of plain text."""
     return Message(role=_USER, parts=[Part(text=text)])
+
+
+def _shown(token: Callable[[], str]) -> Callable[[], str]:
+    """`token`, whose failure is told as what it is to the client: no valid token. Its text says why, such as which
+    file is not there.
+    """
+
+    def ask() -> str:
+        try:
+            return token()
+        except Exception as error:  # boundary: the application's own code
+            raise Unauthenticated(
+                ErrorReason.ERROR_REASON_UNAUTHENTICATED, f"the token cannot be had: {type(error).__name__}: {error}"
+            ) from error
+
+    return ask
 
 
 def _settle(future: asyncio.Future[bytes]) -> Answer:

@@ -60,13 +60,15 @@ class Traffic:
 class KeptStream:
     """Runs as one task (`run`); `wake` says that `next_frame` may have something."""
 
-    def __init__(self, channel: StreamingChannel, traffic: Traffic) -> None:
+    def __init__(self, channel: StreamingChannel, traffic: Traffic, target: str) -> None:
+        """`target` is where `channel` leads, for the log."""
         self._connect = channel.stream_stream(
             _METHOD,
             request_serializer=ConnectRequest.SerializeToString,
             response_deserializer=ConnectResponse.FromString,
         )
         self._traffic = traffic
+        self._target = target
         self._wake_writer = WakeUp()
         self._woken = False
         self._heard_at = self._wrote_at = 0.0
@@ -79,6 +81,8 @@ class KeptStream:
         """Set with the first welcome."""
         self.closing = False
         """Set from outside: the present stream is the last."""
+        self.trouble = ""
+        """Why the last try to open a stream has failed; empty: none has since a gateway was there."""
 
     def wake(self) -> None:
         """There may be something to send, or a reason to close."""
@@ -95,10 +99,10 @@ class KeptStream:
                 if not isinstance(error, _RETRYABLE):
                     self._traffic.failed(error)
                     return
-                _log.info("channel_client.stream_lost", error=str(error), backoff_s=round(backoff, 3))
+                self._tell_loss(error, backoff)
             except Exception as error:  # noqa: BLE001 - boundary: a callback of the application
                 _log.exception("channel_client.failed")
-                self._traffic.failed(Internal(ErrorReason.ERROR_REASON_INTERNAL, f"a callback failed: {error!r}"))
+                self._traffic.failed(Internal(ErrorReason.ERROR_REASON_INTERNAL, _failed_callback(error)))
                 return
             if self.welcome is not None:
                 backoff = FIRST_BACKOFF_S
@@ -107,6 +111,28 @@ class KeptStream:
             if not self.closing:
                 await asyncio.sleep(random.uniform(backoff / 2, backoff))
                 backoff = min(backoff * 2, LONGEST_BACKOFF_S)
+
+    def _tell_loss(self, error: SomaError, backoff_s: float) -> None:
+        """Logs that a stream is over or did not begin. The first that does not begin is a warning: nobody else would
+        say that this process waits, and it may wait for ever.
+        """
+        if self.welcome is not None or self.trouble:
+            _log.info("channel_client.stream_lost", error=str(error), backoff_s=round(backoff_s, 3))
+        else:
+            _log.warning(
+                "channel_client.no_gateway",
+                target=self._target,
+                error=str(error),
+                check="the address, and that a gateway runs there; it is tried again until one does",
+            )
+        if self.welcome is None:
+            self.trouble = str(error)
+
+    def _tell_gain(self) -> None:
+        """Logs that the waiting is over, if there was any."""
+        if self.trouble:
+            _log.info("channel_client.gateway_found", target=self._target, stream=self.number)
+            self.trouble = ""
 
     async def _serve(self) -> None:
         """One stream from hello to its end. Raises SomaError when it ends badly."""
@@ -123,6 +149,7 @@ class KeptStream:
             self.welcome = first.welcome
             self._heard_at = self._wrote_at = asyncio.get_running_loop().time()
             self.connected.set()
+            self._tell_gain()
             writer = asyncio.get_running_loop().create_task(self._write(call, first.welcome), name="channel-writer")
             while (frame := await call.read()) is not grpc.aio.EOF:
                 self._heard_at = asyncio.get_running_loop().time()
@@ -206,6 +233,11 @@ class _Wakeups:
         due = self._active_at() + self._interval
         self._timer = self._loop.call_at(due if due > now else now + self._interval, self._due)
         self._wake()
+
+
+def _failed_callback(error: Exception) -> str:
+    # Not its repr: that of an OSError leaves out the file.
+    return f"a callback failed: {type(error).__name__}: {error}"
 
 
 def _unavailable(message: str) -> Unavailable:

@@ -5,9 +5,10 @@
         remember(position)
 
 `stub` is a ChannelServiceStub of a gateway, or of several behind one address. A stream that breaks, a slow reader that
-is sent away and an expired token lead to another stream behind the last event; whoever keeps the position beyond the
-life of the process hands it in as `resume_from`. Every event comes once, in order; text that a given-up try had said
-is taken back by `restarted`: drop what was shown of `from_step` and later steps of that turn.
+is sent away and an expired token lead to another stream behind the last event, and a gateway that is not there is
+waited for, without end; the log says so. Whoever keeps the position beyond the life of the process hands it in as
+`resume_from`. Every event comes once, in order; text that a given-up try had said is taken back by `restarted`: drop
+what was shown of `from_step` and later steps of that turn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+import structlog
 from soma.common.v1.turn_pb2 import WatchPosition
 from soma.gateway.v1.channel_service_pb2 import WatchSessionRequest, WatchTurnRequest
 
@@ -38,6 +40,8 @@ FIRST_BACKOFF_S: Final = 0.05
 LONGEST_BACKOFF_S: Final = 2.0
 
 _PASSING: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
+
+_log = structlog.get_logger(__name__)
 
 
 async def watch_turn(
@@ -79,12 +83,13 @@ async def _kept(
     opened: Callable[[WatchPosition | None], Any], position: WatchPosition | None
 ) -> AsyncIterator[Watched]:
     backoff_s = FIRST_BACKOFF_S
+    told = False
     while True:
         heard = False
         call = opened(position)
         try:
             async for response in call:
-                heard, backoff_s = True, FIRST_BACKOFF_S
+                heard, told, backoff_s = True, False, FIRST_BACKOFF_S
                 position = response.position
                 yield Watched(response.event, response.position)
         except grpc.aio.AioRpcError as failed:
@@ -92,6 +97,13 @@ async def _kept(
             renewable = heard and isinstance(error, Unauthenticated)
             if not (renewable or isinstance(error, _PASSING)):
                 raise error from failed
+            if not heard and not told:
+                told = True
+                _log.warning(
+                    "watch.no_stream",
+                    error=str(error),
+                    check="the address, and that a gateway runs there; it is tried again until one does",
+                )
         finally:
             call.cancel()
         if not heard:

@@ -27,6 +27,8 @@ from soma_common.ids import is_slug
 from soma_common.settings import StartRefused
 
 CONNECT_TIMEOUT_S: Final = 2.0
+FILE_SETTING: Final = "SOMA_TOOLGW_HTTP_TOOLS_FILE"
+"""What names the file: an error of the file is one of this setting for whoever starts the service."""
 SHOWN_ERROR_BYTES: Final = 1000
 """How much of an endpoint's error answer the model is shown."""
 
@@ -40,7 +42,7 @@ _NEVER_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTim
 
 
 class HttpToolsFileError(StartRefused):
-    """The file of HTTP tools cannot be used; the text says where and what to change."""
+    """The file of HTTP tools cannot be used; the text names the setting and says where and what to change."""
 
 
 class HttpToolEntry(BaseModel):
@@ -145,15 +147,24 @@ def load_http_tools(file: Path, client: httpx2.AsyncClient) -> list[HttpTool]:
     try:
         entries = TypeAdapter(list[HttpToolEntry]).validate_json(file.read_bytes())
     except OSError as error:
-        raise HttpToolsFileError(f"{file} cannot be read: {error.strerror}") from error
+        text = f"{file} cannot be read: {error.strerror}; change {FILE_SETTING}, or unset it"
+        raise HttpToolsFileError(text) from error
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        lines = [f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in problems]
-        raise HttpToolsFileError(f"{file}: " + "; ".join(lines)) from error
+        raise _wrong(file, [_placed(problem["loc"], problem["msg"]) for problem in problems]) from error
     problems_of_compensations = list(check_compensations(entries))
     if problems_of_compensations:
-        raise HttpToolsFileError(f"{file}: " + "; ".join(problems_of_compensations))
+        raise _wrong(file, problems_of_compensations)
     return [HttpTool(entry, client) for entry in entries]
+
+
+def _wrong(file: Path, problems: Sequence[str]) -> HttpToolsFileError:
+    return HttpToolsFileError(f"{file} (named by {FILE_SETTING}) is no list of tools: {'; '.join(problems)}")
+
+
+def _placed(place: tuple[int | str, ...], problem: str) -> str:
+    """A problem behind its place, such as `0.url`; what is wrong with the file as a whole has none."""
+    return f"{'.'.join(map(str, place))}: {problem}" if place else problem
 
 
 def check_compensations(entries: Sequence[HttpToolEntry]) -> Iterator[str]:

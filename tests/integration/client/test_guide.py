@@ -1,5 +1,6 @@
-"""docs/guides/channel-adapter.md says what runs."""
+"""docs/guides/channel-adapter.md, and the program of docs/guides/watching.md, say what runs."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -37,3 +38,15 @@ async def test_the_smallest_adapter_of_the_guide_runs(
 def test_links_of_the_guide_lead_somewhere() -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", GUIDE.read_text(encoding="utf-8")):
         assert (GUIDE.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("guide", ["channel-adapter.md", "watching.md"])
+def test_programs_import_the_kit_before_grpc(guide: str) -> None:
+    """It chooses how gRPC works, which gRPC reads once, when it is imported."""
+    programs = re.findall(r"```python\n(.*?)```", GUIDE.with_name(guide).read_text(encoding="utf-8"), re.DOTALL)
+    program = next(program for program in programs if "asyncio.run(main())" in program)
+    modules = [node.module or "" for node in ast.parse(program).body if isinstance(node, ast.ImportFrom)]
+    kit = [place for place, module in enumerate(modules) if module.startswith("soma_common")]
+    grpc = [place for place, module in enumerate(modules) if module.endswith("_pb2_grpc") or module == "grpc"]
+    assert kit
+    assert all(kit[0] < place for place in grpc)

@@ -1,11 +1,17 @@
 """The example adapter, against a real gateway, over a real socket."""
 
 import asyncio
+import shlex
+import socket
+from pathlib import Path
 
+import pytest
+
+from examples.adapters import line_chat
 from examples.adapters.line_chat import LineChat
 from soma_common.testing.eventually import eventually
 from tests.integration.client.test_channel_client import client
-from tests.integration.gateway.harness import World, delivery
+from tests.integration.gateway.harness import TENANT, World, delivery
 
 
 async def test_lines_become_messages_and_answers_lines(world: World) -> None:
@@ -41,3 +47,38 @@ async def test_lines_become_messages_and_answers_lines(world: World) -> None:
         delivering.cancel()
         await asyncio.gather(delivering, return_exceptions=True)
     assert len(await world.router.stored()) == 2
+
+
+def test_the_commands_it_shows_can_be_pasted() -> None:
+    assert line_chat.__doc__ is not None
+    serve, talk = [line.strip() for line in line_chat.__doc__.splitlines() if line.startswith("    ")]
+    python, *arguments = shlex.split(serve)
+    assert (python, arguments[:2]) == ("python", ["-m", "examples.adapters.line_chat"])
+    options = line_chat.parse(arguments[2:])
+    assert talk == f"nc 127.0.0.1 {options.port}"
+
+
+async def test_a_port_that_is_taken_is_one_line(
+    world: World, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    token = tmp_path / "demo.token"
+    token.write_text(world.identities.token("adapter", TENANT, ["channel"]))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        started = ["--gateway", await world.gateway(), "--token-file", str(token), "--tenant", TENANT, "--port", port]
+        assert await asyncio.to_thread(line_chat.main, started) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("line_chat: ")
+    assert port in line
+
+
+def test_a_token_file_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "none.token"
+    assert line_chat.main(["--gateway", "127.0.0.1:1", "--token-file", str(missing)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("line_chat: UNAUTHENTICATED: the token cannot be had: ")
+    assert str(missing) in line

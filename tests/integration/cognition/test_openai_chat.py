@@ -10,12 +10,14 @@ import pytest
 from google.protobuf import struct_pb2
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
+from structlog.testing import capture_logs
 
 from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endpoint
 from services.cognition.application.ports import CallOrigin, ModelAnswer, ModelRequest, ToolDescription
 from services.cognition.domain.conversation import Conversation
 from services.cognition.settings import CognitionSettings
 from soma_common.errors import FailedPrecondition, SomaError
+from soma_common.settings import StartRefused
 from soma_common.testing.model_server import (
     CallTools,
     Cut,
@@ -208,6 +210,46 @@ async def test_an_endpoint_that_is_not_there_is_unavailable(model_server: ModelS
     with pytest.raises(SomaError) as failed:
         await ask(model_server)
     assert failed.value.reason == reasons.ERROR_REASON_MODEL_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"),
+    [
+        ("http://ada:hidden@127.0.0.1:1/v1?key=hidden", "127.0.0.1:1"),
+        ("http://[::1]:1/v1", "[::1]:1"),
+        ("http://model.invalid/v1", "model.invalid:80"),
+        ("https://model.invalid/v1", "model.invalid:443"),
+    ],
+)
+async def test_the_log_says_which_endpoint_is_not_there_and_the_tenant_is_not_told(address: str, endpoint: str) -> None:
+    bounds: dict[str, Any] = {"connect_timeout_s": 5.0, "read_timeout_s": 5.0, "max_connections": 8}
+    with capture_logs() as logs:
+        async with open_endpoint(address, "sk-hidden", **bounds) as client:
+            model = OpenAIChat(client)
+            with pytest.raises(SomaError) as failed:
+                await model.answer(request(), lambda _: None)
+            for _ in range(2):
+                with pytest.raises(SomaError):
+                    await model.answer(request(), lambda _: None)
+    told = failed.value.message + str(failed.value.metadata)
+    assert "SOMA_OPENAI_BASE_URL" in told
+    assert failed.value.metadata == {"cause": "ConnectError"}
+    assert "127.0.0.1" not in told
+    assert "invalid" not in told
+    (line,) = logs  # one for all that fail within seconds
+    assert (line["log_level"], line["endpoint"]) == ("warning", endpoint)
+    assert line["error"].startswith("ConnectError: ")
+    assert "SOMA_OPENAI_BASE_URL" in line["check"]
+    assert "hidden" not in str(line) + told
+
+
+@pytest.mark.parametrize(
+    "key", ["sk-hidden\n", "sk-\nhidden", "sk hidden", "sk-hidden\N{LATIN SMALL LETTER E WITH ACUTE}"]
+)
+def test_a_key_that_no_header_carries_is_refused_and_not_told(key: str) -> None:
+    with pytest.raises(StartRefused, match="SOMA_OPENAI_API_KEY") as refused:
+        open_endpoint(None, key, connect_timeout_s=5.0, read_timeout_s=5.0, max_connections=8)
+    assert "hidden" not in str(refused.value)
 
 
 async def test_the_key_is_sent_and_never_told() -> None:

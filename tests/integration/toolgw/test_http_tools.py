@@ -109,8 +109,26 @@ async def test_a_wrong_file_says_where(surroundings: Surroundings, wrong: str, s
     async with http_client() as client:
         with pytest.raises(HttpToolsFileError, match=says):
             load_http_tools(file, client)
-        with pytest.raises(HttpToolsFileError, match="cannot be read"):
-            load_http_tools(surroundings.folder / "none.json", client)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "{file} cannot be read: No such file or directory; change SOMA_TOOLGW_HTTP_TOOLS_FILE, or unset it"),
+        ("[{", "{file} (named by SOMA_TOOLGW_HTTP_TOOLS_FILE) is no list of tools: Invalid JSON: EOF while"),
+        ("{}", "{file} (named by SOMA_TOOLGW_HTTP_TOOLS_FILE) is no list of tools: Input should be a valid "),
+        ('[{"tool": "t"}]', "{file} (named by SOMA_TOOLGW_HTTP_TOOLS_FILE) is no list of tools: 0.description: Field "),
+    ],
+)
+async def test_a_file_that_is_none_names_the_setting(tmp_path: Path, content: str | None, says: str) -> None:
+    file = tmp_path / "tools.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    async with http_client() as client:
+        with pytest.raises(HttpToolsFileError) as refused_file:
+            load_http_tools(file, client)
+    assert str(refused_file.value).startswith(says.format(file=file))
+    assert ": :" not in str(refused_file.value)
 
 
 BOTH: dict[str, Any] = {"properties": {"arguments": {}, "result": {}}}

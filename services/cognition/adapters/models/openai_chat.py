@@ -11,12 +11,15 @@ left.
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, cast
 
 import httpx2
 import openai
 import orjson
+import structlog
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolUnionParam
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
@@ -33,6 +36,7 @@ from services.cognition.application.ports import (
 from services.cognition.domain.conversation import Json, printable, result_text, spoken, to_dict
 from services.cognition.domain.turn import is_interim
 from soma_common.errors import Reason, SomaError, class_of
+from soma_common.settings import StartRefused
 
 _ROLES: Final = {
     message_pb2.ROLE_UNSPECIFIED: "user",
@@ -49,6 +53,12 @@ _DATA: Final = "data:"
 _DONE: Final = "[DONE]"
 _CONTEXT_WORDS: Final = ("context length", "context_length", "context window", "maximum context", "too many tokens")
 _MAX_QUOTED: Final = 300
+_KEY: Final = re.compile(r"[\x21-\x7e]+")
+"""What a header can carry. The errors of the libraries about any other key quote it."""
+_TOLD_EVERY_S: Final = 10.0
+"""An endpoint that stays away fails every call of every turn; the log says it once in so long."""
+
+_log = structlog.get_logger(__name__)
 
 
 def open_endpoint(
@@ -62,8 +72,14 @@ def open_endpoint(
     """A client of an endpoint that leaves retries to us.
 
     `base_url` None is OpenAI's own, `api_key` None is for endpoints that want none. `read_timeout_s` bounds the silence
-    of the endpoint, not the whole answer; calls over `max_connections` wait for a connection.
+    of the endpoint, not the whole answer; calls over `max_connections` wait for a connection. Raises StartRefused for a
+    key that no header can carry.
     """
+    if api_key is not None and not _KEY.fullmatch(api_key):
+        raise StartRefused(
+            "SOMA_OPENAI_API_KEY holds a character that no key has, such as a line end, a blank or a letter with an "
+            "accent: set it again"
+        )
     return openai.AsyncOpenAI(
         api_key=api_key or NO_KEY,
         # Said here, or the library would look for OPENAI_BASE_URL: settings come from one place.
@@ -81,6 +97,8 @@ class OpenAIChat:
 
     def __init__(self, client: openai.AsyncOpenAI) -> None:
         self._client = client
+        self._endpoint = _address(client)
+        self._quiet_until = float("-inf")
 
     async def answer(self, request: ModelRequest, emit: Emit) -> ModelAnswer:
         """One streamed completion. Raises SomaError of the MODEL_ reasons or CONTEXT_TOO_LONG."""
@@ -97,16 +115,34 @@ class OpenAIChat:
                 extra_headers=_headers(request.origin),
             ) as response:
                 await assembly.read(response.iter_lines())
+        except openai.APIStatusError as error:
+            raise _status_error(error) from error
         except openai.APIError as error:
+            self._tell(error.__cause__ or error)
             raise _error_of(error) from error
         except httpx2.TimeoutException as error:
+            self._tell(error)
             text = "the model endpoint fell silent in the middle of its answer"
             raise _fail(reasons.ERROR_REASON_MODEL_TIMEOUT, text) from error
         except httpx2.HTTPError as error:
+            self._tell(error)
             raise _unavailable("the connection to the model endpoint broke in the middle of its answer") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _unavailable(f"the model endpoint's answer is no chat completion: {error!r:.200}") from error
         return assembly.answer()
+
+    def _tell(self, cause: BaseException) -> None:
+        """Logs which endpoint fails and why. The turn's error goes to tenants, whom the address does not concern."""
+        now = asyncio.get_running_loop().time()
+        if now < self._quiet_until:
+            return
+        self._quiet_until = now + _TOLD_EVERY_S
+        _log.warning(
+            "model.endpoint_failed",
+            endpoint=self._endpoint,
+            error=f"{type(cause).__name__}: {cause!s:.200}".removesuffix(": "),
+            check="SOMA_OPENAI_BASE_URL, and that the endpoint runs",
+        )
 
 
 class _Assembly:
@@ -267,14 +303,27 @@ def _arguments(text: str) -> dict[str, Json] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
+def _address(client: openai.AsyncOpenAI) -> str:
+    """`host:port` of the endpoint, without what else its address may hold: credentials, a path, a query."""
+    url = client.base_url
+    host = f"[{url.host}]" if ":" in url.host else url.host
+    return f"{host}:{url.port or (443 if url.scheme == 'https' else 80)}"
+
+
 def _error_of(error: openai.APIError) -> SomaError:
-    if isinstance(error, openai.APIStatusError):
-        return _status_error(error)
-    if isinstance(error, openai.APITimeoutError):
-        if isinstance(error.__cause__, httpx2.ConnectTimeout):
-            return _unavailable("the model endpoint cannot be reached in time")
-        return _fail(reasons.ERROR_REASON_MODEL_TIMEOUT, "the model endpoint did not begin to answer in time")
-    return _unavailable(f"the model endpoint cannot be reached: {error.__cause__ or error!s:.200}")
+    """The error of a call that got no answer. It reaches tenants: it names no address, and what the libraries say
+    may.
+    """
+    cause = error.__cause__ or error
+    metadata = {"cause": type(cause).__name__}
+    if isinstance(error, openai.APITimeoutError) and not isinstance(cause, httpx2.ConnectTimeout):
+        text = "the model endpoint did not begin to answer in time"
+        return _fail(reasons.ERROR_REASON_MODEL_TIMEOUT, text, metadata)
+    in_time = " in time" if isinstance(error, openai.APITimeoutError) else ""
+    text = (
+        f"the model endpoint cannot be reached{in_time}; check SOMA_OPENAI_BASE_URL, the brain's log says where it is"
+    )
+    return _fail(reasons.ERROR_REASON_MODEL_UNAVAILABLE, text, metadata)
 
 
 def _status_error(error: openai.APIStatusError) -> SomaError:
