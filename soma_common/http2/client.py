@@ -56,7 +56,7 @@ class ClientConnection(ReadingConnection):
         self.write(_GREETING)
 
     def _open(self, number: int, headers: Headers, *, ended: bool) -> None:
-        self._on_late(number, "HEADERS")
+        self._on_late(number, "HEADERS", 0, ended=ended)
 
     def _on_more_headers(self, stream: Stream, headers: Headers, *, ended: bool) -> None:
         # What is the response and what its trailers, the receiver tells apart.

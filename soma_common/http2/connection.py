@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, cast
@@ -15,11 +15,12 @@ from typing import Final, cast
 import structlog
 
 from soma_common.http2 import frames
-from soma_common.http2.frames import END_HEADERS, END_STREAM, HEADER, ConnectionFault, ErrorCode
+from soma_common.http2.frames import END_HEADERS, END_STREAM, HEADER, LARGEST_STREAM, ConnectionFault, ErrorCode
 from soma_common.http2.limits import (
     CLOSE_S,
     CONNECTION_WINDOW,
     MAX_DISCARDED,
+    MAX_OWN_RESETS,
     MAX_UNREAD,
     MAX_UNREAD_ANSWERS,
     REMEMBERED,
@@ -59,19 +60,24 @@ class Connection(asyncio.Protocol, ABC):
         self._discarded = 0
         self._owed = 0
         self._receive_window = CONNECTION_WINDOW
-        self._own_resets: deque[int] = deque(maxlen=REMEMBERED)
+        self._own_resets: OrderedDict[int, int] = OrderedDict()
+        """Streams that this end has reset, and the bytes of DATA that may still be under way on each."""
         self._ended: deque[int] = deque(maxlen=REMEMBERED)
+        self._last_told = LARGEST_STREAM
+        """The last stream of the latest GOAWAY."""
         self._heard_at = self._now()
         self._timer: asyncio.TimerHandle | None = None
         self._asked_at: float | None = None
         """When the peer was asked for a sign of life; None: it gave one since."""
         self.streams: dict[int, Stream] = {}
-        self.queue: deque[Stream] = deque()
-        """Senders that wait for the connection's window or its socket, the first one first."""
+        self.queue: OrderedDict[Stream, None] = OrderedDict()
+        """Senders that wait for the connection's window or its socket, the first one first. None of them is over."""
         self.unread = 0
         """Bytes of all streams that lie unread."""
         self.parts = 0
         """Of these, bytes that wait for the rest of their message."""
+        self.header_bytes = 0
+        """Bytes of the headers of all streams' requests, decoded."""
         self.highest = 0
         """The highest stream that the peer (of a server) or this end (of a client) has opened."""
         self.send_window = frames.FIRST_WINDOW
@@ -175,23 +181,28 @@ class Connection(asyncio.Protocol, ABC):
         if stream.id not in self.streams:
             return
         if not stream.remote_ended:
-            self._own_resets.append(stream.id)
+            self._remember_reset(stream.id, max(stream.receive_window, 0))
         self.write(frames.rst_stream(stream.id, code))
         self.forget(stream)
 
     def forget(self, stream: Stream) -> None:
         """The stream is over."""
         if self.streams.pop(stream.id, None) is not None:
+            self.queue.pop(stream, None)
             self._ended.append(stream.id)
             stream.discharge()
         if self.closing is not None and not self.streams:
             self.close(linger=True)
 
+    def _remember_reset(self, number: int, under_way: int) -> None:
+        self._own_resets[number] = under_way
+        if len(self._own_resets) > MAX_OWN_RESETS:
+            self._own_resets.popitem(last=False)
+
     def pass_on(self) -> None:
         """Wakes the next sender that waits, if there is room. It calls this again when it is done."""
         while self.queue and not self.blocked and self.send_window > 0:
-            stream = self.queue.popleft()
-            stream.queued = False
+            stream, _ = self.queue.popitem(last=False)
             if stream.send_window > 0 and stream.wake():
                 return
 
@@ -206,7 +217,7 @@ class Connection(asyncio.Protocol, ABC):
         """Lets no stream begin any more; the connection closes when the last one is over."""
         if self.closing is None and not self.closed:
             self.closing = why
-            self.write(frames.goaway(self.highest if self.is_server else 0, ErrorCode.NO_ERROR, why))
+            self._write_goaway(ErrorCode.NO_ERROR, why)
             if not self.streams:
                 self.close(linger=True)
 
@@ -214,8 +225,13 @@ class Connection(asyncio.Protocol, ABC):
         """Ends the connection because of what the peer did."""
         _faults.labels(code.name).inc()
         _log.info("http2.connection_ended", peer=self.peer, code=code.name, why=why)
-        self.write(frames.goaway(self.highest if self.is_server else 0, code, why))
+        self._write_goaway(code, why)
         self.close(why, linger=True)
+
+    def _write_goaway(self, code: ErrorCode, why: str) -> None:
+        """Names the last stream that was acted on: never one above what was told before (RFC 9113, section 6.8)."""
+        self._last_told = min(self._last_told, self.highest if self.is_server else 0)
+        self.write(frames.goaway(self._last_told, code, why))
 
     def close(self, why: str = "the connection was closed", *, linger: bool = False) -> None:
         """Ends the connection; what was written still leaves. With `linger` the socket stays open for as long as the
@@ -244,8 +260,7 @@ class Connection(asyncio.Protocol, ABC):
         streams, self.streams = list(self.streams.values()), {}
         for stream in streams:
             stream.lose(StreamLost(None, why))
-        while self.queue:
-            self.queue.popleft().wake()
+        self.queue.clear()
 
     # --- bounds and life
 

@@ -19,6 +19,8 @@ Headers = list[tuple[bytes, bytes]]
 
 MAX_BLOCK_BYTES: Final = 64 * 1024
 """Of a header block on the wire, and of what it decodes to (SETTINGS_MAX_HEADER_LIST_SIZE)."""
+FIELD_OVERHEAD: Final = 32
+"""Bytes that a field counts beyond its name and value (RFC 9113, 6.5.2)."""
 TABLE_EMPTIED: Final = b"\x20"
 """Begins the next block after the peer has changed the size of its table: none of it is used (RFC 7541, 4.2, 6.3)."""
 
@@ -74,6 +76,11 @@ class HeaderReader:
             ) from None
         except (HPACKError, IndexError, ValueError) as error:
             raise ConnectionFault(ErrorCode.COMPRESSION_ERROR, f"a header block that cannot be read: {error}") from None
+
+
+def list_size(headers: Headers) -> int:
+    """Bytes of decoded headers, as SETTINGS_MAX_HEADER_LIST_SIZE counts them (RFC 9113, 6.5.2)."""
+    return sum([len(name) + len(value) for name, value in headers]) + FIELD_OVERHEAD * len(headers)
 
 
 def check_request(stream: int, headers: Headers) -> None:

@@ -27,9 +27,10 @@ from soma_common.http2.limits import (
     MAX_FRAGMENTS,
     MAX_FRAME,
     MAX_PARTS,
-    MAX_RESETS,
     MAX_SETTINGS_FRAMES,
+    MAX_WASTED,
     SPELL_S,
+    STREAM_WINDOW,
 )
 from soma_common.http2.stream import Stream, StreamLost
 
@@ -50,7 +51,7 @@ class ReadingConnection(Connection):
         self._spell_at = self._now()
         self._spell_first = 0
         """The highest stream when the present spell began."""
-        self._resets = self._settings_frames = 0
+        self._wasted = self._settings_frames = 0
 
     def _take(self, data: bytes) -> None:
         if self._rest:
@@ -95,7 +96,7 @@ class ReadingConnection(Connection):
             payload = frames.unpadded(payload, flags)
         stream = self.streams.get(number)
         if stream is None or stream.remote_ended:
-            self._on_late(number, "DATA")
+            self._on_late(number, "DATA", size, ended=bool(flags & END_STREAM))
             return
         if flags & END_STREAM:
             stream.remote_ended = True
@@ -106,6 +107,8 @@ class ReadingConnection(Connection):
                 raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "not as long as its content-length")
         if payload:
             stream.receiver.data_received(payload)
+        elif not size and not flags & END_STREAM:
+            self._count_waste()
         if flags & END_STREAM:
             self.end_remote(stream)
 
@@ -120,12 +123,27 @@ class ReadingConnection(Connection):
             largest.lose(StreamLost(ErrorCode.ENHANCE_YOUR_CALM, "too many large messages are under way at once"))
             self.reset(largest, ErrorCode.ENHANCE_YOUR_CALM)
 
-    def _on_late(self, number: int, what: str) -> None:
-        """Something came on a stream on which nothing may come."""
+    def _on_late(self, number: int, what: str, size: int, *, ended: bool) -> None:
+        """Something came on a stream on which nothing may come. Raises ConnectionFault, StreamFault."""
         if self._is_idle(number):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"{what} on stream {number}, which is not open")
         if number not in self._own_resets:
             raise StreamFault(number, ErrorCode.STREAM_CLOSED, f"{what} on a stream that is closed")
+        self._discard(number, size, ended=ended)
+
+    def _discard(self, number: int, size: int, *, ended: bool) -> None:
+        """Drops what was under way when this end reset the stream (section 5.1): at most what its window had room for,
+        and one end. Raises ConnectionFault for more.
+        """
+        if ended:
+            del self._own_resets[number]
+        elif size == 0:
+            self._count_waste()
+        else:
+            left = self._own_resets[number] - size
+            if left < 0:
+                raise ConnectionFault(ErrorCode.FLOW_CONTROL_ERROR, "more data than a stream's window")
+            self._own_resets[number] = left
 
     def _is_idle(self, number: int) -> bool:
         """Whether a stream has never been opened."""
@@ -141,12 +159,13 @@ class ReadingConnection(Connection):
 
     def _on_fault(self, fault: StreamFault) -> None:
         self._check_unread()
-        self._count_reset(fault.stream)
         stream = self.streams.get(fault.stream)
         if stream is None:
-            self._own_resets.append(fault.stream)
+            self._count_waste()
+            self._remember_reset(fault.stream, STREAM_WINDOW)
             self.write(frames.rst_stream(fault.stream, fault.code))
             return
+        self._count_reset(fault.stream)
         stream.lose(StreamLost(fault.code, fault.why))
         self.reset(stream, fault.code)
 
@@ -219,15 +238,22 @@ class ReadingConnection(Connection):
         """
         self._begin_spell()
         if self.is_server and number > self._spell_first:
-            self._resets += 1
-            if self._resets > MAX_RESETS:
-                raise ConnectionFault(ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_RESETS} streams opened and reset")
+            self._count_waste()
+
+    def _count_waste(self) -> None:
+        """Raises ConnectionFault if too much comes to nothing."""
+        self._begin_spell()
+        self._wasted += 1
+        if self._wasted > MAX_WASTED:
+            raise ConnectionFault(
+                ErrorCode.ENHANCE_YOUR_CALM, f"more than {MAX_WASTED} streams and frames for nothing in a second"
+            )
 
     def _begin_spell(self) -> None:
         now = self._now()
         if now - self._spell_at > SPELL_S:
             self._spell_at, self._spell_first = now, self.highest
-            self._resets = self._settings_frames = 0
+            self._wasted = self._settings_frames = 0
 
     def _on_settings(self, number: int, flags: int, payload: bytes) -> None:
         if number != 0:

@@ -8,8 +8,8 @@ from typing import Final
 from soma_common.http2 import frames
 from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import PREFACE, ConnectionFault, ErrorCode, StreamFault
-from soma_common.http2.headers import MAX_BLOCK_BYTES, Headers, check_request, content_length
-from soma_common.http2.limits import CONNECTION_WINDOW, MAX_FRAME, MAX_STREAMS, STREAM_WINDOW
+from soma_common.http2.headers import MAX_BLOCK_BYTES, Headers, check_request, content_length, list_size
+from soma_common.http2.limits import CONNECTION_WINDOW, MAX_FRAME, MAX_HEADER_BYTES, MAX_STREAMS, STREAM_WINDOW
 from soma_common.http2.reading import ReadingConnection
 from soma_common.http2.stream import Stream
 
@@ -59,6 +59,7 @@ class ServerConnection(ReadingConnection):
             raise ConnectionFault(ErrorCode.PROTOCOL_ERROR, f"a client cannot open stream {number}")
         if number <= self.highest:
             if number in self._own_resets:
+                self._discard(number, 0, ended=ended)
                 return
             code = ErrorCode.STREAM_CLOSED if number in self._ended else ErrorCode.PROTOCOL_ERROR
             raise ConnectionFault(code, f"HEADERS on stream {number}, which is over")
@@ -66,13 +67,19 @@ class ServerConnection(ReadingConnection):
         stream = Stream(self, number)
         if self.closing is not None or len(self.streams) >= MAX_STREAMS:
             raise StreamFault(number, ErrorCode.REFUSED_STREAM, self.closing or "too many streams")
+        stream.header_bytes = list_size(headers)
+        if self.header_bytes + stream.header_bytes > MAX_HEADER_BYTES:
+            raise StreamFault(number, ErrorCode.REFUSED_STREAM, "too many headers on all streams")
         self._check_unread()
         check_request(number, headers)
         stream.awaited = content_length(number, headers)
         if ended and stream.awaited:
             raise StreamFault(number, ErrorCode.PROTOCOL_ERROR, "not as long as its content-length")
         self.streams[number] = stream
+        self.header_bytes += stream.header_bytes
         stream.remote_ended = ended
         self._accept(stream, headers)
-        if ended:
+        if number not in self.streams:  # refused: it never counts among the open ones, whose number is bounded
+            self._count_reset(number)
+        elif ended:
             self.end_remote(stream)

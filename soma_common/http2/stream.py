@@ -53,11 +53,11 @@ class Stream:
         "_owed",
         "_sending",
         "awaited",
+        "header_bytes",
         "id",
         "kept",
         "local_ended",
         "lost",
-        "queued",
         "receive_window",
         "receiver",
         "remote_ended",
@@ -73,11 +73,11 @@ class Stream:
         self.receive_window = STREAM_WINDOW
         self.awaited: int | None = None
         """Bytes that are still to come by the message's own content-length; None: it has none."""
+        self.header_bytes = 0
+        """Bytes of the request's headers, which are kept until the stream is over."""
         self.local_ended = False
         self.remote_ended = False
         self.lost: StreamLost | None = None
-        self.queued = False
-        """It stands in the connection's queue of senders."""
         self._owed = 0
         self._held = 0
         self.kept = 0
@@ -166,9 +166,8 @@ class Stream:
         connection = self._connection
         if self.send_window <= 0:
             connection.pass_on()  # the room that the connection has is for others
-        elif not self.queued:  # it is the connection or its socket that has no room
-            self.queued = True
-            connection.queue.append(self)
+        else:  # it is the connection or its socket that has no room; one that waits already keeps its place
+            connection.queue[self] = None
         await self.wake.wait()
 
     def end(self) -> None:
@@ -217,7 +216,8 @@ class Stream:
         """The stream is over: what it holds is no longer the connection's business."""
         self._connection.unread -= self._held + self.kept
         self._connection.parts -= self.kept
-        self._held = self.kept = 0
+        self._connection.header_bytes -= self.header_bytes
+        self._held = self.kept = self.header_bytes = 0
         self._connection.credit()
 
     def _credit(self) -> None:

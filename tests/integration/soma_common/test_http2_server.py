@@ -786,6 +786,48 @@ async def test_answers_that_nobody_takes_stop_the_handler(served: Served) -> Non
         await usable(connection)
 
 
+@pytest.fixture
+async def accepted(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[ServerConnection]:
+    """The server's ends of the connections that a test makes."""
+    found: list[ServerConnection] = []
+
+    class Noted(ServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            found.append(self)
+            super().connection_made(transport)
+
+    monkeypatch.setattr(listener, "ServerConnection", Noted)
+    return found
+
+
+@pytest.mark.parametrize("how", ["reset", "deadline"])
+async def test_calls_that_ended_while_they_waited_for_the_connections_window_wait_no_more(
+    served: Served, accepted: list[ServerConnection], how: str
+) -> None:
+    served.tools.size = DEFAULT_WINDOW
+    async with peer(served.port, {SettingCodes.INITIAL_WINDOW_SIZE: 1 << 20}, window_updates=False) as connection:
+        first = await connection.open(served.list_tools())
+        await connection.write(first, message(DEMO), end=True)
+        await connection.until(lambda: len(connection.stream(first).data) == DEFAULT_WINDOW, "the window is used up")
+        [server] = accepted
+        served.tools.size = 1
+        for _ in range(20):
+            timeout = [("grpc-timeout", "20m")] if how == "deadline" else []
+            number = await connection.open(served.list_tools(*timeout))
+            await connection.write(number, message(DEMO), end=True)
+            if how == "reset":
+                await eventually(lambda: len(server.queue) > 1)
+                await connection.send(RstStreamFrame(number, ErrorCodes.CANCEL))
+                await eventually(lambda: list(server.streams) == [first])
+            else:
+                assert (await connection.end_of(number)).status == DEADLINE_EXCEEDED
+        assert list(server.streams) == [first]
+        assert [stream.id for stream in server.queue] == [first]
+        await connection.send(WindowUpdateFrame(0, DEFAULT_WINDOW))
+        assert (await connection.end_of(first)).status == OK
+        await usable(connection)
+
+
 # --- Ends of calls
 
 
@@ -1098,6 +1140,39 @@ async def test_a_header_block_without_end_is_bounded(served: Served, size: int) 
         part = ContinuationFrame(1, field).serialize()
         sent = await connection.flood(part * 1000, MUCH)
         await connection.until(lambda: connection.closed or connection.goaways, f"it is ended (sent: {sent})")
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_empty_data_is_bounded(served: Served, is_open: bool) -> None:
+    """CVE-2019-9518: on a stream that is open, and on one that the server has reset."""
+    async with undisturbed(served), peer(served.port) as connection:
+        number = await connection.open(served.run_turns() if is_open else request("/no.such.Service/Method"))
+        await connection.round_trip()
+        assert connection.stream(number).over is not is_open
+        await connection.flood(DataFrame(number).serialize() * 1000, 1 << 20)
+        assert await connection.broken() == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+@pytest.mark.timeout(60)
+async def test_small_header_blocks_that_grow_large_are_bounded_together(served: Served) -> None:
+    """Each is one that a call may have, and a few bytes on the wire when HPACK's table knows it; the calls go on."""
+    served.tools.behave = linger
+    async with undisturbed(served), peer(served.port) as connection:
+        numbers = []
+        fields = served.list_tools(*[("x-bomb", "~" * 3600)] * 16)
+        size = sum(len(name) + len(value) + 32 for name, value in fields)
+        for _ in range(700):
+            number = connection.new_stream()
+            numbers.append(number)
+            headers = HeadersFrame(number, connection.header_block(fields), flags=["END_HEADERS"])
+            await connection.send(headers, DataFrame(number, message(DEMO), flags=["END_STREAM"]))
+        await connection.round_trip()
+        refused = [number for number in numbers if connection.stream(number).over]
+        assert {connection.stream(number).reset for number in refused} == {ErrorCodes.REFUSED_STREAM}
+        kept = (len(numbers) - len(refused)) * size
+        assert (30 << 20) < kept <= (32 << 20)
+        await connection.send(RstStreamFrame(numbers[0], ErrorCodes.CANCEL))
+        await usable(connection)
 
 
 @pytest.mark.timeout(60)

@@ -285,6 +285,15 @@ def test_trailers_have_no_pseudo_headers(name: bytes) -> None:
         assert refused("check_trailers", fields).code is ErrorCode.PROTOCOL_ERROR
 
 
+# --- sizes
+
+
+def test_a_list_is_as_large_as_its_names_and_values_and_32_bytes_for_each() -> None:
+    """RFC 9113, section 6.5.2."""
+    assert h.list_size([]) == 0
+    assert h.list_size([(b"a", b""), (b":path", b"/x"), (b"a", b"")]) == 3 * 32 + 1 + 7 + 1
+
+
 # --- content-length
 
 
