@@ -41,7 +41,8 @@ class GatewaySettings(ServiceSettings):
     stream_unanswered_bytes: int = Field(default=16 * 1024 * 1024, ge=1024 * 1024)
     """Most bytes of one stream without receipt or refusal."""
     tenant_streams: int = Field(default=1024, ge=1)
-    """Most adapter streams of one tenant at this gateway; over it a new one is refused with QUEUE_FULL."""
+    """Most adapter streams of one tenant at this gateway, one for each instance; over it a new one is refused with
+    QUEUE_FULL."""
     tenant_watches: int = Field(default=1024, ge=1)
     """Most watches (StreamTurn, WatchTurn, WatchSession) of one tenant at this gateway; over it a new one is refused
     with QUEUE_FULL."""

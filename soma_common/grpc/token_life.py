@@ -1,9 +1,7 @@
 """How long a caller's token is good: streams outlive the check at their beginning."""
 
 import time
-from typing import Any, Final
-
-import grpc
+from typing import Final
 
 from soma_common.grpc.call_context import caller
 
@@ -11,6 +9,6 @@ LONGEST_S: Final = 30 * 24 * 3600.0
 """A stream ends by then even if its token is good for longer."""
 
 
-def token_seconds_left(context: grpc.aio.ServicerContext[Any, Any]) -> float:
-    """How long the token of this call's caller is still good, at most `LONGEST_S`."""
+def token_seconds_left() -> float:
+    """How long the token of the caller of this task's call is still good, at most `LONGEST_S`."""
     return min(max(caller().expires - time.time(), 0.0), LONGEST_S)

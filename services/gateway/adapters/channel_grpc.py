@@ -27,7 +27,7 @@ from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceServicer
 
 from services.gateway.adapters.metrics import observe_refusal
 from services.gateway.adapters.watch_grpc import Watches
-from services.gateway.application.adapter_stream import AdapterStream
+from services.gateway.application.adapter_stream import LAST_FRAMES_S, AdapterStream
 from services.gateway.application.serve_streams import PROTOCOL, ServeStreams
 from services.gateway.application.stream_turn import DecideMessage, SendMessage, StreamTurn
 from services.gateway.domain.admission import Submission
@@ -73,6 +73,7 @@ class ChannelServicer(Watches, ChannelServiceServicer):
         self, request_iterator: AsyncIterator[ConnectRequest], context: Context
     ) -> None:
         """The stream of a channel adapter. Writes by itself: a generator costs two resumptions more for each frame."""
+        lasts_s = token_seconds_left()
         first = await anext(request_iterator, None)
         try:
             if first is None or not first.HasField("hello"):
@@ -82,25 +83,26 @@ class ChannelServicer(Watches, ChannelServiceServicer):
             raise _told(refused) from None
         loop = asyncio.get_running_loop()
         reader = loop.create_task(_read(stream, first, request_iterator))
-        expiry = loop.call_later(token_seconds_left(context), lambda: stream.end(_expired()))
+        expiry = loop.call_later(lasts_s, lambda: stream.end(_expired()))
         try:
-            write = context.write
-            await write(ConnectResponse(welcome=self._welcome()))
-            while (frame := await stream.next_frame()) is not None:
-                if spans.watched:
-                    spans.stage("gateway.deliver", (delivery.turn_id for delivery in frame.deliveries), last=True)
-                await write(frame)
-                for refusal in frame.refusals:
-                    observe_refusal(refusal.error)
-                if frame.deliveries:
-                    await failpoint_async("gateway.after_delivery_before_ack")
+            async with stream.writing():
+                write = context.write
+                await write(ConnectResponse(welcome=self._welcome()))
+                while (frame := await stream.next_frame()) is not None:
+                    if spans.watched:
+                        spans.stage("gateway.deliver", (delivery.turn_id for delivery in frame.deliveries), last=True)
+                    await write(frame)
+                    for refusal in frame.refusals:
+                        observe_refusal(refusal.error)
+                    if frame.deliveries:
+                        await failpoint_async("gateway.after_delivery_before_ack")
         except Refused as refused:
             raise _told(refused) from None
         finally:
             expiry.cancel()
             self._streams.leave(stream)
             reader.cancel()
-            await asyncio.wait({reader})
+            await asyncio.wait({reader}, timeout=LAST_FRAMES_S)
 
     async def SendMessage(self, request: SendMessageRequest, context: Context) -> SendMessageResponse:
         """Accepts one message; the answer is the receipt."""
@@ -143,7 +145,7 @@ class ChannelServicer(Watches, ChannelServiceServicer):
         """Accepts one message and shows its turn."""
         try:
             submission = _submission(request, deliver=request.deliver)
-            shown = self._stream_turn(submission, request.message, token_seconds_left(context))
+            shown = self._stream_turn(submission, request.message, token_seconds_left())
             async with aclosing(shown) as events:
                 async for event in events:
                     match event:

@@ -39,7 +39,7 @@ class Watches:
         if after is not None and after.turn_id != name.turn_id:
             raise InvalidRequest(ErrorReason.ERROR_REASON_INVALID_REQUEST, "resume_from is a position of another turn")
         subject = Subject(name.session, turn_id=name.turn_id)
-        async with self._hub.watch(subject, after=after, lifetime_s=token_seconds_left(context)) as events:
+        async with self._hub.watch(subject, after=after, lifetime_s=token_seconds_left()) as events:
             async for event, position in events:
                 yield WatchTurnResponse(event=event, position=position)
 
@@ -49,7 +49,7 @@ class Watches:
             name = SessionName.parse(request.name)
         except InvalidName as error:
             raise InvalidRequest(ErrorReason.ERROR_REASON_INVALID_REQUEST, str(error)) from error
-        lifetime_s = token_seconds_left(context)
+        lifetime_s = token_seconds_left()
         async with self._hub.watch(Subject(name), after=_resumed(request), lifetime_s=lifetime_s) as events:
             async for event, position in events:
                 yield WatchSessionResponse(event=event, position=position)

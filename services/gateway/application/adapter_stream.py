@@ -15,8 +15,8 @@ that a delivery does not). Receipts and refusals are bounded by the unanswered i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -42,6 +42,8 @@ FULL_DELAY_MS: Final = 500
 GONE_DELAY_MS: Final = 1000
 """How long a router waits with what a vanished adapter has in hand: its instance may be back with news of it."""
 UNSENT_DELAY_MS: Final = 50
+LAST_FRAMES_S: Final = 1.0
+"""How long the last frames of a stream that was ended may take: a peer may never have room for them."""
 ANNOUNCED_S: Final = 1.0
 """How long a bus that is silent may hold up the first message for the sake of its live events."""
 ITEMS_AT_ONCE: Final = 32
@@ -60,7 +62,7 @@ class StreamBounds:
     """Either side that hears nothing for three of these takes the stream for dead."""
     retry_ms: int = 100
     tenant_streams: int = 1024
-    """Most streams of one tenant at this gateway."""
+    """Most streams of one tenant at this gateway, one for each adapter instance."""
 
 
 class AdapterStream:
@@ -107,6 +109,10 @@ class AdapterStream:
         self._half_closed = False
         self._ended = False
         self._end: Refused | None = None
+        self._written_by: float | None = None
+        """By when, in the loop's time, the writer has to be done; None: there is no hurry."""
+        self._limit: asyncio.Timeout | None = None
+        """Sees to that while the writer is at work."""
 
     # What the adapter sends.
 
@@ -188,7 +194,9 @@ class AdapterStream:
 
     def offer_live(self, event: LiveEvent) -> None:
         """Shows a live event if the adapter keeps up and nothing newer of its turn was shown; else it is dropped."""
-        if not self.live or self._ended or not self._shown.admits(event.turn_id, event.dispatch):
+        if not self.live or self._ended or self._half_closed:
+            return
+        if not self._shown.admits(event.turn_id, event.dispatch):
             return
         if self._live_bytes > FRAME_BYTES:
             return
@@ -203,30 +211,74 @@ class AdapterStream:
             self._fill()
 
     def end(self, refused: Refused | None = None) -> None:
-        """Ends the stream after the next frame: with an error, or well."""
+        """Ends the stream after what is gathered: with an error, or well. What has not left after LAST_FRAMES_S is not
+        sent.
+        """
         if not self._ended:
             self._ended = True
             self._end = refused
             self._wake()
+            self._limit_writer(LAST_FRAMES_S)
+
+    def cut(self) -> None:
+        """The writer of a stream that was ended gives up at once."""
+        self._limit_writer(0.0)
 
     def tick(self) -> None:
         """Called about once a second: finds a dead peer, sends a heartbeat when nothing else was sent."""
+        if self._ended:
+            return
         now, interval = self._clock(), self._bounds.heartbeat_s
-        if now - self._heard_at > 3 * interval and not self._half_closed:
-            self.end(_silent_peer(3 * interval))
+        # Who has closed its side cannot say any more that it lives, but it takes what it is sent.
+        alive_at = self._sent_at if self._half_closed else self._heard_at
+        if now - alive_at > 3 * interval:
+            self.end(_deaf_peer(3 * interval) if self._half_closed else _silent_peer(3 * interval))
         elif now - self._sent_at >= interval:
             self._frame.heartbeat = True
             self._fill()
 
     # What the writer takes.
 
-    async def next_frame(self) -> ConnectResponse | None:
-        """Waits for something to send and takes all of it. None: the stream ends well.
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[None]:
+        """Around everything in which the writer waits for the peer. LAST_FRAMES_S after the stream was ended, or when
+        it is cut, the wait is cancelled, and the stream ends as it would have after its last frames. A cancellation
+        that comes from elsewhere passes through.
 
         Raises:
             Refused: the stream ends with this error.
         """
-        while not (self._filled or self._window.ready):
+        limit = self._limit = asyncio.timeout_at(self._written_by)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if self._end is not None:
+                raise self._end from None
+        finally:
+            self._limit = None
+
+    async def next_frame(self) -> ConnectResponse | None:
+        """Waits for something to send and takes all of it, so no frame is empty. None: the stream ends well.
+
+        Whatever else is true, what is gathered (receipts, refusals, live events, a heartbeat, the drain) leaves first,
+        and deliveries with it or by themselves if they may leave. When there is neither, the first of these applies:
+
+            ended with an error                     raises it
+            ended well                              None
+            half-closed, every item is answered     None
+            half-closed, an item is unanswered      waits for its receipt or refusal
+            open                                    waits
+
+        Deliveries that wait in a stream that ends or is half-closed are no reason to stay: their acks could not come,
+        and `leave` gives them back.
+
+        Raises:
+            Refused: the stream ends with this error.
+        """
+        while not (self._filled or self._delivers):
             if self._end is not None:
                 raise self._end
             if self._ended or (self._half_closed and not self._unanswered):
@@ -235,7 +287,7 @@ class AdapterStream:
         frame, self._frame = self._frame, ConnectResponse()
         self._filled = False
         self._live_bytes = 0
-        if self._window.ready and not (self._ended or self._half_closed):
+        if self._delivers:
             frame.deliveries.extend(self._window.take(FRAME_BYTES))
         self._sent_at = self._clock()
         return frame
@@ -276,6 +328,18 @@ class AdapterStream:
     def give_back_unsent(self, router: str, delivery_id: bytes, cause: str) -> None:
         """A delivery that this stream never queued goes back."""
         self._acks.give_back(self.tenant, router, delivery_id, delay_ms=UNSENT_DELAY_MS, counts=False, cause=cause)
+
+    @property
+    def _delivers(self) -> bool:
+        """Whether deliveries may leave now: there are some, with credit for them, and the adapter can answer them."""
+        return self._window.ready and not (self._ended or self._half_closed)
+
+    def _limit_writer(self, seconds: float) -> None:
+        """The writer waits for its peer no longer than so many seconds from now."""
+        self._written_by = asyncio.get_running_loop().time() + seconds
+        limit = self._limit
+        if limit is not None and not limit.expired():
+            limit.reschedule(self._written_by)
 
     def _take(self, item: InboundMessage | Cancel) -> None:
         """Queues one message or cancel, or refuses it."""
@@ -357,4 +421,12 @@ def _silent_peer(silence_s: float) -> Refused:
     return Refused(
         ErrorReason.ERROR_REASON_DEADLINE_EXCEEDED,
         f"nothing heard for {silence_s:g} s: send a heartbeat when there is nothing else to send",
+    )
+
+
+def _deaf_peer(silence_s: float) -> Refused:
+    """The peer has closed its side and does not take what it waits for."""
+    return Refused(
+        ErrorReason.ERROR_REASON_DEADLINE_EXCEEDED,
+        f"nothing taken for {silence_s:g} s: read the stream until its end",
     )

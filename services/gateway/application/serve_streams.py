@@ -1,9 +1,9 @@
 """The adapter streams of this gateway: who is connected, and what the routers know of it.
 
-One instance has one stream: a second one replaces the first. Presence of a tenant is announced every second and on
-each change: the first at once, those of the next moment together. A tenant whose last stream left is announced once
-more, empty. The deliveries that a resuming instance says it has processed go with the announcements of the stream's
-first seconds, in pieces that fit the bus.
+One instance has one stream: a second one replaces the first, whose call then has a moment to leave. Presence of a
+tenant is announced every second and on each change: the first at once, those of the next moment together. A tenant
+whose last stream left is announced once more, empty. The deliveries that a resuming instance says it has processed go
+with the announcements of the stream's first seconds, in pieces that fit the bus.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import islice
 from typing import Final
 
 from soma.common.v1.error_reason_pb2 import ErrorReason
@@ -61,7 +62,10 @@ class ServeStreams:
         self._numbers = numbers
         self._clock = clock
         self._streams: dict[int, AdapterStream] = {}
-        self._instances: dict[tuple[str, str, str], AdapterStream] = {}
+        self._instances: dict[str, dict[tuple[str, str], dict[int, AdapterStream]]] = {}
+        """By tenant, by channel and instance: the streams whose calls have not left. The newest is the last, those
+        before it were replaced.
+        """
         self._tenants: dict[str, dict[int, AdapterStream]] = {}
         self._dirty: set[str] = set()
         self._news = asyncio.Event()
@@ -72,11 +76,18 @@ class ServeStreams:
         return len(self._streams)
 
     def open(self, hello: Hello) -> AdapterStream:
-        """A new stream for an adapter; ends the one that the same instance has.
+        """A new stream for an adapter; ends the one that the same instance has. Its call tells with `leave` that it is
+        over, whatever became of the stream.
+
+        The tenant's bound counts instances that have a call here. So an adapter that connects again finds its own
+        place, and is not refused because of streams, its own or others', that were replaced and have yet to leave; a
+        place is free when the last call of its instance has left. An instance has two calls at most: that of its
+        stream, and that of the stream before, which has LAST_FRAMES_S to leave. If another is replaced within that
+        time, the older one is cut, and leaves in the next rounds of the loop.
 
         Raises:
-            Refused: the tenant is unknown or suspended or has as many streams as it may, the versions do not overlap,
-                or the gateway is going away.
+            Refused: the tenant is unknown or suspended or has as many instances connected as it may, the versions do
+                not overlap, or the gateway is going away.
         """
         if self._draining:
             raise draining()
@@ -87,6 +98,13 @@ class ServeStreams:
                 metadata={"protocol": str(PROTOCOL)},
             )
         self._directory.check_tenant(hello.tenant)
+        instances = self._instances.get(hello.tenant, {})
+        name = (hello.channel, hello.instance)
+        before = instances.get(name)
+        if before is not None:
+            self._replace(before)
+        elif len(instances) >= self.bounds.tenant_streams:
+            raise queue_full("gateway.tenant_streams", self.bounds.tenant_streams, STREAMS_RETRY_MS)
         stream = AdapterStream(
             self._numbers.next(),
             hello,
@@ -96,23 +114,26 @@ class ServeStreams:
             clock=self._clock,
             changed=self._changed,
         )
-        instance = (stream.tenant, stream.channel, stream.instance)
-        before = self._instances.get(instance)
-        if before is None and len(self._tenants.get(stream.tenant, ())) >= self.bounds.tenant_streams:
-            raise queue_full("gateway.tenant_streams", self.bounds.tenant_streams, STREAMS_RETRY_MS)
-        if before is not None:
-            self._forget(before)
-            before.end(_replaced(stream.instance))
         self._streams[stream.number] = stream
         self._empty.clear()
-        self._instances[instance] = stream
+        self._instances.setdefault(stream.tenant, {}).setdefault(name, {})[stream.number] = stream
         self._tenants.setdefault(stream.tenant, {})[stream.number] = stream
         self._changed(stream)
         return stream
 
     def leave(self, stream: AdapterStream) -> None:
-        """The stream is gone: the routers hear of it, and what it had not acknowledged goes back to them."""
+        """The stream's call is over: the routers hear of it, what it had not acknowledged goes back to them, and its
+        place is free.
+        """
         self._forget(stream)
+        instances = self._instances.get(stream.tenant, {})
+        name = (stream.channel, stream.instance)
+        of_instance = instances.get(name, {})
+        of_instance.pop(stream.number, None)
+        if not of_instance:
+            instances.pop(name, None)
+        if not instances:
+            self._instances.pop(stream.tenant, None)
         stream.leave()
 
     def hand_over(self, tenant: str, batch: OutBatch) -> None:
@@ -174,12 +195,18 @@ class ServeStreams:
         self._dirty = tenants
         await self._announce()
 
+    def _replace(self, of_instance: dict[int, AdapterStream]) -> None:
+        """Ends the newest stream of an instance. All that are older than the two newest were cut already."""
+        newest, *older = islice(reversed(of_instance.values()), 2)
+        for stream in older:
+            stream.cut()
+        self._forget(newest)
+        newest.end(_replaced(newest.instance))
+
     def _forget(self, stream: AdapterStream) -> None:
+        """The stream gets nothing any more, and is not announced."""
         if self._streams.pop(stream.number, None) is None:
             return
-        instance = (stream.tenant, stream.channel, stream.instance)
-        if self._instances.get(instance) is stream:
-            del self._instances[instance]
         of_tenant = self._tenants.get(stream.tenant, {})
         of_tenant.pop(stream.number, None)
         if not of_tenant:
