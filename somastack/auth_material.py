@@ -77,7 +77,9 @@ class AuthMaterial:
         if not TENANT_ID.fullmatch(tenant):
             raise PartFailed(f"{tenant!r} is no tenant's id", "ids are lower-case letters, digits and inner hyphens")
         if not self._key_file.exists():
-            raise PartFailed(f"{self.home.path} has no signing key yet", "start the stack once: somastack up")
+            raise PartFailed(
+                f"{self.home.path} has no signing key yet", f"start the stack once: {self.home.command('up', '--demo')}"
+            )
         self._renew_channels(self._signing_key(), tenant)
         return self.tenant_token_file(tenant)
 

@@ -6,10 +6,12 @@ goes on with the same turn.
 """
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -25,6 +27,8 @@ from soma_common.errors import ResourceExhausted, SomaError, Unavailable, from_r
 from soma_common.grpc.channel import open_channel
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
+from somastack.refusals import in_chat
+from somastack.resource_names import tenant_option
 from somastack.turn_view import TurnView
 
 if TYPE_CHECKING:
@@ -33,6 +37,17 @@ if TYPE_CHECKING:
 PATIENCE_S = 30.0
 """How long a message is tried again while the stack is not able to take it or show it."""
 RETRY_EVERY_S = 0.5
+WAITS_AFTER_S = 1.0
+"""A message of which no turn is seen for so long waits for something, and that is told."""
+
+
+class Progress(Enum):
+    """How far a message has come. The value is what is said to who no longer looks."""
+
+    SENT = "it is not known whether the message was taken, see"
+    STORED = "the message waits and will be answered, see"
+    ANSWERED = "the turn goes on, see"
+    """A turn runs that answers it."""
 
 
 def token_for(home: Home, tenant: str) -> str:
@@ -50,12 +65,18 @@ class Chat:
     """Address of the gateway; several are separated by commas."""
     token: str
     session: SessionKey
+    home: Home
+    """Where the stack is, for the commands that are named."""
     console: Console
     errors: Console
     quiet: bool = False
     """Show nothing but answers."""
     policy: ArrivalPolicy.ValueType = ArrivalPolicy.ARRIVAL_POLICY_UNSPECIFIED
     """What a message does while a turn of the session runs; not set: what the agent says."""
+    what_holds: Callable[[bytes], Awaitable[str]] | None = None
+    """Asked by a message's id why it waits; empty: it does not. May raise SomaError."""
+    progress: Progress = Progress.SENT
+    """Of the last message."""
 
     async def __aenter__(self) -> Self:
         self._channel = open_channel(self.target, token=lambda: self.token, service="gateway")
@@ -80,45 +101,85 @@ class Chat:
         speaker = "" if self.quiet else self.session.agent
         view = TurnView(self.console, speaker, quiet=self.quiet, errors=self.errors)
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                answered = await self._watch(request, view)
-                if answered is not None:
-                    return answered
-            except (Unavailable, ResourceExhausted):
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(RETRY_EVERY_S)
+        self.progress = Progress.SENT
+        waiting: list[asyncio.Task[None]] = []
+        try:
+            while True:
+                try:
+                    answered = await self._watch(request, view, waiting)
+                    if answered is not None:
+                        return answered
+                except (Unavailable, ResourceExhausted):
+                    if time.monotonic() > deadline:
+                        raise
+                await asyncio.sleep(RETRY_EVERY_S)
+        finally:
+            for task in waiting:
+                task.cancel()
 
-    async def _watch(self, request: StreamTurnRequest, view: TurnView) -> bool | None:
-        """One call, to its end; None when it ended without the turn's outcome."""
+    @property
+    def left(self) -> str:
+        """What to say to a person who no longer waits for the answer."""
+        name = f"{self.session.agent}/{self.session.channel}/{self.session.session}"
+        watch = self.home.command("sessions", "watch", name, *tenant_option(self.session.tenant))
+        return f"(no longer shown; {self.progress.value}: {watch})"
+
+    async def _watch(
+        self, request: StreamTurnRequest, view: TurnView, waiting: "list[asyncio.Task[None]]"
+    ) -> bool | None:
+        """One call, to its end; None when it ended without the turn's outcome. `waiting` holds the one task that tells
+        why the message waits, if it was begun.
+        """
         call = self._stub.StreamTurn(request)
         try:
             async for event in call:
                 match event.WhichOneof("event"):
+                    case "receipt":
+                        if self.progress is Progress.SENT:
+                            self.progress = Progress.STORED
+                            waiting.append(asyncio.create_task(self._tell_wait(event.receipt.message_id, view)))
                     case "live":
+                        self.progress = Progress.ANSWERED
                         view.show(event.live)
                     case "outcome":
                         return view.finish(event.outcome)
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise in_chat(from_rpc_error(error), self.home, self.session) from error
         finally:
             call.cancel()
         return None
 
+    async def _tell_wait(self, message_id: bytes, view: TurnView) -> None:
+        """Say once what a message waits for of which no turn is seen."""
+        while self.what_holds is not None:
+            await asyncio.sleep(WAITS_AFTER_S)
+            held = ""
+            # Only a remark: who serves it may be away, and then the message is tried again in its own way.
+            with contextlib.suppress(SomaError):
+                held = await self.what_holds(message_id)
+            if self.progress is not Progress.STORED:
+                return
+            if held:
+                view.waits(held)
+                return
+
 
 def ask_once(chat: Chat, text: str) -> bool:
-    """One message; True when the agent answered. Raises SomaError."""
+    """One message; True when the agent answered. Ctrl-C leaves it. Raises SomaError."""
 
     async def asked() -> bool:
         async with chat:
             return await chat.say(text)
 
-    return asyncio.run(asked())
+    try:
+        return asyncio.run(asked())
+    except KeyboardInterrupt:
+        chat.errors.print(Text(chat.left, style="dim"))
+        raise
 
 
 def converse(chat: Chat, read_line: Callable[[], str]) -> None:
-    """Read lines and show answers until the input ends. Ctrl-C while a turn runs leaves it; at the prompt it ends."""
+    """Read lines and show answers until the input ends. Ctrl-C behind a message leaves it; at the prompt it ends."""
     with asyncio.Runner() as runner:
         runner.run(chat.__aenter__())
         try:
@@ -139,4 +200,4 @@ def _say(runner: asyncio.Runner, chat: Chat, text: str) -> None:
     except SomaError as error:
         chat.errors.print(Text(str(error), style="bold red"))
     except KeyboardInterrupt:
-        chat.console.print("\n(no longer shown; the turn goes on)", style="dim")
+        chat.console.print(Text(f"\n{chat.left}", style="dim"))

@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
+import re
 import secrets
 import sys
 import time
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Final, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from soma.common.v1.message_pb2 import SessionKey
 from soma.common.v1.turn_pb2 import ArrivalPolicy
+from soma.controlplane.v1.tenant_service_pb2 import GetTenantRequest
 
 from soma_common.embedded.process import PartFailed
-from soma_common.errors import SomaError
+from soma_common.errors import NotFound, SomaError
+from soma_common.ids import SessionName
 from somastack.auth_material import AuthMaterial
 from somastack.chat import Chat, ask_once, converse, token_for
 from somastack.config_commands import agents, tenants
@@ -25,7 +29,8 @@ from somastack.demo import AGENT, DEFAULT_MODEL, TENANT, demonstrate
 from somastack.doctor import Verdict, diagnose
 from somastack.home import AlreadyRunning, Home
 from somastack.layout import DEFAULT_BASE, Layout
-from somastack.next_steps import next_steps
+from somastack.next_steps import LOOK_S, has_demo, next_steps
+from somastack.remote import Remote
 from somastack.resource_names import CHANNEL
 from somastack.serve import replicas_from, serve, start_detached, until_ready
 from somastack.session_commands import sessions
@@ -35,6 +40,10 @@ from somastack.story import POLL_S, SUPERVISOR, Line, Story, Tail, sources, wort
 from somastack.supervisor import StackOptions, Supervisor
 from somastack.terminal import HomeOption, OutputOption, console, errors, read_line, render_line
 from somastack.turn_commands import turns
+from somastack.waiting import what_holds
+
+MODEL: Final = re.compile(r"[a-z0-9-]+/[A-Za-z0-9._:@/-]{1,200}")
+"""As the contract has it (`soma.controlplane.v1.AgentSpec.model`)."""
 
 app = typer.Typer(
     name="somastack",
@@ -47,6 +56,27 @@ for commands in (sessions, turns, agents, tenants):
     app.add_typer(commands)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"somastack {importlib.metadata.version('somastack')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What all commands share."""
+
+
+def _model(given: str | None) -> str | None:
+    if given is not None and not MODEL.fullmatch(given):
+        raise typer.BadParameter(f"{given!r} is not provider/name, such as openai/gpt-4o")
+    return given
+
+
 @app.command()
 def up(
     home: HomeOption = None,
@@ -55,7 +85,14 @@ def up(
     demo: Annotated[
         bool, typer.Option("--demo/--no-demo", help="Make tenant `demo` with agent `assistant`, play a conversation.")
     ] = False,
-    model: Annotated[str, typer.Option(help="Model of the demo agent, such as openai/NAME.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            callback=_model,
+            help="Model of the demo agent, such as openai/NAME.",
+            show_default=f"the one it has, {DEFAULT_MODEL} when it is made",
+        ),
+    ] = None,
     replicas: Annotated[
         list[str] | None,
         typer.Option(help="Several of a service: --replicas router=2,gateway=2.", show_default="1 each"),
@@ -65,13 +102,13 @@ def up(
     options = StackOptions(Home.chosen(home), Layout(port_base, replicas_from(replicas or [])))
     try:
         if detach:
-            _up_detached(options, model if demo else None)
+            _up_detached(options, model, demo=demo)
         else:
-            _up_here(options, model if demo else None)
+            _up_here(options, model, demo=demo)
     except AlreadyRunning:
         state = running_state(options.home)
         if state is not None:
-            _tell_next_steps(options.home, state, has_demo=True, on=errors)
+            asyncio.run(_tell_next_steps(options.home, state, on=errors))
         raise
 
 
@@ -115,7 +152,7 @@ def status(
     if output == "json":
         console.print(json.dumps(as_json(chosen, state), indent=2), markup=False)
     elif state is None:
-        console.print(f"nothing is running in {chosen.path}; start it: somastack up --home {chosen.path}")
+        console.print(f"nothing is running in {chosen.path}; start it: {chosen.command('up', '--demo')}")
     else:
         console.print(f"{chosen.path}: {state.phase} since {state.since}, supervisor {state.supervisor.pid}")
         for line in as_lines(state):
@@ -134,6 +171,8 @@ def logs(
 ) -> None:
     """Show what the components logged, in one story."""
     chosen = Home.chosen(home)
+    if not any(path.is_file() for path in chosen.logs.glob("*.log")):
+        raise PartFailed(f"nothing has logged anything in {chosen.path}", f"start it: {chosen.command('up', '--demo')}")
     tails = [Tail(source, from_start=True) for source in sources(chosen, _logged_by(chosen, component))]
     past = sorted((line for tail in tails for line in tail.read()), key=lambda line: line.time)
     for line in past[len(past) - min(lines, len(past)) :]:
@@ -163,19 +202,24 @@ def chat(
         typer.Option(help="What a message does while a turn of the conversation runs.", show_default="the agent's"),
     ] = None,
 ) -> None:
-    """Talk with an agent. Ctrl-D ends it."""
+    """Talk with an agent. Ctrl-D ends it; Ctrl-C leaves a message, which is answered all the same."""
     chosen = Home.chosen(home)
     state = needed_state(chosen)
     named = session or f"chat-{secrets.token_hex(4)}"
     key = SessionKey(tenant=tenant, agent=agent, channel=channel, session=named)
+    name = SessionName(tenant, agent, channel, named)
+    remote = Remote.at(chosen, state)
+    arrival = ArrivalPolicy.Value(f"ARRIVAL_POLICY_{(policy or 'unspecified').upper()}")
     talk = Chat(
         state.targets("gateway"),
         token_for(chosen, tenant),
         key,
+        chosen,
         console,
         errors,
         quiet=message is not None,
-        policy=ArrivalPolicy.Value(f"ARRIVAL_POLICY_{(policy or 'unspecified').upper()}"),
+        policy=arrival,
+        what_holds=lambda message_id: what_holds(remote, name, message_id, arrival),
     )
     if message is not None:
         raise typer.Exit(0 if ask_once(talk, message) else 1)
@@ -189,7 +233,12 @@ def token(
     home: HomeOption = None,
 ) -> None:
     """Make a tenant's token for channel adapters, if it has none, and print its file."""
-    console.print(str(AuthMaterial(Home.chosen(home)).issue(tenant)), markup=False)
+    chosen = Home.chosen(home)
+    console.print(str(AuthMaterial(chosen).issue(tenant)), markup=False)
+    state = running_state(chosen)
+    if state is not None and asyncio.run(_is_missing(chosen, state, tenant)):
+        listing = chosen.command("tenants", "list")
+        errors.print(Text(f"! there is no tenant {tenant!r} yet; {listing} shows those there are", style="yellow"))
 
 
 @app.command()
@@ -221,23 +270,38 @@ def main() -> NoReturn:
     sys.exit(1)
 
 
+async def _is_missing(home: Home, state: StackState, tenant: str) -> bool:
+    """Whether the control plane knows of no such tenant; where it does not say, none is missed."""
+    try:
+        async with asyncio.timeout(LOOK_S), Remote.at(home, state).tenants() as tenants:
+            await tenants.GetTenant(GetTenantRequest(name=f"tenants/{tenant}"))
+    except NotFound:
+        return True
+    except (SomaError, TimeoutError):
+        pass
+    return False
+
+
 def _tell_failure(message: str, advice: str) -> None:
     errors.print(Text(f"✘ {message}", style="bold red"))
     if advice:
         errors.print(Text(f"→ {advice}"))
 
 
-def _up_here(options: StackOptions, demo_model: str | None) -> None:
-    """Serve in this process; the story of the logs on the console. Without `demo_model` no demonstration."""
+def _up_here(options: StackOptions, model: str | None, *, demo: bool) -> None:
+    """Serve in this process; the story of the logs on the console."""
     options.home.make()
     names = [SUPERVISOR, "nats", "postgres", *(instance.name for instance in options.layout.instances())]
     story = Story([Tail(source) for source in sources(options.home, names)], _tell)
 
     async def when_ready(stack: Supervisor) -> None:
         with story.hold():
-            if demo_model is not None:
-                await demonstrate(options.home, stack.state, console, demo_model)
-            _tell_next_steps(options.home, stack.state, has_demo=demo_model is not None)
+            if demo:
+                try:
+                    await demonstrate(options.home, stack.state, console, model)
+                except PartFailed as failure:
+                    raise PartFailed(failure.message, f"{failure.advice}; the stack was stopped") from failure
+            await _tell_next_steps(options.home, stack.state)
             console.print(f"\nserving from {options.home.path}; Ctrl-C stops it\n", style="bold")
 
     async def told() -> None:
@@ -251,30 +315,37 @@ def _up_here(options: StackOptions, demo_model: str | None) -> None:
     asyncio.run(told())
 
 
-def _up_detached(options: StackOptions, demo_model: str | None) -> None:
+def _up_detached(options: StackOptions, model: str | None, *, demo: bool) -> None:
     """Start a supervisor of its own and wait until it is ready."""
+    home = options.home
+    goes_on = f"the stack goes on running ({home.command('down')} stops it)"
 
-    async def started() -> StackState:
+    async def started() -> None:
         supervisor = start_detached(options)
         try:
-            state = await until_ready(options.home, supervisor)
+            state = await until_ready(home, supervisor)
         except asyncio.CancelledError:  # Ctrl-C before it was ready.
             supervisor.terminate()
             raise
-        if demo_model is not None:
-            await demonstrate(options.home, state, console, demo_model)
-        return state
+        if demo:
+            try:
+                await demonstrate(home, state, console, model)
+            except PartFailed as failure:
+                raise PartFailed(failure.message, f"{failure.advice}; {goes_on}") from failure
+            except asyncio.CancelledError:  # Ctrl-C.
+                errors.print(Text(goes_on, style="dim"))
+                raise
+        await _tell_next_steps(home, state)
 
-    if options.home.is_owned():
-        raise AlreadyRunning(options.home.path)
-    state = asyncio.run(started())
-    _tell_next_steps(options.home, state, has_demo=demo_model is not None)
-    console.print(f"\nserving from {options.home.path}", style="bold")
+    if home.is_owned():
+        raise AlreadyRunning(home)
+    asyncio.run(started())
+    console.print(f"\nserving from {home.path}", style="bold")
 
 
-def _tell_next_steps(home: Home, state: StackState, *, has_demo: bool, on: Console = console) -> None:
+async def _tell_next_steps(home: Home, state: StackState, on: Console = console) -> None:
     on.print()
-    for line in next_steps(home, state, has_demo=has_demo):
+    for line in next_steps(home, state, has_demo=await has_demo(home, state)):
         on.print(line)
 
 

@@ -32,7 +32,7 @@ def needed_state(home: Home) -> StackState:
     """
     state = running_state(home)
     if state is None:
-        raise PartFailed(f"no stack is running in {home.path}", f"start one: somastack up --home {home.path}")
+        raise PartFailed(f"no stack is running in {home.path}", f"start one: {home.command('up', '--demo')}")
     return state
 
 
@@ -98,7 +98,7 @@ async def _ready(home: Home, name: str, other_than: ProcessIdentity | None) -> N
         trouble = _part(home, name).trouble
         raise PartFailed(
             f"{name} was not ready within {READY_WITHIN_S:.0f} s{': ' if trouble else ''}{trouble}",
-            f"look: somastack logs {name} --home {home.path}",
+            f"look: {home.command('logs', name)}",
         )
 
 

@@ -20,7 +20,7 @@ from soma_common.embedded.process import PartFailed
 from soma_common.errors import NotFound, PermissionDenied, SomaError
 from somastack.auth_material import AuthMaterial
 from somastack.home import Home
-from somastack.provision import provision
+from somastack.provision import Provided, change_model, provision
 from somastack.state import StackState
 from somastack.turn_view import TurnView
 
@@ -63,8 +63,11 @@ class Conversation:
             ) from error
 
 
-async def demonstrate(home: Home, state: StackState, console: Console, model: str = DEFAULT_MODEL) -> None:
+async def demonstrate(home: Home, state: StackState, console: Console, model: str | None = None) -> None:
     """Provide tenant `demo` with agent `assistant`, and play every example conversation.
+
+    An agent that is there stays as it is, except that it gets `model` if one is given; what is not as the demonstration
+    makes it is told. A conversation that could only wait, because of a pause, is not played.
 
     Raises:
         PartFailed: something of it did not work.
@@ -72,16 +75,57 @@ async def demonstrate(home: Home, state: StackState, console: Console, model: st
     auth = AuthMaterial(home)
     admin_token = auth.admin_token_file.read_text(encoding="utf-8").strip()
     tenant_token = auth.tenant_token_file(TENANT).read_text(encoding="utf-8").strip()
-    spec = AgentSpec(instructions=INSTRUCTIONS, model=model, tools=TOOLS)
     try:
-        await provision(state.targets("controlplane"), admin_token, TENANT, AGENT, spec)
+        provided = await _provide(state.targets("controlplane"), admin_token, console, model)
+        if held := _held(home, provided):
+            console.print(Text(f"no conversation is played: {held}", style="yellow"))
+            return
         for path in sorted(CONVERSATIONS.glob("*.json")):
-            await _play(Conversation.load(path), state.targets("gateway"), tenant_token, console)
+            await _play(home, Conversation.load(path), state.targets("gateway"), tenant_token, console)
     except SomaError as error:
-        raise PartFailed(f"the demonstration failed: {error}", f"look: somastack logs --home {home.path}") from error
+        raise PartFailed(f"the demonstration failed: {error}", f"look: {home.command('logs')}") from error
 
 
-async def _play(conversation: Conversation, target: str, token: str, console: Console) -> None:
+async def _provide(target: str, token: str, console: Console, model: str | None) -> Provided:
+    """The demonstration's tenant and agent; tells in a line what of the agent is not the demonstration's own."""
+    wanted = AgentSpec(instructions=INSTRUCTIONS, model=model or DEFAULT_MODEL, tools=TOOLS)
+    provided = await provision(target, token, TENANT, AGENT, wanted)
+    before = provided.agent.spec.model
+    told = []
+    if model is not None and before != model:
+        provided = Provided(provided.tenant, await change_model(target, token, provided.agent, model))
+        told.append(f"model changed from {before} to {model}")
+    if kept := _kept(provided.agent.spec, wanted):
+        told.append(f"kept as configured: {kept}")
+    if told:
+        console.print(Text(f"agent {AGENT}: {'; '.join(told)}", style="dim"))
+    return provided
+
+
+def _kept(present: AgentSpec, wanted: AgentSpec) -> str:
+    """What an agent has that is not as wanted."""
+    kept = []
+    if present.model != wanted.model:
+        kept.append(f"model {present.model} (--model {wanted.model} changes it)")
+    if list(present.tools) != list(wanted.tools):
+        kept.append(f"tools {' '.join(present.tools) or 'none'}")
+    if present.instructions != wanted.instructions:
+        kept.append("its instructions")
+    return ", ".join(kept)
+
+
+def _held(home: Home, provided: Provided) -> str:
+    """Why nothing would be answered, with what changes it; empty: it would."""
+    if provided.tenant.paused:
+        return f"tenant {TENANT} is paused ({home.command('tenants', 'resume', TENANT)})"
+    if provided.agent.paused:
+        return f"agent {AGENT} is paused ({home.command('agents', 'resume', AGENT)})"
+    if provided.tenant.suspended or provided.agent.spec.suspended:
+        return f"{'tenant ' + TENANT if provided.tenant.suspended else 'agent ' + AGENT} is suspended"
+    return ""
+
+
+async def _play(home: Home, conversation: Conversation, target: str, token: str, console: Console) -> None:
     """Say every message of the conversation in a session of its own, and show the answers as they come."""
     console.print()
     console.print(Rule(Text(f"💬 {conversation.title}"), align="left"))
@@ -90,7 +134,7 @@ async def _play(conversation: Conversation, target: str, token: str, console: Co
         client = await _connected(streams, target, token)
         for message in conversation.messages:
             console.print(Text.assemble(("you> ", "bold green"), message))
-            await _ask(client, session, message, TurnView(console, AGENT))
+            await _ask(home, client, session, message, TurnView(console, AGENT))
     console.print(Rule())
 
 
@@ -107,7 +151,7 @@ async def _connected(streams: AsyncExitStack, target: str, token: str) -> Channe
             await asyncio.sleep(0.2)
 
 
-async def _ask(client: ChannelClient, session: str, text: str, view: TurnView) -> None:
+async def _ask(home: Home, client: ChannelClient, session: str, text: str, view: TurnView) -> None:
     """Send one message and show its turn until it has ended."""
     message_id = await _accepted(client, session, text)
     try:
@@ -124,7 +168,8 @@ async def _ask(client: ChannelClient, session: str, text: str, view: TurnView) -
                     return
     except TimeoutError:
         raise PartFailed(
-            f"the demonstration got no answer within {TURN_TIMEOUT_S:.0f} s", "look for trouble: somastack status"
+            f"the demonstration got no answer within {TURN_TIMEOUT_S:.0f} s",
+            f"look for trouble: {home.command('status')}",
         ) from None
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soma_common.embedded.process import PartFailed, private_directory
+from somastack.shell import callable_name, from_here
 
 HOME_VARIABLE = "SOMASTACK_HOME"
 HERE = ".somastack"
@@ -30,10 +31,10 @@ HERE = ".somastack"
 class AlreadyRunning(PartFailed):
     """Another supervisor owns this home."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: "Home") -> None:
         super().__init__(
-            f"a stack is already running in {home}",
-            f"talk to it (somastack status --home {home}), or stop it (somastack down --home {home})",
+            f"a stack is already running in {home.path}",
+            f"look at it ({home.command('status')}), or stop it ({home.command('down')})",
         )
 
 
@@ -51,6 +52,11 @@ class Home:
         if given is None:
             given = Path(HERE) if Path(HERE).is_dir() else Path.home() / HERE
         return cls(given.expanduser().absolute())
+
+    def command(self, *words: str) -> str:
+        """`somastack WORDS` on this home, as it can be pasted into a shell here."""
+        at_home = () if Home.chosen(None) == self else ("--home", from_here(self.path))
+        return " ".join((callable_name("somastack"), *words, *at_home))
 
     @property
     def auth(self) -> Path:
@@ -116,7 +122,7 @@ class Home:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise AlreadyRunning(self.path) from None
+                raise AlreadyRunning(self) from None
             yield
 
     def is_owned(self) -> bool:

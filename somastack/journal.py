@@ -104,9 +104,11 @@ def _cost(body: StepBody) -> str:
 
 
 def _told(model: str, inputs: int, usage: Usage) -> str:
-    read = f", {inputs} message{'' if inputs == 1 else 's'} read" if inputs else ""
-    tokens = f", {usage.input_tokens} tokens in, {usage.output_tokens} out" if usage.output_tokens else ""
-    return f"  {model}{read}{tokens}"
+    """What a reply took, as far as it is known: one that was cut off does not say its model and tokens."""
+    read = f"{inputs} message{'' if inputs == 1 else 's'} read" if inputs else ""
+    tokens = f"{usage.input_tokens} tokens in, {usage.output_tokens} out" if usage.output_tokens else ""
+    told = ", ".join(filter(None, (model, read, tokens)))
+    return f"  {told}" if told else ""
 
 
 def _reason(error: Error) -> str:

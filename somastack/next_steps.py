@@ -1,17 +1,34 @@
 """What a person can do with a stack that runs: its addresses, and commands to copy."""
 
-import shlex
-import shutil
-import sys
+import asyncio
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Final
 
 from rich.text import Text
+from soma.controlplane.v1.agent_service_pb2 import GetAgentRequest
 
+from soma_common.errors import NotFound, SomaError
 from somastack.auth_material import AuthMaterial
-from somastack.demo import TENANT
+from somastack.demo import AGENT, TENANT
 from somastack.home import Home
+from somastack.remote import Remote
+from somastack.shell import callable_name, from_here
 from somastack.state import StackState
+
+LOOK_S: Final = 5.0
+"""How long the control plane is asked whether there is somebody to talk to."""
+
+
+async def has_demo(home: Home, state: StackState) -> bool:
+    """Whether `somastack chat` has its agent here. Where this cannot be learned, chat is the one to say so: True."""
+    try:
+        async with asyncio.timeout(LOOK_S), Remote.at(home, state).agents() as agents:
+            await agents.GetAgent(GetAgentRequest(name=f"tenants/{TENANT}/agents/{AGENT}"))
+    except NotFound:
+        return False
+    except (SomaError, TimeoutError):
+        pass
+    return True
 
 
 def next_steps(home: Home, state: StackState, *, has_demo: bool) -> Iterator[Text]:
@@ -25,17 +42,16 @@ def next_steps(home: Home, state: StackState, *, has_demo: bool) -> Iterator[Tex
 
 
 def _commands(home: Home, state: StackState, has_demo: bool) -> Iterator[tuple[str, str]]:
-    program = callable_name("somastack")
-    at_home = "" if Home.chosen(None) == home else f" --home {_from_here(home.path)}"
     if has_demo:
-        yield "talk", f"{program} chat{at_home}"
-        yield "one question", f"{program} chat{at_home} --message 'what is 17*23'"
+        yield "talk", home.command("chat")
+        yield "one question", home.command("chat", "--message", "'what is 17*23'")
     else:
-        yield "talk", "start with --demo, or create a tenant and an agent (docs/guides/standalone.md)"
-    yield "look", f"{program} status{at_home}"
-    yield "logs", f"{program} logs{at_home} --follow"
-    yield "stop", f"{program} down{at_home}"
-    token_file = _from_here(AuthMaterial(home).admin_token_file)
+        missing = f"there is no agent {AGENT} of tenant {TENANT} yet"
+        yield "talk", f"{missing}: start with --demo, or create your own (docs/guides/standalone.md)"
+    yield "look", home.command("status")
+    yield "logs", home.command("logs", "--follow")
+    yield "stop", home.command("down")
+    token_file = from_here(AuthMaterial(home).admin_token_file)
     control = state.targets("controlplane").partition(",")[0]
     yield (
         "administrate",
@@ -43,19 +59,3 @@ def _commands(home: Home, state: StackState, has_demo: bool) -> Iterator[tuple[s
         f'-H "authorization: Bearer $(cat {token_file})" '
         f'-d \'{{"parent": "tenants/{TENANT}"}}\' http://{control}/soma.controlplane.v1.AgentService/ListAgents',
     )
-
-
-def callable_name(program: str) -> str:
-    """How to call a program of this environment from here: by its name if the shell finds it, else by its path."""
-    beside_us = Path(sys.executable).with_name(program)
-    found = shutil.which(program)
-    if found is not None and Path(found).resolve() == beside_us.resolve():
-        return program
-    if not beside_us.exists():
-        return program
-    return _from_here(beside_us)
-
-
-def _from_here(path: Path) -> str:
-    """`path` for a shell in the present directory."""
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -21,6 +21,8 @@ from somastack.auth_material import AuthMaterial
 from somastack.chat import token_for
 from somastack.control import needed_state
 from somastack.home import Home
+from somastack.refusals import in_commands
+from somastack.state import StackState
 
 if TYPE_CHECKING:
     from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceAsyncStub
@@ -62,7 +64,11 @@ class Remote:
             PartFailed: none does.
         """
         home = Home.chosen(given)
-        state = needed_state(home)
+        return cls.at(home, needed_state(home))
+
+    @classmethod
+    def at(cls, home: Home, state: StackState) -> "Remote":
+        """The stack in `home` that is in this state."""
         return cls(home, state.targets("router"), state.targets("controlplane"))
 
     @asynccontextmanager
@@ -79,18 +85,24 @@ class Remote:
 
     @asynccontextmanager
     async def agents(self) -> AsyncIterator["AgentServiceAsyncStub"]:
-        """The control plane's agents."""
-        async with _open(self.controlplanes, "controlplane", self._admin()) as channel:
+        """The control plane's agents. A call that is refused raises SomaError."""
+        async with self._controlplane() as channel:
             yield AgentServiceStub(channel)
 
     @asynccontextmanager
     async def tenants(self) -> AsyncIterator["TenantServiceAsyncStub"]:
-        """The control plane's tenants."""
-        async with _open(self.controlplanes, "controlplane", self._admin()) as channel:
+        """The control plane's tenants. A call that is refused raises SomaError."""
+        async with self._controlplane() as channel:
             yield TenantServiceStub(channel)
 
-    def _admin(self) -> str:
-        return AuthMaterial(self.home).admin_token_file.read_text(encoding="utf-8").strip()
+    @asynccontextmanager
+    async def _controlplane(self) -> AsyncIterator[grpc.aio.Channel]:
+        admin = AuthMaterial(self.home).admin_token_file.read_text(encoding="utf-8").strip()
+        async with _open(self.controlplanes, "controlplane", admin) as channel:
+            try:
+                yield channel
+            except grpc.aio.AioRpcError as error:
+                raise in_commands(from_rpc_error(error), self.home) from error
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

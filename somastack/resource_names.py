@@ -16,7 +16,7 @@ from typing import Final
 import typer
 
 from soma_common.ids import InvalidName, SessionName, TurnName, is_session, is_slug
-from somastack.demo import AGENT
+from somastack.demo import AGENT, TENANT
 
 CHANNEL: Final = "cli"
 """The channel of `somastack chat`."""
@@ -82,6 +82,11 @@ def tenant_named(given: str) -> str:
         BadParameter: it names none.
     """
     return f"tenants/{_tenant(given.removeprefix(ROOT))}"
+
+
+def tenant_option(tenant: str) -> tuple[str, ...]:
+    """What says the tenant of a name in a command, where it is not the one that is meant without."""
+    return () if tenant == TENANT else ("--tenant", tenant)
 
 
 def short(name: str) -> str:

@@ -124,7 +124,7 @@ async def until_ready(home: Home, supervisor: "subprocess.Popen[bytes]") -> Stac
         if state is not None and state.supervisor.pid == supervisor.pid and state.phase is Phase.READY:
             return state
         await asyncio.sleep(POLL_S)
-    raise PartFailed(f"not ready within {DETACHED_READY_TIMEOUT_S:.0f} s", f"look: somastack status --home {home.path}")
+    raise PartFailed(f"not ready within {DETACHED_READY_TIMEOUT_S:.0f} s", f"look: {home.command('status')}")
 
 
 def replicas_from(texts: list[str]) -> dict[str, int]:

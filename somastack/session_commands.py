@@ -1,9 +1,11 @@
 """`somastack sessions`: look at conversations, watch them, hold them, stop what they do."""
 
 import contextlib
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import grpc
 import typer
+from rich.text import Text
 from soma.router.v1.session_service_pb2 import (
     CancelSessionRequest,
     GetSessionRequest,
@@ -19,6 +21,7 @@ from soma.router.v1.session_service_pb2 import (
     WatchSessionResponse,
 )
 
+from soma_common.ids import SessionName
 from somastack.demo import TENANT
 from somastack.remote import Remote, every, first, request_id, run
 from somastack.resource_names import last, session_named, short, tenant_named
@@ -33,9 +36,21 @@ from somastack.tables import (
     print_json_line,
     since,
 )
-from somastack.terminal import HomeOption, LimitOption, Output, OutputOption, RequestIdOption, TenantOption, console
+from somastack.terminal import (
+    HomeOption,
+    LimitOption,
+    Output,
+    OutputOption,
+    RequestIdOption,
+    TenantOption,
+    console,
+    errors,
+)
 from somastack.turn_view import outcome_name, policy_name, text_of
 from somastack.watch import SessionView, followed, until
+
+if TYPE_CHECKING:
+    from soma.router.v1.session_service_pb2_grpc import SessionServiceAsyncStub
 
 PAGE_SIZE = 200
 SESSION_COLUMNS = ("session", "state", "queue", "age", "running turn", "turns", "undelivered", "changed")
@@ -138,6 +153,7 @@ def watch_session(
 
     async def watched() -> None:
         async with remote.sessions(name.tenant) as service:
+            await _tell_if_missing(service, name)
             await until(
                 followed(lambda at: service.WatchSession(WatchSessionRequest(name=str(name), resume_from=at))), shown
             )
@@ -220,6 +236,16 @@ def cancel_session(
             return (await service.CancelSession(wanted)).session
 
     _tell(run(cancelled()), output)
+
+
+async def _tell_if_missing(service: "SessionServiceAsyncStub", name: SessionName) -> None:
+    """Say that a watch waits for a session that is not there yet; other refusals are the watch's own."""
+    try:
+        await service.GetSession(GetSessionRequest(name=str(name)))
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            missing = f"there is no session {short(str(name))} yet: waiting for its first message"
+            errors.print(Text(missing, style="dim"))
 
 
 def _tell(session: Session, output: Output) -> None:

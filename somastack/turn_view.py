@@ -65,6 +65,13 @@ class TurnView:
             case "ended":
                 self._show_aside(f"{outcome_name(event.ended.outcome)}: {_why(event.ended)}")
 
+    def waits(self, held: str) -> None:
+        """Show what the message waits for. No part of the answer: `quiet` puts it where failures are told."""
+        if self._quiet:
+            self._errors.print(Text(f"waiting: {held}", style="dim"))
+        else:
+            self._show_aside(f"waiting: {held}")
+
     def finish(self, outcome: Delivery) -> bool:
         """Show how the turn ended; True when the agent answered."""
         texts = [part_text(part) for part in outcome.message.parts]

@@ -53,9 +53,9 @@ async def soma(stack: Stack, *arguments: str, tenant: str = "demo") -> Said:
 
 
 @asynccontextmanager
-async def running(stack: Stack, *arguments: str) -> AsyncIterator[Process]:
+async def running(stack: Stack, *arguments: str, tenant: str = "demo") -> AsyncIterator[Process]:
     """A command that goes on until it is left."""
-    process = await _start(stack, *arguments, tenant="demo")
+    process = await _start(stack, *arguments, tenant=tenant)
     try:
         yield process
     finally:
@@ -80,6 +80,13 @@ async def printed(process: Process, wanted: str, within_s: float = 30.0) -> str:
             assert piece, f"ended before it printed {wanted!r}: {seen!r}"
             seen += piece.decode()
     return seen
+
+
+async def remark(process: Process, within_s: float = 30.0) -> str:
+    """The next line that a running command prints beside its output."""
+    assert process.stderr is not None
+    async with asyncio.timeout(within_s):
+        return (await process.stderr.readline()).decode()
 
 
 async def say(
@@ -246,6 +253,52 @@ async def test_a_session_is_watched_over_its_turns(stack: Stack, channel: str) -
         assert watch.returncode == 0
 
 
+async def test_a_watch_of_a_session_that_is_not_there_says_that_it_waits(stack: Stack, channel: str) -> None:
+    name = f"{ECHO}/{channel}/none"
+    async with running(stack, "sessions", "watch", name) as watch:
+        await printed(watch, "nothing waits")
+        watch.send_signal(signal.SIGINT)
+        async with asyncio.timeout(10):
+            _, errors = await watch.communicate()
+    assert errors.decode() == f"there is no session {name} yet: waiting for its first message\n"
+
+
+async def test_a_message_behind_a_turn_says_so_and_waits_on_when_it_is_left(stack: Stack, channel: str) -> None:
+    sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
+    await running_turn(stack, sent)
+    name = f"{WITNESS}/{channel}/s"
+    chat = ("chat", "--agent", WITNESS, "--channel", channel, "--session", "s", "--message", "what is 6*7?")
+    async with running(stack, *chat) as first:
+        assert await remark(first) == "waiting: behind the running turn\n"
+        async with running(stack, *chat) as second:
+            assert await remark(second) == "waiting: behind the running turn and 1 message\n"
+            first.send_signal(signal.SIGINT)
+            waits = r"\(no longer shown; the message waits and will be answered, see: \S*somastack sessions watch "
+            assert re.match(rf"{waits}{name} --home ", await remark(first))
+            assert await first.wait() == 130
+            assert (await soma(stack, "turns", "interrupt", sent.turn_name)).code == 0
+            async with asyncio.timeout(30):
+                out, errors = await second.communicate()
+            assert (second.returncode, "42" in out.decode(), errors) == (0, True, b"")
+
+
+async def test_a_message_to_a_paused_agent_names_the_pause(stack: Stack, channel: str) -> None:
+    await stack.add_agent("acme", "slow", "echo/echo")
+    await stack.agent_is_known("acme", "slow")
+    assert (await soma(stack, "agents", "pause", "slow", tenant="acme")).code == 0
+    held = await _held(stack, "slow", channel, "acme")
+    chat = ("chat", "--agent", "slow", "--channel", channel, "--message", "the kettle is on")
+    async with running(stack, *chat, tenant="acme") as waiting:
+        resume = r"\S*somastack agents resume slow --tenant acme --home \S+"
+        assert re.fullmatch(rf"waiting: agent slow is paused \({resume}\)\n", await remark(waiting))
+        assert (await soma(stack, "agents", "resume", "slow", tenant="acme")).code == 0
+        async with asyncio.timeout(30):
+            out, errors = await waiting.communicate()
+    assert (waiting.returncode, "the kettle is on" in out.decode(), errors) == (0, True, b"")
+    assert await answered(stack, held) == "final"
+    await stack.delete_agent("acme", "slow")
+
+
 async def test_a_message_says_what_it_does_to_the_turn_that_runs(stack: Stack, channel: str) -> None:
     sent = await say(stack, WITNESS, channel, "s", FOR_EVER)
     await running_turn(stack, sent)
@@ -314,6 +367,7 @@ async def test_refusals_are_one_line_and_wrong_usage_is_told_apart(stack: Stack,
         assert (refused.code, refused.out) == (1, ""), arguments
         assert reason in refused.errors
         assert len(refused.errors.splitlines()) == 1
+        assert not re.search(r"\b(Get|List)[A-Z]", refused.errors), "names a command, not a call"
     for usage in (["turns", "get", "0" * 32], ["sessions", "get", "a b"], ["sessions", "list", "--channel", "x"]):
         assert (await soma(stack, *usage)).code == 2, usage
 

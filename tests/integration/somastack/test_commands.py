@@ -1,26 +1,45 @@
 """The command `somastack` on a real stack: the whole way from `up` to `down`, as a stranger would type it."""
 
 import contextlib
+import io
 import json
 import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from rich.console import Console
+from soma.controlplane.v1.agent_service_pb2 import (
+    Agent,
+    AgentSpec,
+    GetAgentRequest,
+    PauseAgentRequest,
+    ResumeAgentRequest,
+    UpdateAgentRequest,
+)
 
+from somastack.demo import demonstrate
 from somastack.home import Home
 from somastack.layout import Layout
+from somastack.remote import Remote
+from somastack.state import StackState
 from tests.integration.somastack.test_supervisor import free_base
 
+if TYPE_CHECKING:
+    from soma.controlplane.v1.agent_service_pb2_grpc import AgentServiceAsyncStub
+
+ASSISTANT = "tenants/demo/agents/assistant"
 COMMAND = [sys.executable, "-m", "somastack.cli"]
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", "SOMA_OFFLINE_WORD_DELAY_MS": "2"}
 
@@ -34,16 +53,24 @@ def run(*arguments: object, within_s: float = 90.0, **variables: str) -> "subpro
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The home of a stack that runs detached, with the demonstration played."""
+    """The home of a stack that runs detached, with the demonstration played, as the guide says to start it."""
     home = tmp_path_factory.mktemp("stack") / "home"
     base = free_base()
-    started = run("up", "--detach", "--demo", "--home", home, "--port-base", base)
+    started = run(*guided("up"), "--home", home, "--port-base", base)
     assert started.returncode == 0, started.stdout + started.stderr
     (home / "started.txt").write_text(started.stdout)
     yield home
     stopped = run("down", "--home", home)
     assert stopped.returncode == 0, stopped.stderr
     assert not Home(home).is_owned()
+
+
+def guided(command: str) -> list[str]:
+    """The first such command in the guide to the standalone stack, with its arguments."""
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "standalone.md").read_text(encoding="utf-8")
+    line = re.search(rf"^\$ somastack ({command} .+)$", guide, re.MULTILINE)
+    assert line is not None
+    return shlex.split(line[1], comments=True)
 
 
 def status(home: Path) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def test_status_names_every_component(home: Path) -> None:
 
 
 def test_chat_with_a_message_prints_the_answer_alone(home: Path) -> None:
-    answered = run("chat", "--home", home, "--message", "what is 17*23")
+    answered = run(*guided("chat"), "--home", home)
     assert answered.returncode == 0, answered.stderr
     assert "391" in answered.stdout
     assert answered.stderr == ""
@@ -140,6 +167,9 @@ def read_until(terminal: int, wanted: str, *, after: str = "", within_s: float =
 def test_a_tenants_token_is_made_on_demand(home: Path) -> None:
     made = run("token", "acme", "--home", home)
     assert made.stdout.strip() == str(home / "auth" / "tenants" / "acme.token")
+    assert "there is no tenant 'acme' yet" in made.stderr
+    assert f"somastack tenants list --home {home}" in made.stderr
+    assert run("token", "demo", "--home", home).stderr == ""
     assert run("token", "../acme", "--home", home).returncode == 1
 
 
@@ -198,11 +228,75 @@ def test_logs_tell_one_story(home: Path) -> None:
     assert run("logs", "nothing", "--home", home).returncode == 1
 
 
+def test_where_nothing_has_logged_there_are_no_logs(tmp_path: Path) -> None:
+    nothing = run("logs", "--home", tmp_path / "nowhere")
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert "nothing has logged anything" in nothing.stderr
+    assert f"somastack up --demo --home {tmp_path / 'nowhere'}" in nothing.stderr
+
+
 def test_a_second_up_says_so_with_the_addresses(home: Path) -> None:
     second = run("up", "--home", home, "--port-base", free_base())
     assert second.returncode == 1
     assert "already running" in second.stderr
     assert status(home)["components"][-1]["addresses"]["grpc"] in second.stderr
+    assert f"somastack chat --home {home}" in second.stderr
+
+
+class TestDemonstration:
+    """Played again on a stack whose agent a person has configured."""
+
+    @pytest.fixture
+    async def agents(self, home: Path) -> AsyncIterator["AgentServiceAsyncStub"]:
+        """The control plane; the agent is as the demonstration makes it before and after."""
+        async with Remote.of(home).agents() as agents:
+            before = (await agents.GetAgent(GetAgentRequest(name=ASSISTANT))).agent
+            yield agents
+            await agents.ResumeAgent(ResumeAgentRequest(name=ASSISTANT))
+            mask = FieldMask(paths=["spec"])
+            await agents.UpdateAgent(
+                UpdateAgentRequest(agent=Agent(name=ASSISTANT, spec=before.spec), update_mask=mask)
+            )
+
+    @staticmethod
+    async def played(home: Path, model: str | None = None) -> str:
+        """What the demonstration shows; no conversations but those that are there by then."""
+        shown, state = io.StringIO(), StackState.load(Home(home).state_file)
+        assert state is not None
+        await demonstrate(Home(home), state, Console(file=shown, no_color=True, soft_wrap=True), model)
+        return shown.getvalue()
+
+    async def test_it_changes_nothing_that_was_configured(
+        self, home: Path, agents: "AgentServiceAsyncStub", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("somastack.demo.CONVERSATIONS", tmp_path)
+        assert await self.played(home) == ""
+        spec = AgentSpec(model="echo/echo", tools=["calculate"], instructions="Say it back.", max_steps=7)
+        paths = ["spec.model", "spec.tools", "spec.instructions", "spec.max_steps"]
+        changed = Agent(name=ASSISTANT, spec=spec)
+        await agents.UpdateAgent(UpdateAgentRequest(agent=changed, update_mask=FieldMask(paths=paths)))
+        assert await self.played(home) == (
+            "agent assistant: kept as configured: model echo/echo (--model offline/assistant changes it), "
+            "tools calculate, its instructions\n"
+        )
+        assert (await agents.GetAgent(GetAgentRequest(name=ASSISTANT))).agent.spec == spec
+        assert await self.played(home, "offline/assistant") == (
+            "agent assistant: model changed from echo/echo to offline/assistant; "
+            "kept as configured: tools calculate, its instructions\n"
+        )
+        spec.model = "offline/assistant"
+        assert (await agents.GetAgent(GetAgentRequest(name=ASSISTANT))).agent.spec == spec
+
+    async def test_a_paused_agent_is_named_and_nothing_is_played(
+        self, home: Path, agents: "AgentServiceAsyncStub"
+    ) -> None:
+        await agents.PauseAgent(PauseAgentRequest(name=ASSISTANT))
+        shown = await self.played(home)
+        assert re.fullmatch(
+            r"no conversation is played: agent assistant is paused "
+            rf"\(\S*somastack agents resume assistant --home {home}\)\n",
+            shown,
+        )
 
 
 def test_another_home_on_the_same_ports_is_told_which_port_is_taken(home: Path, tmp_path: Path) -> None:
@@ -243,6 +337,12 @@ def test_ctrl_c_on_up_in_the_foreground(tmp_path: Path) -> None:
         if "serving from" in line:
             break
     assert "part.ready" in shown
+    assert "there is no agent assistant of tenant demo yet: start with --demo" in shown
+    assert "somastack chat" not in shown
+    nobody = run("chat", "--home", home, "--message", "hello")
+    assert nobody.returncode == 1
+    assert f"somastack up --demo --home {home}" in nobody.stderr
+    assert "--tenant" in nobody.stderr
     children = [component["pid"] for component in status(home)["components"]]
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -254,4 +354,6 @@ def test_ctrl_c_on_up_in_the_foreground(tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     process.stdout.close()
-    assert run("status", "--home", home).returncode == 3
+    nothing = run("status", "--home", home)
+    assert nothing.returncode == 3
+    assert f"somastack up --demo --home {home}" in nothing.stdout

@@ -1,6 +1,8 @@
 """The home directory: which one, whose, and how closed."""
 
+import re
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,24 @@ def test_the_order_of_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SOMASTACK_HOME", str(tmp_path / "there"))
     assert Home.chosen(None).path == tmp_path / "there"
     assert Home.chosen(Path("here")).path == tmp_path / "here"
+
+
+def test_its_commands_can_be_pasted_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOMASTACK_HOME", str(tmp_path / "mine"))
+    program = Path(sys.executable).with_name("somastack")
+    program = program if program.exists() else Path("somastack")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert Home(tmp_path / "mine").command("up", "--demo") == f"{program} up --demo"
+    assert Home(tmp_path / "an other").command("status") == f"{program} status --home 'an other'"
+    assert Home(Path("/elsewhere")).command("down") == f"{program} down --home /elsewhere"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert Home(tmp_path / "mine").command("chat") == "somastack chat"
+
+
+def test_a_stack_that_runs_already_is_looked_at_or_stopped(tmp_path: Path) -> None:
+    advice = AlreadyRunning(Home(tmp_path)).advice
+    assert re.search(r"^look at it \(\S*somastack status .*\), or stop it \(\S*somastack down ", advice)
 
 
 def test_everything_inside_is_closed_to_others(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_replies_that_end_nothing_answers_and_failures() -> None:
     assert shown(5, StepBody(failure=failure))[1:] == ["   STEP_LIMIT: too many"]
 
 
+def test_a_reply_that_was_cut_off_names_no_model() -> None:
+    heading = shown(1, StepBody(model_reply=ModelReply(text="it rai", inputs_seen=1)))[0]
+    assert heading.endswith("  try 2  1 message read")
+    assert shown(1, StepBody(model_reply=ModelReply(text="it rai")))[0].endswith("  try 2")
+
+
 def test_a_step_of_a_later_release_is_said_to_be_one() -> None:
     assert "cannot read" in shown(1, StepBody(format=9))[0]
 

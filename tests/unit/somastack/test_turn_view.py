@@ -88,6 +88,17 @@ def test_quiet_shows_the_answer_alone() -> None:
     assert screen.shown == "391 [b]\n"
 
 
+def test_what_a_message_waits_for_is_no_part_of_the_answer() -> None:
+    told, out = io.StringIO(), io.StringIO()
+    view = TurnView(Console(file=out, no_color=True), quiet=True, errors=Console(file=told, no_color=True))
+    view.waits("agent [b] is paused")
+    view.finish(final("391"))
+    assert (told.getvalue(), out.getvalue()) == ("waiting: agent [b] is paused\n", "391\n")
+    screen = Screen()
+    screen.view.waits("behind 1 message")
+    assert screen.shown == "  waiting: behind 1 message\n"
+
+
 def test_an_outcome_that_is_no_answer_says_why() -> None:
     screen = Screen()
     error = Error(reason=ErrorReason.ERROR_REASON_MODEL_UNAVAILABLE, message="the model does not answer")
