@@ -2,7 +2,7 @@
 
     count and time -> errors to statuses -> deadline -> authenticate -> authorize -> validate -> handler
 
-A unary request is authenticated before it is decoded, too (`Guard.door`).
+A unary request is authenticated before it is decoded, too (`Guard.admission`).
 Handlers are wrapped once, when the server is made, so a call pays for nothing that is known before it. A stream is
 checked at its first message, or the part of it that opens the stream (`hello`); the frames after it pass through
 untouched.
@@ -117,10 +117,10 @@ class Guard:
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(_observed(method, checked, timed=timed), decode, encode)
         return wrapped
 
-    def door(self, method: Method) -> Callable[[Metadata], Unread | None] | None:
-        """What a unary request passes before its message is expanded and decoded: it costs a stranger as much to have
-        that done as it costs us. Returns what to give the handler instead of a message that is not to be read; there
-        is no such door for a public method.
+    def admission(self, method: Method) -> Callable[[Metadata], Unread | None] | None:
+        """Authenticates the caller of a unary request by its metadata, before the message is expanded and decoded: a
+        stranger could have that done for nothing. Returns what the handler is given in place of a message that is not
+        to be read. None: the method is public.
         """
         if method.public:
             return None

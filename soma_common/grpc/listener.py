@@ -10,7 +10,7 @@ import grpc
 import structlog
 
 from soma_common.grpc import wire
-from soma_common.grpc.served_call import Door, Handler, ServedCall, ServedMethod
+from soma_common.grpc.served_call import Admission, Handler, ServedCall, ServedMethod
 from soma_common.grpc.wire import WireError
 from soma_common.http2.connection import Connection, Keepalive
 from soma_common.http2.frames import ErrorCode
@@ -50,13 +50,13 @@ class Listener:
         self._server: asyncio.Server | None = None
 
     def add(
-        self, path: str, handler: Handler, *, door: Door | None = None, max_request_bytes: int | None = None
+        self, path: str, handler: Handler, *, admission: Admission | None = None, max_request_bytes: int | None = None
     ) -> None:
         """Serves a method by its path, as `/soma.router.v1.TurnService/GetTurn`. `max_request_bytes`: of a message to
         it, if fewer than `max_message_bytes`.
         """
         limit = self._max_message_bytes if max_request_bytes is None else max_request_bytes
-        self._methods[path.encode()] = ServedMethod(handler, door, min(limit, self._max_message_bytes))
+        self._methods[path.encode()] = ServedMethod(handler, admission, min(limit, self._max_message_bytes))
 
     async def start(self, address: str) -> int:
         """Listens on `host:port` and returns the port. Raises AddressInUse."""

@@ -32,7 +32,7 @@ _log = structlog.get_logger(__name__)
 
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Door: TypeAlias = Callable[[Metadata], Any]
+Admission: TypeAlias = Callable[[Metadata], Any]
 """Looks at the metadata before a request that is no stream is expanded and decoded. Returns None, or what its handler
 is given in place of the message.
 """
@@ -43,7 +43,7 @@ class ServedMethod:
     """How a method is served."""
 
     handler: Handler
-    door: Door | None
+    admission: Admission | None
     max_request_bytes: int
     """Of a message to it."""
 
@@ -65,7 +65,7 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         self._stream = stream
         handler = method.handler
         self._handler = handler
-        self._door = method.door
+        self._admission = method.admission
         self._peer = peer
         self._metadata = metadata
         self._max_message_bytes = max_message_bytes
@@ -206,7 +206,7 @@ class ServedCall(grpc.aio.ServicerContext[Any, Any]):
         else:
             if not await self._arrives():
                 return
-            request = None if self._door is None else self._door(self._metadata)
+            request = None if self._admission is None else self._admission(self._metadata)
             if request is None:
                 request = await self._next()
             self._has_request = True

@@ -112,7 +112,7 @@ class _Registrar:
                 self._listener.add(path, handler, max_request_bytes=PUBLIC_REQUEST_BYTES)
             else:
                 method = self._methods[name]
-                self._listener.add(path, self._guard.wrap(method, handler), door=self._guard.door(method))
+                self._listener.add(path, self._guard.wrap(method, handler), admission=self._guard.admission(method))
 
 
 class _Health(health_pb2_grpc.HealthServicer):
