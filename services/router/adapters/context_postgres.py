@@ -131,12 +131,17 @@ class ContextReader:
         answer: asyncio.Future[_Said] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Asked(tenant, session_id, below, most, answer))
         if len(self._readers) < _AT_ONCE:
-            reader = asyncio.create_task(self._read(), name="context reader")
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
+            self._readers.add(asyncio.create_task(self._read(), name="context reader"))
         return await answer
 
     async def _read(self) -> None:
+        try:
+            await self._answer_waiting()
+        finally:
+            # In the same step as the last look: whoever asks from here on must not count on this reader.
+            self._readers.discard(asyncio.current_task())
+
+    async def _answer_waiting(self) -> None:
         while self._waiting:
             asked, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
             try:
