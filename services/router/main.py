@@ -150,8 +150,10 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         max_tries=settings.delivery_tries,
         retry_s=settings.delivery_retry_s,
     )
-    # Connections of their own: however many watchers read journals, no turn waits for them.
+    # Connections of their own: however many watchers read journals and however much is asked of the API, no turn waits
+    # for them.
     watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches", ready=0)
+    asked_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} api", ready=0)
     live = LiveDesk(state, watched_history, outbox, desk.adapter_of)
     desk.on_arrival = live.catch_up
     runner = TurnRunner(
@@ -214,12 +216,12 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         services=[
             (
                 session_service_pb2_grpc.add_SessionServiceServicer_to_server,
-                SessionApi(history, control_lane, hub),
+                SessionApi(asked_history, control_lane, hub),
                 "soma.router.v1.SessionService",
             ),
             (
                 turn_service_pb2_grpc.add_TurnServiceServicer_to_server,
-                TurnApi(history, control_lane, hub),
+                TurnApi(asked_history, control_lane, hub),
                 "soma.router.v1.TurnService",
             ),
         ],
@@ -238,6 +240,7 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
             writer.close(),
             history.close(),
             watched_history.close(),
+            asked_history.close(),
             control_channel.close(),
             tool_channel.close(),
         ):

@@ -189,10 +189,6 @@ class Dispatcher:
                 for message in turn.inputs:
                     if message.content is None:
                         message.content = contents.get(message.position)
-                if any(message.content is None for message in turn.inputs):
-                    # One more has come while these were read.
-                    self._spawn(self._load_and_start(turn, link, dispatch))
-                    return
             spec = await self._spec(turn)
             if spec is None:
                 self._on_agent_gone(turn, dispatch)
@@ -207,9 +203,14 @@ class Dispatcher:
             log.warning("router.load_failed", turn=turn.id.hex())
             self._spawn(self._retry_later(turn, link, dispatch))
             return
-        if self._wants_brain(turn) and turn.dispatch == dispatch and turn.link is link:
-            self.announce(turn)
-            self._send_start(turn, link, spec, context)
+        if not self._wants_brain(turn) or turn.dispatch != dispatch or turn.link is not link:
+            return
+        if any(message.content is None for message in turn.inputs):
+            # One more has come while all this was read, and its content is in the store only.
+            self._spawn(self._load_and_start(turn, link, dispatch))
+            return
+        self.announce(turn)
+        self._send_start(turn, link, spec, context)
 
     async def _retry_later(self, turn: Turn, link: BrainLink, dispatch: int) -> None:
         await asyncio.sleep(RETRY_S)

@@ -130,6 +130,14 @@ class Group:
         """Appends a row to a part."""
         rows.append(row)
 
+    def set_aside(
+        self, tenant: str, kind: str, partition: int, ref: bytes, reason: int, message: str, payload: bytes
+    ) -> None:
+        """Adds a dead letter. `message` may be somebody's words, and a text in PostgreSQL holds no NUL."""
+        self.dead.append(
+            (tenant, kind, partition, ref, reason, message.replace("\0", "\N{REPLACEMENT CHARACTER}"), payload)
+        )
+
     def fence(self) -> Rows:
         """The rows of the fence, in order of partition."""
         rows: Rows = []

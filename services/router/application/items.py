@@ -262,9 +262,7 @@ class DeadItem:
         """Adds the dead letter."""
         group.move(self.partition)
         group.tenants.add(self.tenant)
-        group.add(
-            group.dead, (self.tenant, "inbound", self.partition.id, self.ref, self.reason, self.message, self.payload)
-        )
+        group.set_aside(self.tenant, "inbound", self.partition.id, self.ref, self.reason, self.message, self.payload)
 
     def committed(self, result: GroupResult) -> None:
         """Nothing follows."""

@@ -72,10 +72,8 @@ class EndItem:
         if self.delivers:
             add_delivery(group, self.partition, move.head, session, self.answer)
         if self.dead_letter:
-            group.add(
-                group.dead,
-                (key.tenant, "turn", self.partition.id, turn.id, self.answer.error.reason, self.dead_letter, b""),
-            )
+            reason = self.answer.error.reason
+            group.set_aside(key.tenant, "turn", self.partition.id, turn.id, reason, self.dead_letter, b"")
         if self.control is not None:
             self.control.write(group)
         self.position = move.head
@@ -150,11 +148,8 @@ class AckItem:
         group.tenants.add(self.tenant)
         group.add(group.acks, (self.partition.id, self.position))
         if self.dead is not None:
-            group.add(
-                group.dead,
-                (self.tenant, "delivery", self.partition.id, self.dead.delivery_id, 46, self.cause)
-                + (self.dead.SerializeToString(),),
-            )
+            ref, payload = self.dead.delivery_id, self.dead.SerializeToString()
+            group.set_aside(self.tenant, "delivery", self.partition.id, ref, 46, self.cause, payload)
 
     def committed(self, result: GroupResult) -> None:
         """Nothing follows: the next delivery did not wait for this."""

@@ -232,6 +232,7 @@ class OwnPartitions:
         # comes after.
         try:
             pending = await self._store.load(lease.partition, term, strike)
+            self._held_before.add(lease.partition)  # the strike is stored, whatever follows
             channels = await self._store.undelivered_channels(lease.partition)
         except FenceLost:
             return  # somebody else was faster in the meantime
@@ -239,7 +240,6 @@ class OwnPartitions:
             await self._store.release([term])
             return
         partition = self._restore(lease.partition, term, row, pending)
-        self._held_before.add(lease.partition)
         self._state.partitions[partition.id] = partition
         # In the same breath: the reader may be ahead of this partition's cursor, and what it reads next must not be
         # taken before it has gone back.

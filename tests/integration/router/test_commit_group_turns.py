@@ -194,6 +194,14 @@ async def test_a_delivery_that_is_set_aside_is_kept_as_a_dead_letter(store: Stor
     assert Delivery.FromString(payload) == item.answer
 
 
+async def test_an_adapters_words_cannot_keep_a_delivery_from_being_set_aside(store: Store) -> None:
+    """The database takes no NUL in a text; an adapter says why it returns a delivery in words of its own."""
+    [item] = await outcomes(store, 1)
+    await store.commit(AckItem(item.partition, item.position, "demo", item.answer, "not\0today"))
+    assert await store.rows("deliveries") == []
+    assert await store.rows("dead_letters", "kind, message") == [("delivery", "not\N{REPLACEMENT CHARACTER}today")]
+
+
 async def test_an_unreadable_item_is_set_aside_with_its_bytes(store: Store) -> None:
     p = await store.take(0)
     await store.commit(DeadItem(p, "demo", b"ref", 29, "cannot be read", b"\0\xff"))

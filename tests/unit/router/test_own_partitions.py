@@ -47,6 +47,9 @@ class World:
         self.load_fails: BaseException | None = None
         self.pending: dict[int, list[PendingRow]] = {}
         self.strikes: dict[int, bool] = {}
+        self.asked_strikes = 0
+        self.channels_fail = 0
+        """How often the next questions for channels lose the store."""
         self.events: list[str] = []
         self.state = RouterState(LaneLayout(partitions, 1), cast(Any, None), 100, 100)
         self.keeper = OwnPartitions(
@@ -90,9 +93,13 @@ class World:
         if self.load_fails is not None:
             raise self.load_fails
         self.strikes[partition] = strike
+        self.asked_strikes += strike
         return self.pending.get(partition, [])
 
     async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
+        if self.channels_fail:
+            self.channels_fail -= 1
+            raise StoreLost("the connection broke")
         return []
 
     async def release(self, terms: Sequence[UUID]) -> None:
@@ -364,6 +371,14 @@ async def test_a_take_over_counts_a_strike_but_not_for_itself_again(world: World
     world.keeper.end_all("database away")
     await world.rounds()
     assert world.strikes == dict.fromkeys(range(8), False)
+
+
+async def test_a_strike_is_counted_once_however_often_a_take_over_is_begun(world: World) -> None:
+    world.held_by("router-1", 0, for_s=-1)
+    world.channels_fail = 3
+    await world.rounds(30)
+    assert 0 in world.owned
+    assert world.asked_strikes == 1
 
 
 async def test_losing_a_lease_ends_the_term(world: World) -> None:

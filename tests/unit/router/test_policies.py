@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -13,6 +14,7 @@ from soma.common.v1.turn_pb2 import ModelReply, StepBody, ToolCall, ToolResult, 
 from soma.controlplane.v1.agent_service_pb2 import AgentSpec
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
+from services.router.application import state
 from services.router.domain.arrival import MAX_INPUTS, Policy
 from services.router.domain.turn import Outcome, StepKind
 from soma_common import ids
@@ -122,6 +124,34 @@ async def test_a_running_turn_reads_a_message_that_steers_it(engine: Engine) -> 
     engine.propose(start, StepKind.FINAL, 1, answer=Message(parts=[Part(text="both")]), inputs_seen=2)
     [(outcome, delivery)] = await engine.outcomes(1)
     assert (outcome, list(delivery.message_ids)) == (Outcome.FINAL, keys("1", "2"))
+
+
+async def test_one_that_joins_while_a_turns_context_is_read_and_is_kept_in_the_store_only_is_read_too(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.accept(message("1"))
+    [start] = await engine.started(1)
+    engine.answer(start, "one")
+    await engine.outcomes(1)
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def context(_tenant: str, _session: bytes, _limit: int) -> list[bytes]:
+        reading.set()
+        await go_on.wait()
+        return []
+
+    monkeypatch.setattr(engine, "context", context)
+    monkeypatch.setattr(state, "QUEUED_CONTENT_BYTES", 0)  # others have filled it
+    [session] = [session for partition in engine.state.partitions.values() for session in partition.sessions.values()]
+    session.context = None
+    engine.accept(message("2"))
+    await asyncio.wait_for(reading.wait(), 10)
+    engine.accept(message("3", Policy.STEER))
+    await engine.quiet()
+    go_on.set()
+    [_, second] = await engine.started(2)
+    kept, loaded = second.inputs
+    assert (texts([kept]), loaded) == (["2"], b"loaded")
 
 
 async def test_a_final_that_has_not_seen_every_input_is_not_taken(engine: Engine) -> None:
