@@ -44,6 +44,7 @@ from soma_common.client.inbox import Arrival, Inbox
 from soma_common.client.kept_stream import KeptStream, Traffic
 from soma_common.client.outbox import Answer, Outbox
 from soma_common.errors import (
+    InvalidRequest,
     ResourceExhausted,
     SomaError,
     Unauthenticated,
@@ -58,6 +59,16 @@ PROTOCOL: Final = 1
 MAX_FRAME_ITEMS: Final = 512
 """The contract's bound."""
 MAX_FRAME_BYTES: Final = 2 * 1024 * 1024
+"""Of items in a frame; a larger one goes alone."""
+MAX_FRAME_ACKS: Final = 16 * 1024
+MAX_FRAME_NACKS: Final = 256
+"""Less than 1.2 MiB: the cause of a nack has up to 1024 characters."""
+MAX_CONTENT_BYTES: Final = 8 * 1024 * 1024
+"""The largest content any gateway can be set to take. With what else a frame may hold it is below the 16 MiB of one
+gRPC message, beyond which a gateway ends the stream instead of refusing the item.
+"""
+MAX_NAMES_BYTES: Final = 16 * 1024
+"""Of an item beside its content: names, key, trace. Those that keep the contract's rules have a tenth of it."""
 RETRY_S: Final = 0.05
 """Before a refused item is tried again, when the refusal names no delay."""
 LAST_FRAME_S: Final = 1.0
@@ -71,6 +82,7 @@ MAX_LIVE: Final = 4096
 
 _USER: Final = Role.ROLE_USER
 """Looked up once: a look-up in a generated enum costs as much as making the message."""
+_ROLE_BYTES: Final = Message(role=_USER).ByteSize()
 _log = structlog.get_logger(__name__)
 
 
@@ -106,8 +118,8 @@ class ChannelClient:
         0: only send. `outbox` bounds the items without an answer.
 
         With `on_delivery`, deliveries go to it instead of `events()`: returning acknowledges, raising gives the
-        delivery back to come again. `on_live` likewise gets the live events. Both are called from the reader and
-        must not block.
+        delivery back to come again. `on_live` likewise gets the live events; what it raises ends the client with
+        Internal. Both are called from the reader and must not block.
         """
         self._token: Callable[[], str] = (lambda: token) if isinstance(token, str) else _shown(token)
         self._target = target
@@ -119,7 +131,9 @@ class ChannelClient:
         self._grpc: StreamingChannel = grpc_channel or open_stream_channel(target, token=self._token, service="gateway")
         self._stream = KeptStream(
             self._grpc,
-            Traffic(self._open, self._next_frame, self._finished, self._receive, self._lost, self._failed),
+            Traffic(
+                self._open, self._welcomed, self._next_frame, self._finished, self._receive, self._lost, self._failed
+            ),
             target,
         )
         self._on_delivery = on_delivery
@@ -132,6 +146,8 @@ class ChannelClient:
         self._acks: list[bytes] = []
         self._nacks: list[Nack] = []
         self._credit = 0
+        self._max_content_bytes = MAX_CONTENT_BYTES
+        """Of one message, as the last welcome said; before the first and if it did not say: MAX_CONTENT_BYTES."""
         self._hold = False
         self._leave_by = 0.0
         self._room = asyncio.Event()
@@ -145,12 +161,12 @@ class ChannelClient:
         Raises:
             SomaError: the gateway refuses for a reason that waiting does not change; Unavailable: none was there within
                 `connect_timeout_s`.
+            ClientClosed: the client was closed meanwhile.
         """
         self._task = asyncio.get_running_loop().create_task(self._stream.run(), name="channel-client")
         try:
             await self._connected()
-            if self._failure is not None:
-                raise self._failure
+            self._check_open()
         except BaseException:  # a caller that does not wait any longer too: nobody else would end the task
             await self.close(timeout_s=0)
             raise
@@ -201,7 +217,7 @@ class ChannelClient:
 
         Raises:
             SomaError: of the class that says what to do; nothing is stored, except that Unavailable means "not known".
-            ClientClosed: the client was closed meanwhile.
+            ClientClosed: the client was closed meanwhile, also while the message waited for room in the outbox.
         """
         message = text_message(content) if isinstance(content, str) else content
         item = InboundMessage(
@@ -237,10 +253,13 @@ class ChannelClient:
         """Queues a message or cancel and returns its ref; `answer` is called once with the message id or the error.
         Never waits.
 
-        Refusals are not tried again here. The item belongs to the client from now on.
+        Refusals are not tried again here. The item belongs to the client from now on. What `answer` raises is logged
+        and harms nobody else.
 
         Raises:
             ResourceExhausted: the outbox is full.
+            InvalidRequest: CONTENT_TOO_LARGE: the message is larger than the gateway's `max_content_bytes`;
+                INVALID_REQUEST: the rest of the item is larger than names, key and trace can be.
             SomaError: the client has failed for good.
             ClientClosed: the client is closed.
         """
@@ -251,7 +270,11 @@ class ChannelClient:
                 "the client's outbox is full: wait for answers",
                 {"bound": "client.outbox", "value": str(len(self._outbox))},
             )
-        ref = self._outbox.add(item, answer)
+        size = item.ByteSize()
+        # What is no larger as a whole has no larger content: nearly every item is serialized only once to be measured.
+        if size > self._max_content_bytes:
+            _check_size(item, size, self._max_content_bytes)
+        ref = self._outbox.add(item, size, answer)
         self._stream.wake()
         return ref
 
@@ -285,7 +308,10 @@ class ChannelClient:
         self._stream.wake()
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Sends what is queued, waits for its answers at most so long, and ends the stream. May be called again."""
+        """Sends what is queued, waits for its answers at most so long, and ends the stream. May be called again.
+
+        Whoever waits then, in `send`, `cancel` or `async with`, gets ClientClosed; `events` ends.
+        """
         task = self._task
         try:
             if task is not None and not task.done() and not self._stream.closing:
@@ -294,18 +320,25 @@ class ChannelClient:
                         await self._all_answered()
             self._stream.closing = True
             self._stream.wake()
-            self._news.set()
+            self._wake_all()
             if task is not None:
                 await asyncio.wait({task}, timeout=LAST_FRAME_S)
         finally:  # a cancel from outside cuts the waiting short, not the end
             self._stream.closing = True
-            self._news.set()
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
-            self._outbox.fail(Error(reason=ErrorReason.ERROR_REASON_DRAINING, message="the client was closed"))
-            if self._own_channel:
-                await self._grpc.close()
+            self._wake_all()
+            try:
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait({task})
+            finally:  # nor does a second one
+                self._outbox.fail(Error(reason=ErrorReason.ERROR_REASON_DRAINING, message="the client was closed"))
+                if self._own_channel:
+                    await self._grpc.close()
+
+    def _wake_all(self) -> None:
+        """Everybody who waits looks again: the client is closed, or has failed."""
+        for event in (self._stream.connected, self._news, self._room):
+            event.set()
 
     async def _connected(self) -> None:
         """Returns with the first welcome, or a failure for good. Raises Unavailable when the time for it is over."""
@@ -351,14 +384,18 @@ class ChannelClient:
         loop.call_later(LOOK_AROUND_S, self._stream.wake)
         return False
 
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._max_content_bytes = min(welcome.max_content_bytes or MAX_CONTENT_BYTES, MAX_CONTENT_BYTES)
+
     def _next_frame(self, welcome: Welcome) -> ConnectRequest | None:
-        """What has gathered; None: nothing."""
+        """What has gathered, as far as it fits one frame; None: nothing."""
         items = [] if self._hold else self._outbox.take(welcome.max_unanswered, MAX_FRAME_ITEMS, MAX_FRAME_BYTES)
         if not (items or self._acks or self._nacks or self._credit):
             return None
-        frame = ConnectRequest(acks=self._acks, nacks=self._nacks, credit=self._credit)
-        self._acks.clear()
-        self._nacks.clear()
+        frame = ConnectRequest(
+            acks=self._acks[:MAX_FRAME_ACKS], nacks=self._nacks[:MAX_FRAME_NACKS], credit=self._credit
+        )
+        del self._acks[:MAX_FRAME_ACKS], self._nacks[:MAX_FRAME_NACKS]
         self._credit = 0
         for item in items:
             if isinstance(item, InboundMessage):
@@ -367,14 +404,17 @@ class ChannelClient:
                 frame.cancels.append(item)
         return frame
 
-    def _receive(self, frame: ConnectResponse) -> None:
-        """Answers go to their items, live events and deliveries to the application."""
+    def _receive(self, frame: ConnectResponse) -> bool:
+        """Answers go to their items, live events and deliveries to the application. Returns whether there were
+        answers.
+        """
         outbox = self._outbox
         for receipt in frame.receipts:
             outbox.answer(receipt.ref, receipt.message_id, None)
         for refusal in frame.refusals:
             outbox.answer(refusal.ref, b"", refusal.error)
-        if frame.receipts or frame.refusals:
+        answers = bool(frame.receipts or frame.refusals)
+        if answers:
             self._room.set()
             self._stream.wake()
         for event in frame.live:
@@ -389,6 +429,7 @@ class ChannelClient:
             # Not at once: by then the channel knows that this gateway is none to go to.
             loop.call_later(LOOK_AROUND_S, self._stream.wake)
             _log.info("channel_client.drain", grace_ms=frame.drain.grace_ms)
+        return answers
 
     def _lost(self) -> None:
         """Everything unanswered goes out again on the next stream."""
@@ -397,9 +438,8 @@ class ChannelClient:
     def _failed(self, error: SomaError) -> None:
         """Everybody who waits is told."""
         self._failure = error
+        self._wake_all()
         self._outbox.fail(to_proto(error))
-        for event in (self._stream.connected, self._news, self._room):
-            event.set()
 
     def _show_live(self, event: LiveEvent) -> None:
         if not self._shown.admits(event.turn_id, event.dispatch):
@@ -428,7 +468,7 @@ class ChannelClient:
     def _call_back(self, on_delivery: Callable[[Delivery], None], delivery: Delivery) -> None:
         try:
             on_delivery(delivery)
-        except Exception as error:  # noqa: BLE001 - boundary: the application's own code
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - boundary: the application's own code
             _log.exception("channel_client.on_delivery_failed")
             self._nacks.append(Nack(delivery_id=delivery.delivery_id, delay_ms=1000, cause=repr(error)[:1024]))
             self._credit += self._inbox.nack(delivery, self._stream.number)
@@ -465,6 +505,26 @@ class ChannelClient:
             raise self._failure
         if self._stream.closing or self._task is None:
             raise ClientClosed
+
+
+def _check_size(item: InboundMessage | Cancel, size: int, max_content_bytes: int) -> None:
+    """Refuses, as the gateway does, what it would. Raises InvalidRequest. `size` is that of the item, in bytes."""
+    content = 0
+    if isinstance(item, InboundMessage):
+        # The gateway counts the message as it stores it, with the role that it sets if there is none.
+        content = item.message.ByteSize() + (0 if item.message.role else _ROLE_BYTES)
+    if content > max_content_bytes:
+        raise InvalidRequest(
+            ErrorReason.ERROR_REASON_CONTENT_TOO_LARGE,
+            f"message: {content} bytes; at most {max_content_bytes}: send big content as a file reference",
+            {"max_content_bytes": str(max_content_bytes)},
+        )
+    if size - content > MAX_NAMES_BYTES:
+        raise InvalidRequest(
+            ErrorReason.ERROR_REASON_INVALID_REQUEST,
+            f"item: {size - content} bytes beside the message; at most {MAX_NAMES_BYTES}: shorten its names, key or "
+            "trace",
+        )
 
 
 def text_message(text: str) -> Message:

@@ -31,10 +31,13 @@ from soma_common.wakeup import WakeUp
 _METHOD: Final = f"/{DESCRIPTOR.services_by_name['ChannelService'].full_name}/Connect"
 FIRST_BACKOFF_S: Final = 0.05
 LONGEST_BACKOFF_S: Final = 2.0
+"""Between two tries to open a stream. A stream that lived as long was of use, whatever came over it."""
 WELCOME_TIMEOUT_S: Final = 10.0
 
 _RETRYABLE: Final = (Unavailable, ResourceExhausted, DeadlineExceeded, Internal)
 """Ends of a stream after which it is worth connecting again. All others need somebody to change something."""
+_ENDS: Final = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+"""What a call's `write` and `read` raise when the stream is over."""
 
 _log = structlog.get_logger(__name__)
 
@@ -45,12 +48,14 @@ class Traffic:
 
     hello: Callable[[], Hello]
     """A stream is about to be opened, what belonged to the one before is void: returns who connects."""
+    welcomed: Callable[[Welcome], None]
+    """The gateway has answered hello."""
     next_frame: Callable[[Welcome], ConnectRequest | None]
     """Returns what has gathered for the gateway; None: nothing."""
     finished: Callable[[], bool]
     """Whether the stream may be closed, once `next_frame` has nothing more."""
-    receive: Callable[[ConnectResponse], None]
-    """A frame came."""
+    receive: Callable[[ConnectResponse], bool]
+    """A frame came. Returns whether it answers something that was sent. What it raises ends the client."""
     lost: Callable[[], None]
     """The stream is gone; another follows unless `closing`."""
     failed: Callable[[SomaError], None]
@@ -72,7 +77,10 @@ class KeptStream:
         self._wake_writer = WakeUp()
         self._woken = False
         self._heard_at = self._wrote_at = 0.0
-        self._silent = False
+        self._of_use = False
+        """Whether the present stream has brought something forward, so that another is worth opening at once."""
+        self._given_up: Exception | None = None
+        """Why our own writer has cancelled the present stream."""
         self.number = 0
         """Counts the streams; the present one has this number."""
         self.welcome: Welcome | None = None
@@ -90,22 +98,32 @@ class KeptStream:
         self._wake_writer()
 
     async def run(self) -> None:
-        """Keeps a stream until `closing` or refused for good."""
+        """Keeps a stream until `closing` or refused for good. However else it ends, `failed` is told."""
+        try:
+            await self._keep()
+        except BaseException as error:
+            if not (self.closing and isinstance(error, asyncio.CancelledError)):
+                _log.exception("channel_client.failed")
+                self._traffic.failed(_failure(error))
+            if not isinstance(error, Exception):
+                raise
+
+    async def _keep(self) -> None:
         backoff = FIRST_BACKOFF_S
         while not self.closing:
+            loss: SomaError | None = None
             try:
                 await self._serve()
             except SomaError as error:
                 if not isinstance(error, _RETRYABLE):
                     self._traffic.failed(error)
                     return
-                self._tell_loss(error, backoff)
-            except Exception as error:  # noqa: BLE001 - boundary: a callback of the application
-                _log.exception("channel_client.failed")
-                self._traffic.failed(Internal(ErrorReason.ERROR_REASON_INTERNAL, _failed_callback(error)))
-                return
-            if self.welcome is not None:
+                loss = error
+            # Not with the welcome: a gateway that cannot take what is sent first would be asked again without rest.
+            if self._of_use:
                 backoff = FIRST_BACKOFF_S
+            if loss is not None:
+                self._tell_loss(loss, backoff)
             self.welcome = None
             self._traffic.lost()
             if not self.closing:
@@ -135,40 +153,51 @@ class KeptStream:
             self.trouble = ""
 
     async def _serve(self) -> None:
-        """One stream from hello to its end. Raises SomaError when it ends badly."""
+        """One stream from hello to its end. Raises SomaError when it ends badly; what the application's code raises is
+        passed on as it is.
+        """
         call: Any = self._connect()
         writer: asyncio.Task[None] | None = None
-        self._silent = False
+        loop = asyncio.get_running_loop()
+        welcomed_at: float | None = None
+        self._of_use = False
+        self._given_up = None
         try:
             self.number += 1
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                await call.write(ConnectRequest(hello=self._traffic.hello()))
-                first = await call.read()
-            if first is grpc.aio.EOF:
+            welcome = await _greeted(call, ConnectRequest(hello=self._traffic.hello()))
+            if welcome is None:
                 return
-            self.welcome = first.welcome
-            self._heard_at = self._wrote_at = asyncio.get_running_loop().time()
+            self.welcome = welcome
+            self._heard_at = self._wrote_at = welcomed_at = loop.time()
+            self._traffic.welcomed(welcome)
             self.connected.set()
             self._tell_gain()
-            writer = asyncio.get_running_loop().create_task(self._write(call, first.welcome), name="channel-writer")
-            while (frame := await call.read()) is not grpc.aio.EOF:
-                self._heard_at = asyncio.get_running_loop().time()
-                self._traffic.receive(frame)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
-        except asyncio.InvalidStateError as error:
-            raise _unavailable("the stream ended while it was opened") from error
-        except TimeoutError as error:
-            raise _unavailable("the gateway did not answer hello") from error
-        except asyncio.CancelledError as error:
-            if self._silent:  # cancelled by our own writer
-                raise _unavailable("the gateway has fallen silent") from error
-            raise
+            writer = loop.create_task(self._write(call, welcome), name="channel-writer")
+            while (frame := await self._read(call)) is not None:
+                self._heard_at = loop.time()
+                try:
+                    self._of_use |= self._traffic.receive(frame)
+                except SomaError as error:  # of a call that a callback made: it is not how this stream ends
+                    raise RuntimeError(f"a callback raised {type(error).__name__}: {error}") from error
         finally:
+            if welcomed_at is not None and loop.time() - welcomed_at >= LONGEST_BACKOFF_S:
+                self._of_use = True
             call.cancel()
             if writer is not None:
                 writer.cancel()
                 await asyncio.wait({writer})
+
+    async def _read(self, call: Any) -> ConnectResponse | None:
+        """The next frame; None: the stream has ended well. Raises SomaError when it has not."""
+        try:
+            frame = await call.read()
+        except _ENDS as error:
+            raise _end_of(error) from error
+        except asyncio.CancelledError:
+            if self._given_up is not None:
+                raise self._given_up from None
+            raise
+        return None if frame is grpc.aio.EOF else frame
 
     async def _write(self, call: Any, welcome: Welcome) -> None:
         """Sends what has gathered, a heartbeat when nothing has; gives up on a gateway that is silent for three
@@ -186,7 +215,7 @@ class KeptStream:
                         await call.done_writing()
                         return
                     if loop.time() - self._heard_at > 3 * interval:
-                        self._silent = True
+                        self._given_up = _unavailable("the gateway has fallen silent")
                         call.cancel()
                         return
                     if loop.time() - self._wrote_at < interval:
@@ -195,8 +224,11 @@ class KeptStream:
                     frame = ConnectRequest(heartbeat=True)
                 await call.write(frame)
                 self._wrote_at = loop.time()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        except _ENDS as error:
             _log.debug("channel_client.write_failed", error=repr(error))  # the reader learns how the stream ended
+        except Exception as error:  # noqa: BLE001 - a defect: the reader would go on with nobody to write
+            self._given_up = error
+            call.cancel()
         finally:
             clock.cancel()
 
@@ -235,9 +267,31 @@ class _Wakeups:
         self._wake()
 
 
-def _failed_callback(error: Exception) -> str:
+async def _greeted(call: Any, hello: ConnectRequest) -> Welcome | None:
+    """Says hello and returns the answer; None: the stream has ended well instead. Raises SomaError."""
+    try:
+        async with asyncio.timeout(WELCOME_TIMEOUT_S):
+            await call.write(hello)
+            first = await call.read()
+    except _ENDS as error:
+        raise _end_of(error) from error
+    except TimeoutError as error:
+        raise _unavailable("the gateway did not answer hello") from error
+    return None if first is grpc.aio.EOF else first.welcome
+
+
+def _end_of(error: Exception) -> SomaError:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return from_rpc_error(error)
+    return _unavailable("the stream ended while it was opened")
+
+
+def _failure(error: BaseException) -> Internal:
     # Not its repr: that of an OSError leaves out the file.
-    return f"a callback failed: {type(error).__name__}: {error}"
+    return Internal(
+        ErrorReason.ERROR_REASON_INTERNAL,
+        f"a callback or the client itself failed; the log says where: {type(error).__name__}: {error}",
+    )
 
 
 def _unavailable(message: str) -> Unavailable:

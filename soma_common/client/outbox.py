@@ -8,15 +8,21 @@ The idempotency key stays with its item, so what was stored before the stream wa
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
 from soma.common.v1.message_pb2 import Error
 from soma.gateway.v1.channel_service_pb2 import Cancel, InboundMessage
 
 Answer = Callable[[bytes, Error | None], None]
-"""Told once: the message id (16 bytes) if the item is stored, else the error."""
+"""Told once: the message id (16 bytes) if the item is stored, else the error. What it raises is logged and goes no
+further: others wait for their answers too.
+"""
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -25,7 +31,17 @@ class Sent:
 
     item: InboundMessage | Cancel
     size: int
+    """Bytes, serialized."""
     answer: Answer
+
+    def tell(self, message_id: bytes, error: Error | None) -> None:
+        """Calls `answer`. Raises nothing."""
+        try:
+            self.answer(message_id, error)
+        # A CancelledError is the application's too, that of a future it looked at: no task is cancelled within a plain
+        # call.
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - boundary: the application's own code
+            _log.exception("channel_client.answer_failed", ref=self.item.ref)
 
 
 class Outbox:
@@ -55,11 +71,11 @@ class Outbox:
         """Items that wait for their turn."""
         return len(self._unsent)
 
-    def add(self, item: InboundMessage | Cancel, answer: Answer) -> int:
-        """Queues an item and numbers it. The caller has looked at `full`."""
+    def add(self, item: InboundMessage | Cancel, size: int, answer: Answer) -> int:
+        """Queues an item of `size` bytes and numbers it. The caller has looked at `full`."""
         ref = item.ref = self._next_ref
         self._next_ref += 1
-        sent = Sent(item, item.ByteSize(), answer)
+        sent = Sent(item, size, answer)
         self._open[ref] = sent
         self._unsent.append(sent)
         return ref
@@ -89,7 +105,7 @@ class Outbox:
         """An answer came; one for an item that is not open (answered before) is ignored."""
         sent = self._open.pop(ref, None)
         if sent is not None:
-            sent.answer(message_id, error)
+            sent.tell(message_id, error)
 
     def rewind(self) -> None:
         """The stream is lost: everything unanswered is to be sent again."""
@@ -100,4 +116,4 @@ class Outbox:
         opened, self._open = self._open, {}
         self._unsent.clear()
         for sent in opened.values():
-            sent.answer(b"", error)
+            sent.tell(b"", error)

@@ -1,5 +1,9 @@
+import asyncio
+
+import pytest
 from soma.common.v1.message_pb2 import Error
 from soma.gateway.v1.channel_service_pb2 import Cancel, InboundMessage
+from structlog.testing import capture_logs
 
 from soma_common.client.outbox import Outbox
 
@@ -9,6 +13,7 @@ def filled(count: int, answers: list[tuple[bytes, Error | None]] | None = None) 
     for number in range(count):
         outbox.add(
             InboundMessage(idempotency_key=str(number)),
+            5,
             lambda message_id, error: (answers if answers is not None else []).append((message_id, error)),
         )
     return outbox
@@ -47,9 +52,9 @@ def test_one_item_goes_even_if_it_is_larger_than_a_frame() -> None:
 
 def test_a_message_behind_a_cancel_waits_for_the_next_frame() -> None:
     outbox = filled(1)
-    outbox.add(Cancel(), lambda *_: None)
-    outbox.add(Cancel(), lambda *_: None)
-    outbox.add(InboundMessage(), lambda *_: None)
+    outbox.add(Cancel(), 2, lambda *_: None)
+    outbox.add(Cancel(), 2, lambda *_: None)
+    outbox.add(InboundMessage(), 2, lambda *_: None)
     assert refs(outbox.take(10, 10, 10_000)) == [1, 2, 3]
     assert refs(outbox.take(10, 10, 10_000)) == [4]
 
@@ -61,4 +66,27 @@ def test_failing_answers_everything_once() -> None:
     outbox.fail(error)
     outbox.fail(error)
     assert answers == [(b"", error)] * 3
+    assert len(outbox) == 0
+
+
+@pytest.mark.parametrize("raised", [ValueError, TimeoutError, asyncio.CancelledError])
+def test_a_callback_that_raises_is_logged_and_the_others_are_told(raised: type[BaseException]) -> None:
+    told: list[tuple[bytes, Error | None]] = []
+
+    def fail(message_id: bytes, error: Error | None) -> None:
+        told.append((message_id, error))
+        raise raised("no")
+
+    outbox = Outbox(10)
+    for _ in range(4):
+        outbox.add(InboundMessage(), 2, fail)
+    error = Error(message="over")
+    with capture_logs() as logs:
+        outbox.answer(1, b"one", None)
+        outbox.answer(2, b"", error)
+        outbox.fail(error)
+    assert told == [(b"one", None), (b"", error), (b"", error), (b"", error)]
+    assert [(line["event"], line["ref"], line["exc_info"]) for line in logs] == [
+        ("channel_client.answer_failed", ref, True) for ref in (1, 2, 3, 4)
+    ]
     assert len(outbox) == 0
