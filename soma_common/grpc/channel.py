@@ -14,7 +14,7 @@ from soma.common.v1 import error_reason_pb2
 
 from soma_common.errors import DeadlineExceeded
 from soma_common.grpc.call_context import time_left_s
-from soma_common.grpc.service_config import load_service_config, short_name
+from soma_common.grpc.service_config import DEFAULT_UNARY_TIMEOUT_S, retries_of, short_name, timeout_of
 from soma_common.telemetry.trace import TRACEPARENT, current_trace
 
 Token = Callable[[], str]
@@ -31,8 +31,9 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """Return a channel to `target`: `host:port`, or several as `host:port,host:port` to take turns.
 
-    `service` is the peer's short name (`router`) or the full name of one of its services; it picks the timeouts and
-    retries (soma_common/grpc/service_config). `token` is asked before each call; None sends no identity. With
+    `service` is the peer's short name (`router`) or the full name of one of its services; it picks the retries
+    (soma_common/grpc/service_config). A unary call without a timeout gets its method's default from there; one that the
+    caller gives counts as it is, shorter or longer. `token` is asked before each call; None sends no identity. With
     `wait_for_ready` calls wait for the peer up to their deadline; without it they fail with UNAVAILABLE while it
     cannot be reached. An address whose health is NOT_SERVING gets no calls. Each channel has connections of its own.
     """
@@ -64,8 +65,9 @@ class _IdentifiedChannel(grpc.aio.Channel):
     async def channel_ready(self) -> None:
         await self._inner.channel_ready()
 
-    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return self._calling(self._inner.unary_unary(*args, **kwargs), has_request=True, bound=True)
+    def unary_unary(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        made = self._inner.unary_unary(method, *args, **kwargs)
+        return self._calling(made, has_request=True, bound=True, default_timeout_s=_default_timeout_s(method))
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
         return self._calling(self._inner.unary_stream(*args, **kwargs), has_request=True, bound=False)
@@ -76,8 +78,10 @@ class _IdentifiedChannel(grpc.aio.Channel):
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         return self._calling(self._inner.stream_stream(*args, **kwargs), has_request=False, bound=False)
 
-    def _calling(self, make: Any, *, has_request: bool, bound: bool) -> Any:
-        """Return a callable like `make` that adds metadata and, when `bound`, the deadline of the call being served."""
+    def _calling(self, make: Any, *, has_request: bool, bound: bool, default_timeout_s: float | None = None) -> Any:
+        """Return a callable like `make` that adds metadata, `default_timeout_s` to a call without a timeout and, when
+        `bound`, the deadline of the call being served.
+        """
 
         def call(
             request: Any = None,
@@ -87,6 +91,8 @@ class _IdentifiedChannel(grpc.aio.Channel):
             wait_for_ready: bool | None = None,
             **kwargs: Any,
         ) -> Any:
+            if timeout is None:
+                timeout = default_timeout_s
             if bound:
                 timeout = _shorter(timeout, time_left_s())
             wait = self._wait_for_ready if wait_for_ready is None else wait_for_ready
@@ -112,6 +118,12 @@ def call_metadata(token: Token | None, given: Any) -> tuple[tuple[str, str | byt
     return tuple(metadata)
 
 
+def _default_timeout_s(path: str | bytes) -> float:
+    """The timeout of a unary method, named as `/soma.router.v1.TurnService/GetTurn`, for callers that give none."""
+    _, service, method = (path.decode() if isinstance(path, bytes) else path).split("/")
+    return timeout_of(service, method) or DEFAULT_UNARY_TIMEOUT_S
+
+
 def _shorter(timeout: float | None, left: float | None) -> float | None:
     if left is None:
         return timeout
@@ -132,7 +144,7 @@ def _options(service: str, max_message_bytes: int) -> list[tuple[str, Any]]:
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": ""},
         "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
-        **load_service_config(service),
+        **retries_of(service),
     }
     return [
         ("grpc.service_config", json.dumps(config)),

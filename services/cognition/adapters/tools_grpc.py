@@ -14,9 +14,16 @@ from soma.common.v1 import message_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
 from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
 
-from services.cognition.application.ports import Invocation, ToolDescription
+from services.cognition.application.ports import Invocation, NotBegun, ToolDescription
 from services.cognition.domain.conversation import to_dict
-from soma_common.errors import DeadlineExceeded, Unavailable, from_rpc_error
+from soma_common.errors import (
+    STATUS_DETAILS_KEY,
+    DeadlineExceeded,
+    ResourceExhausted,
+    SomaError,
+    Unavailable,
+    from_rpc_error,
+)
 
 PAGE_SIZE: Final = 200
 LIST_TIMEOUT_S: Final = 5.0
@@ -25,6 +32,15 @@ MEMORY_S: Final = 30.0
 AGAIN_S: Final = 5.0
 """How long an old memory is used before a gateway that did not answer is asked again: not every turn waits for it."""
 MEMORY_TENANTS: Final = 1024
+
+_NOT_SENT: Final = ("connections to all backends failing", "errors resolving ")
+"""How gRPC begins what it says of a call for which it had no connection. It has no code for that; with other words from
+another release a call counts as one that may have begun, which is never wrong. It speaks of the last try only, so that
+InvokeTool must not be retried by gRPC (soma_common/grpc/service_config/toolgw.json)."""
+
+
+_KEY_METADATA: Final = "idempotency_key"
+"""Names the call in the errors of the tool gateway that speak of one it knows."""
 
 
 class GrpcTools:
@@ -65,7 +81,8 @@ class GrpcTools:
     async def invoke(
         self, invocation: Invocation, timeout_s: float
     ) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
-        """Runs a tool under its key. Raises SomaError if the gateway gave no answer."""
+        """Runs a tool under its key. Raises SomaError if the gateway gave no answer, NotBegun if it never got the
+        call."""
         request = toolgw.InvokeToolRequest(
             session=invocation.session,
             tool=invocation.tool,
@@ -77,7 +94,7 @@ class GrpcTools:
         try:
             response = await self._stub.InvokeTool(request, timeout=timeout_s)
         except aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+            raise _no_answer(error) from error
         return response.result, response.error if response.HasField("error") else None
 
     async def _list(self, tenant: str) -> Mapping[str, ToolDescription]:
@@ -103,6 +120,24 @@ class GrpcTools:
         if len(self._known) > MEMORY_TENANTS:
             self._known.popitem(last=False)
         return tools
+
+
+def _no_answer(error: aio.AioRpcError) -> SomaError:
+    """The error of a call that brought no answer; NotBegun if that is known."""
+    failed = from_rpc_error(error)
+    is_of_gateway = any(key == STATUS_DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    if isinstance(failed, ResourceExhausted) and (not is_of_gateway or _KEY_METADATA in failed.metadata):
+        # gRPC's own, also of a call that was cut off; or there is no place to wait for a call that was begun.
+        return Unavailable(
+            reasons.ERROR_REASON_SERVICE_UNAVAILABLE, failed.message, failed.metadata, failed.retry_delay_s
+        )
+    if not isinstance(failed, Unavailable):
+        return failed
+    is_refused = is_of_gateway and failed.reason == reasons.ERROR_REASON_DRAINING
+    is_not_sent = not is_of_gateway and (error.details() or "").startswith(_NOT_SENT)
+    if is_refused or is_not_sent:
+        return NotBegun(failed.reason, failed.message, failed.metadata, failed.retry_delay_s)
+    return failed
 
 
 class NoTools:

@@ -2,28 +2,47 @@
 
 Whatever goes wrong becomes a result that tells the model so: a tool that fails does not end the turn. Only two things
 are waited out here: a gateway that does not answer, or refuses for now, is asked again under the same key until the
-step's time is over.
+step's time is over. A model that is told that a tool could not be called will call it again, under another key: so it
+is told that only if no try can have begun the call, here or in a brain before this one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Final
 
 from google.protobuf import struct_pb2
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
 
-from services.cognition.application.ports import Invocation, Tools
-from services.cognition.application.retrying import Backoff, retrying
+from services.cognition.application.ports import Invocation, NotBegun, Tools
+from services.cognition.application.retrying import PASSING, Backoff, retrying
 from services.cognition.domain.turn import STEP_FORMAT, check_depth
-from soma_common.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, SomaError, Unavailable, to_proto
+from soma_common.errors import (
+    AlreadyExists,
+    Conflict,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    ResourceExhausted,
+    SomaError,
+    Unavailable,
+    to_proto,
+)
 from soma_common.ids import call_key
 from soma_common.telemetry.by_reason import EndCounter
 from soma_common.telemetry.metrics import counter
 
 _ENDS = EndCounter(counter("soma_cognition_tool_calls_total", "Tool calls of turns, by how they ended.", ["result"]))
+
+_ASKED_AGAIN: Final = (*PASSING, DeadlineExceeded)
+"""A deadline that is over before the step's is somebody else's on the way: the call goes on, and its key finds it."""
+
+_OF_THE_KEY: Final = (Conflict, AlreadyExists, InvalidRequest)
+"""Refusals that hold for every try under the key, for one before them too."""
 
 
 class ToolCaller:
@@ -87,20 +106,29 @@ class ToolCaller:
             turn_id=start.turn_id,
             step=step,
         )
-
-        refused: list[SomaError] = []
+        # Another brain may have asked already, if the reply was journaled before this one was given the turn.
+        may_have_begun = step <= len(start.journal)
 
         async def once(_: int) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
+            nonlocal may_have_begun
             try:
                 return await self._tools.invoke(invocation, max(0.001, deadline - loop.time()))
-            except Unavailable as error:
-                refused.append(error)
+            except (NotBegun, ResourceExhausted):
+                raise
+            except (Unavailable, DeadlineExceeded, Internal):
+                may_have_begun = True
                 raise
 
         try:
-            return await retrying(once, backoff=self._backoff, deadline=deadline)
-        except (Unavailable, DeadlineExceeded) as error:
-            raise _unreachable(call.tool) if refused else _unanswered(call.tool) from error
+            return await retrying(once, backoff=self._backoff, deadline=deadline, passing=_ASKED_AGAIN)
+        except _OF_THE_KEY:
+            raise
+        except SomaError as error:
+            if may_have_begun:
+                raise _unanswered(call.tool) from error
+            if isinstance(error, Unavailable):
+                raise _unreachable(call.tool) from error
+            raise
 
 
 def _step_of(results: Sequence[turn_pb2.ToolResult]) -> turn_pb2.StepBody:
@@ -130,10 +158,10 @@ def _unreachable(tool: str) -> SomaError:
 
 
 def _unanswered(tool: str) -> SomaError:
-    """Nobody knows whether the tool ran after we stopped waiting; to say "it failed" would invite a second try."""
+    """Nobody knows whether the tool ran; to say "it failed" would invite a second try."""
     return Conflict(
         reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN,
-        f"{tool} did not answer in the time a step may take; it may have run or may still run",
+        f"{tool} was called, but its answer did not come; it may have run or may still run",
     )
 
 

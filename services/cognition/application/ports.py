@@ -16,7 +16,7 @@ from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import message_pb2, turn_pb2
 
 from services.cognition.domain.conversation import Conversation, Json
-from soma_common.errors import FailedPrecondition, SomaError
+from soma_common.errors import FailedPrecondition, SomaError, Unavailable
 
 Outgoing: TypeAlias = cognition.Proposal | cognition.TurnText | cognition.StopTurn | cognition.RunTurnsResponse
 """What goes to a router: steps, text, declined turns, and frames with a heartbeat or draining notice to merge in."""
@@ -118,6 +118,11 @@ class Invocation:
     step: int
 
 
+class NotBegun(Unavailable):
+    """A call of a tool did not reach the tool gateway, or was refused there before anything was begun: this try had no
+    effect and will have none. A plain `Unavailable` leaves that open."""
+
+
 class Tools(Protocol):
     """The tool gateway."""
 
@@ -128,7 +133,10 @@ class Tools(Protocol):
     async def invoke(
         self, invocation: Invocation, timeout_s: float
     ) -> tuple[struct_pb2.Value, message_pb2.Error | None]:
-        """Runs a tool: its result, or the error it failed with. Raises SomaError if the gateway gave no answer."""
+        """Runs a tool: its result, or the error it failed with. Raises SomaError if the gateway gave no answer:
+        Unavailable, DeadlineExceeded and Internal if it is not known whether the try did anything, NotBegun and the
+        others if it did nothing.
+        """
         ...
 
 

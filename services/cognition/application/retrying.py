@@ -6,11 +6,14 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from soma_common.errors import ResourceExhausted, SomaError, Unavailable
 
 T = TypeVar("T")
+
+PASSING: Final[tuple[type[SomaError], ...]] = (Unavailable, ResourceExhausted)
+"""Errors that may pass with a retry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +36,19 @@ async def retrying(
     deadline: float,
     attempts: int | None = None,
     may_retry: Callable[[], bool] = lambda: True,
+    passing: tuple[type[SomaError], ...] = PASSING,
 ) -> T:
     """Calls `attempt` with 1, 2, ... until one succeeds.
 
-    Gives up with the last error when it is not of a kind that may pass (`Unavailable`, `ResourceExhausted`), after
-    `attempts` tries, when `may_retry` says no, or when the next wait would reach `deadline` (the loop's clock). It
-    does not cut an attempt short: the caller owns the timeout.
+    Gives up with the last error when it is not of a kind that may pass (`passing`), after `attempts` tries, when
+    `may_retry` says no, or when the next wait would reach `deadline` (the loop's clock). It does not cut an attempt
+    short: the caller owns the timeout.
     """
     number = 1
     while True:
         try:
             return await attempt(number)
-        except (Unavailable, ResourceExhausted) as error:
+        except passing as error:
             wait_s = backoff.wait_s(number, error)
             over = asyncio.get_running_loop().time() + wait_s >= deadline
             if over or number == attempts or not may_retry():

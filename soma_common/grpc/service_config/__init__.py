@@ -1,7 +1,9 @@
 """Timeouts and retries per method, as data: one `<service>.json` per service in gRPC's service-config format.
 
-The channel gives the file to gRPC, the server reads the timeouts from it for calls that come without a deadline.
-Only unary, idempotent methods retry, and only on UNAVAILABLE; long-lived streams have neither timeout nor retry.
+A timeout is a default: the channel takes it for calls that are made without one, the server for calls that come
+without a deadline. The retries are gRPC's own (`retries_of`). Only unary, idempotent methods retry, and only on
+UNAVAILABLE; long-lived streams have neither timeout nor retry. InvokeTool has no retry here: the brain asks again by
+itself, and has to know of each try how it failed.
 """
 
 import json
@@ -23,9 +25,20 @@ def load_service_config(service: str) -> dict[str, Any]:
     return config
 
 
+def retries_of(service: str) -> dict[str, Any]:
+    """Return the service config of `service` as gRPC gets it: without the timeouts. gRPC takes the smaller of such a
+    timeout and the call's own, so that no caller could allow more.
+    """
+    config = load_service_config(service)
+    entries = [
+        {key: value for key, value in entry.items() if key != "timeout"} for entry in config.get("methodConfig", [])
+    ]
+    return {**config, "methodConfig": [entry for entry in entries if entry.keys() != {"name"}]}
+
+
 def timeout_of(full_service: str, method: str) -> float | None:
-    """Return the timeout in seconds that the config names for a method, the service's if it names none itself, else
-    None.
+    """Return the default timeout in seconds that the config names for a method, the service's if it names none itself,
+    else None.
     """
     timeouts: dict[tuple[str, str], float] = {}
     for entry in load_service_config(short_name(full_service)).get("methodConfig", []):

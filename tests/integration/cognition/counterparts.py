@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf import struct_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from soma.cognition.v1 import cognition_service_pb2 as cognition
 from soma.cognition.v1 import cognition_service_pb2_grpc as cognition_grpc
 from soma.common.v1 import error_reason_pb2 as reasons
@@ -18,6 +19,7 @@ from soma.common.v1 import message_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
 from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
 
+from soma_common.errors import SomaError, to_status
 from tests.streams import write
 
 WAIT_S = 10.0
@@ -168,7 +170,8 @@ Behaviour = Callable[[toolgw.InvokeToolRequest], Awaitable[toolgw.InvokeToolResp
 class ToolGateway(toolgw_grpc.ToolServiceServicer):
     """A tool gateway that keeps its promise (at most once per key) and counts: `asked` calls, `effects` runs.
 
-    `behaviour` is what a tool does; `statuses` are answered, in order, instead of serving a call.
+    `behaviour` is what a tool does; `statuses` are answered, in order, instead of serving a call: a code alone as gRPC
+    or a proxy would send it, an error as the gateway does. `time_left` are the deadlines of the calls, in seconds.
     """
 
     def __init__(self) -> None:
@@ -177,7 +180,8 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
         self.requests: list[toolgw.InvokeToolRequest] = []
         self.lists = 0
         self.behaviour: Behaviour = answer_with(391.0)
-        self.statuses: list[grpc.StatusCode] = []
+        self.statuses: list[grpc.StatusCode | SomaError] = []
+        self.time_left: list[float | None] = []
         self.list_statuses: list[grpc.StatusCode] = []
         self._stored: dict[str, toolgw.InvokeToolResponse] = {}
         self._server: grpc.aio.Server | None = None
@@ -213,8 +217,12 @@ class ToolGateway(toolgw_grpc.ToolServiceServicer):
         key = request.idempotency_key
         self.asked[key] += 1
         self.requests.append(request)
+        self.time_left.append(context.time_remaining())
         if self.statuses:
-            await context.abort(self.statuses.pop(0), "scripted")
+            status = self.statuses.pop(0)
+            if isinstance(status, SomaError):
+                await context.abort_with_status(rpc_status.to_status(to_status(status)))
+            await context.abort(status, "scripted")
         if key not in self._stored:
             self.effects[key] += 1
             self._stored[key] = await self.behaviour(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import openai
@@ -16,7 +17,7 @@ from services.cognition.adapters.models.openai_chat import OpenAIChat, open_endp
 from services.cognition.application.ports import CallOrigin, ModelAnswer, ModelRequest, ToolDescription
 from services.cognition.domain.conversation import Conversation
 from services.cognition.settings import CognitionSettings
-from soma_common.errors import FailedPrecondition, SomaError
+from soma_common.errors import FailedPrecondition, SomaError, to_proto
 from soma_common.settings import StartRefused
 from soma_common.testing.model_server import (
     CallTools,
@@ -198,6 +199,21 @@ async def test_every_failure_has_its_reason(
         assert failed.value.retry_delay_s == 7
 
 
+@pytest.mark.parametrize(
+    ("asked_s", "passed_on_s"),
+    [("inf", 86_400.0), ("1e300", 86_400.0), ("90000", 86_400.0), ("nan", None), ("-5", 0.0), ("0", 0.0), ("7", 7.0)],
+)
+async def test_the_wait_an_endpoint_asks_for_is_one_that_an_error_can_hold(
+    model_server: ModelServer, asked_s: str, passed_on_s: float | None
+) -> None:
+    model_server.script(Fail(429, retry_after_s=float(asked_s)))
+    with pytest.raises(SomaError) as failed:
+        await ask(model_server)
+    assert failed.value.reason == reasons.ERROR_REASON_MODEL_RATE_LIMITED
+    assert failed.value.retry_delay_s == passed_on_s
+    assert to_proto(failed.value).retry_delay_ms == (passed_on_s or 0) * 1000
+
+
 async def test_an_endpoint_that_falls_silent_in_the_middle_is_a_timeout(model_server: ModelServer) -> None:
     model_server.script(Say("one two three", delay_s=5))
     with pytest.raises(SomaError) as failed:
@@ -284,6 +300,7 @@ async def test_what_may_pass_is_tried_again_in_the_same_step(
         (Fail(503), reasons.ERROR_REASON_MODEL_UNAVAILABLE, 3),
         (Fail(401), reasons.ERROR_REASON_MODEL_UNAUTHENTICATED, 1),
         (Fail(429, retry_after_s=3600), reasons.ERROR_REASON_MODEL_RATE_LIMITED, 1),
+        (Fail(429, retry_after_s=math.inf), reasons.ERROR_REASON_MODEL_RATE_LIMITED, 1),
         (Cut(words=2), reasons.ERROR_REASON_MODEL_UNAVAILABLE, 1),
         (Hang(), reasons.ERROR_REASON_MODEL_TIMEOUT, 1),
         (Say(""), reasons.ERROR_REASON_MODEL_REJECTED, 1),

@@ -12,8 +12,9 @@ from soma.common.v1 import turn_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
 
 from services.cognition.adapters.tools_grpc import GrpcTools
-from soma_common.errors import Unavailable
+from soma_common.errors import Conflict, NotFound, ResourceExhausted, SomaError, Unavailable
 from soma_common.failpoints import arm_failpoints
+from soma_common.grpc import service_config
 from soma_common.ids import call_key
 from soma_common.testing.model_server import CallTools, ModelServer, Say, ToolRequest
 from tests.integration.cognition.conftest import RunningBrain, StartBrain
@@ -80,7 +81,7 @@ async def test_a_tool_the_agent_may_not_use_is_refused_here(
 async def test_a_gateway_that_is_away_is_asked_again_under_the_same_key(
     router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
 ) -> None:
-    tool_gateway.statuses = [grpc.StatusCode.UNAVAILABLE] * 4 + [grpc.StatusCode.RESOURCE_EXHAUSTED]
+    tool_gateway.statuses = [*[grpc.StatusCode.UNAVAILABLE] * 4, grpc.StatusCode.RESOURCE_EXHAUSTED]
     (result,) = await run(router, model_server)
     assert result.result.number_value == 391
     assert tool_gateway.asked == {KEY: 6}
@@ -90,10 +91,134 @@ async def test_a_gateway_that_is_away_is_asked_again_under_the_same_key(
 async def test_a_gateway_that_stays_away_is_a_result_too(
     router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
 ) -> None:
-    tool_gateway.statuses = [grpc.StatusCode.UNAVAILABLE] * 1000
-    (result,) = await run(router, model_server, step_timeout_ms=2500)
+    """Nothing can have begun, so the model may be told that, and may call again."""
+    model_server.script(CALL, Say("done"))
+    router.confirming = False
+    await router.start(stories.start("go", step_timeout_ms=1500, **MODEL))
+    proposal = await router.proposal()
+    await tool_gateway.stop()
+    await asyncio.sleep(0.3)  # until the brain has noticed: what it sends before may have arrived
+    await router.confirm(proposal)
+    router.confirming = True
+    await router.confirm(await router.proposal(2))
+    assert answer_of(await router.ending()) == "done"
+    (result,) = results_of(router)
     assert result.error.reason == reasons.ERROR_REASON_SERVICE_UNAVAILABLE
+    assert "could not be called" in result.error.message
+    assert not tool_gateway.asked
+
+
+DRAINING = Unavailable(reasons.ERROR_REASON_DRAINING, "this instance is shutting down")
+FULL = ResourceExhausted(reasons.ERROR_REASON_QUEUE_FULL, "this one was not begun")
+NO_PLACE_TO_WAIT = ResourceExhausted(
+    reasons.ERROR_REASON_QUEUE_FULL, "the call was begun and may be running", {"idempotency_key": KEY}
+)
+GONE = NotFound(reasons.ERROR_REASON_TOOL_NOT_FOUND, "the agent has no such tool")
+CANCELLED = Conflict(reasons.ERROR_REASON_TOOL_CANCELLED, "cancelled before it ran")
+BROKEN = grpc.StatusCode.UNAVAILABLE
+"""What a call gets whose connection breaks, before or after the tool began."""
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        # Every try is known to have done nothing.
+        (DRAINING, DRAINING, reasons.ERROR_REASON_SERVICE_UNAVAILABLE),
+        (FULL, FULL, reasons.ERROR_REASON_QUEUE_FULL),
+        (DRAINING, GONE, reasons.ERROR_REASON_TOOL_NOT_FOUND),
+        # One may have begun the call, whatever is said of the others.
+        (BROKEN, BROKEN, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (BROKEN, DRAINING, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (DRAINING, BROKEN, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (BROKEN, FULL, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (BROKEN, GONE, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (NO_PLACE_TO_WAIT, FULL, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, FULL, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, FULL, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        (grpc.StatusCode.INTERNAL, FULL, reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN),
+        # This is said of the key, and so of every try.
+        (BROKEN, CANCELLED, reasons.ERROR_REASON_TOOL_CANCELLED),
+    ],
+    ids=str,
+)
+async def test_a_tool_could_not_be_called_only_if_no_try_can_have_begun_the_call(
+    router: ScriptedRouter,
+    model_server: ModelServer,
+    tool_gateway: ToolGateway,
+    first: grpc.StatusCode | SomaError,
+    then: grpc.StatusCode | SomaError,
+    told: reasons.ErrorReason.ValueType,
+) -> None:
+    tool_gateway.statuses = [first, *[then] * 1000]
+    (result,) = await run(router, model_server, step_timeout_ms=500)
+    assert result.error.reason == told
     assert set(tool_gateway.asked) == {KEY}
+
+
+async def test_a_gateway_that_dies_with_the_call_leaves_an_unknown_outcome(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    began = asyncio.Event()
+
+    async def hang(_: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:
+        began.set()
+        await asyncio.sleep(60)
+        raise AssertionError("unreachable")
+
+    tool_gateway.behaviour = hang
+    model_server.script(CALL, Say("done"))
+    await router.start(stories.start("go", step_timeout_ms=1500, **MODEL))
+    await began.wait()
+    await tool_gateway.stop()
+    assert answer_of(await router.ending()) == "done"
+    (result,) = results_of(router)
+    assert result.error.reason == reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN
+    assert tool_gateway.effects == {KEY: 1}
+
+
+async def test_what_a_brain_before_this_one_may_have_begun_has_an_unknown_outcome(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    tool_gateway.statuses = [DRAINING] * 1000
+    model_server.script(Say("done"))
+    journal = [stories.reply("calculate", seen=1)]
+    await router.start(stories.start("go", journal=journal, dispatch=2, step_timeout_ms=500, **MODEL))
+    assert answer_of(await router.ending()) == "done"
+    (result,) = turn_pb2.StepBody.FromString(router.proposals[0].body).tool_results.results
+    assert result.error.reason == reasons.ERROR_REASON_TOOL_OUTCOME_UNKNOWN
+
+
+async def test_a_deadline_that_is_over_before_the_steps_is_no_end(
+    router: ScriptedRouter, model_server: ModelServer, tool_gateway: ToolGateway
+) -> None:
+    tool_gateway.statuses = [grpc.StatusCode.DEADLINE_EXCEEDED] * 2
+    (result,) = await run(router, model_server)
+    assert result.result.number_value == 391
+    assert tool_gateway.asked == {KEY: 3}
+
+
+async def test_a_call_may_take_as_long_as_its_step(
+    start_brain: StartBrain, model_server: ModelServer, tool_gateway: ToolGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than what a call has by default: the gateway's wait is for callers that do not say how long they wait."""
+    invoke = {"service": "soma.toolgw.v1.ToolService", "method": "InvokeTool"}
+    config = {"methodConfig": [{"name": [invoke], "timeout": "0.3s"}]}
+    monkeypatch.setattr(service_config, "load_service_config", lambda _: config)
+    answer = tool_gateway.behaviour
+
+    async def answer_late(request: toolgw.InvokeToolRequest) -> toolgw.InvokeToolResponse:
+        await asyncio.sleep(1)
+        return await answer(request)
+
+    tool_gateway.behaviour = answer_late
+    brain = await start_brain()
+    async with brain.router() as router:
+        (result,) = await run(router, model_server, step_timeout_ms=3_600_000, turn_timeout_ms=3_600_000)
+    assert result.result.number_value == 391
+    assert tool_gateway.asked == {KEY: 1}
+    (left_s,) = tool_gateway.time_left
+    assert left_s is not None
+    assert 3500 < left_s <= 3600
 
 
 async def test_a_gateway_that_restarts_is_found_again(

@@ -17,6 +17,7 @@ from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
 
 from soma_common.authz.tokens import load_token
 from soma_common.errors import from_rpc_error, reason_name
+from soma_common.grpc import service_config
 from soma_common.grpc.channel import open_channel
 from soma_common.settings import ServiceSettings
 from soma_common.testing.auth import Identities
@@ -108,6 +109,48 @@ async def test_an_idempotent_call_is_tried_again_when_the_peer_is_unavailable(st
     async with stack.channel() as channel:
         await ToolServiceStub(channel).ListTools(DEMO)
     assert len(stack.tools.requests) == 3
+
+
+@pytest.fixture
+def brief_default(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Channels that are opened now take a default of so many seconds for ListTools; the server, which is slower than
+    that, keeps its own."""
+    brief_s = 0.3
+    name = {"service": "soma.toolgw.v1.ToolService", "method": "ListTools"}
+    config = {"methodConfig": [{"name": [name], "timeout": f"{brief_s}s"}]}
+    monkeypatch.setattr(service_config, "load_service_config", lambda _: config)
+    stack.tools.behave = lambda: asyncio.sleep(2 * brief_s)
+    return brief_s
+
+
+async def test_a_call_may_take_longer_than_its_methods_default(stack: Stack, brief_default: float) -> None:
+    async with stack.channel() as channel:
+        await ToolServiceStub(channel).ListTools(DEMO, timeout=20)
+    (left_s,) = stack.tools.time_left
+    assert left_s is not None
+    assert left_s > 10
+
+
+async def test_a_call_may_take_less_than_its_methods_default(stack: Stack) -> None:
+    stack.tools.behave = lambda: asyncio.sleep(3)
+    async with stack.channel() as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await ToolServiceStub(channel).ListTools(DEMO, timeout=0.3)
+    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+@pytest.mark.parametrize("service", ["toolgw", "cognition"])
+async def test_a_call_without_a_timeout_has_its_methods_default(
+    stack: Stack, brief_default: float, service: str
+) -> None:
+    """Whatever service the channel was opened for: a peer that does not answer must not keep its callers."""
+    async with open_channel(stack.address, token=stack.identities.bearer(), service=service) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await ToolServiceStub(channel).ListTools(DEMO)
+    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    (left_s,) = stack.tools.time_left
+    assert left_s is not None
+    assert left_s <= brief_default
 
 
 async def test_nothing_else_is_tried_again(stack: Stack) -> None:

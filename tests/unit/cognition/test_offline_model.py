@@ -75,6 +75,49 @@ async def test_it_calls_the_tool_that_the_text_asks_for(said: str, tool: str, ar
     assert pieces == []
 
 
+LONGEST = 256 * 1024
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(" * LONGEST,
+        "." * LONGEST,
+        "1 " * (LONGEST // 2) + "a",
+        "what " * (LONGEST // 5),
+        "what time " * (LONGEST // 10),
+        "show " * (LONGEST // 5),
+        "what did i " * (LONGEST // 11),
+        "remember" + " " * (LONGEST - 8),
+        " " * LONGEST,
+        "please " * (LONGEST // 7),
+        "1" + " " * 900 + "+" + " " * 900 + "*1",
+    ],
+    ids=lambda said: f"{said[:12]!r} {len(said)}",
+)
+async def test_no_text_keeps_the_brain_from_everything_else(said: str) -> None:
+    """The guard is the timeout: patterns that go over the whole text from each of its places would take an hour."""
+    answer, _ = await ask(*[said] * 4)
+    assert answer.text or answer.calls
+
+
+def test_it_looks_at_the_beginning_of_a_text() -> None:
+    assert wish_of("what is 1+1? " + "a" * LONGEST) == wish_of("what is 1+1?")
+    assert wish_of("a " * 1000 + "what is 1+1?") is None
+
+
+def test_a_sum_that_goes_on_beyond_the_beginning_is_not_cut() -> None:
+    assert len(expression_of("1" + "+1" * 999)) == 1999
+    assert expression_of("1" + "+1" * 2000) == ""
+
+
+def test_a_note_is_kept_whole() -> None:
+    wish = wish_of("remember that " + "milk " * 1000)
+    assert wish is not None
+    assert wish.argument == ("milk " * 1000).strip()
+
+
 @pytest.mark.parametrize("said", ["I was born in 1987", "see you on 2026-11-20", "call 555-abc", "version 3.11", "ok"])
 def test_what_is_no_arithmetic_is_left_alone(said: str) -> None:
     assert expression_of(said) == ""

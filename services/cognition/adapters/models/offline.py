@@ -30,16 +30,24 @@ INTRODUCTION: Final = (
 _MOST_CALLS: Final = 16
 """Tools it calls at once; more wait for the next reply."""
 
-_EXPRESSION: Final = re.compile(r"[-+]?[\d.(][\d\s.,()+\-*/^%x\xd7\xf7]*[\d)]")
-_OPERATOR: Final = re.compile(r"\d\s*\)?\s*(?:[+\-*/^%x\xd7\xf7]|\*\*)\s*\(?\s*[-+]?[\d.(]")
+_READ_CHARS: Final = 2000
+"""How much of a text the rules look at, in characters. They run on the event loop, which everything else of the brain
+waits for meanwhile, and what they look for stands at the beginning."""
+
+# Each pattern takes time linear in the text: no repetition is tried again with fewer, and none from each place of what
+# it repeats.
+_CALCULUS: Final = re.compile(r"[\d\s.,()+\-*/^%x\xd7\xf7]+")
+_BEGIN: Final = re.compile(r"[-+]?[\d.(]")
+_OPERATOR: Final = re.compile(r"\d\s*+\)?+\s*+(?:[+\-*/^%x\xd7\xf7]|\*\*)\s*+[-+]?[\d.(]")
 _REMEMBER: Final = re.compile(
     r"^\W*(?:please\s+)?(?:remember|note|keep in mind)\b(?:\s+that\b)?[\s:,]*(?P<note>.+)", re.I | re.S
 )
-_RECALL: Final = re.compile(
-    r"\b(?:what|which|tell me|show|list|recall)\b.*\b(?:remember|remembered|notes?|noted|recall)\b|\bdo you remember\b",
-    re.I,
-)
-_TIME: Final = re.compile(r"\bwhat(?:'s| is)?\b.*\b(?:time|date|day)\b|\bwhat time\b|\bcurrent (?:time|date)\b", re.I)
+_ASKS: Final = re.compile(r"\b(?:what|which|tell me|show|list|recall)\b", re.I)
+_OF_NOTES: Final = re.compile(r"\b(?:remember|remembered|notes?|noted|recall)\b", re.I)
+_RECALL: Final = re.compile(r"\bdo you remember\b", re.I)
+_WHAT: Final = re.compile(r"\bwhat(?:'s| is)?\b", re.I)
+_OF_TIME: Final = re.compile(r"\b(?:time|date|day)\b", re.I)
+_TIME: Final = re.compile(r"\bcurrent (?:time|date)\b", re.I)
 _FIRST: Final = re.compile(r"\bwhat did i (?:\w+ ){1,3}first\b|\bmy first message\b", re.I)
 _LAST: Final = re.compile(r"\bwhat did i (?:just|last)\b|\bwhat did i say before\b|\bmy last message\b", re.I)
 _COUNT: Final = re.compile(r"\bhow many (?:messages|times|things)\b", re.I)
@@ -93,25 +101,42 @@ class OfflineModel:
 
 
 def wish_of(text: str) -> _Wish | None:
-    """The tool a text asks for, or None if it asks for none."""
-    recalls = _RECALL.search(text)
-    if not recalls and (remember := _REMEMBER.match(text)):
-        return _Wish("remember_note", remember["note"].strip().rstrip("."), "note")
+    """The tool a text asks for at its beginning, or None if it asks for none. A note is all that follows."""
+    head = text[:_READ_CHARS]
+    recalls = _RECALL.search(head) or _asks(head, _ASKS, _OF_NOTES)
+    if not recalls and (remember := _REMEMBER.match(head)):
+        return _Wish("remember_note", text[remember.start("note") :].strip().rstrip("."), "note")
     if recalls:
         return _Wish("recall_notes")
     expression = expression_of(text)
     if expression:
         return _Wish("calculate", expression, "expression")
-    return _Wish("current_time") if _TIME.search(text) else None
+    return _Wish("current_time") if _TIME.search(head) or _asks(head, _WHAT, _OF_TIME) else None
+
+
+def _asks(text: str, asks: re.Pattern[str], about: re.Pattern[str]) -> bool:
+    """Whether a line asks and goes on about something."""
+    return any((asked := asks.search(line)) and about.search(line, asked.end()) for line in text.split("\n"))
 
 
 def expression_of(text: str) -> str:
-    """The arithmetic in a text, as a calculator reads it; empty if there is none. A date or a lone number is none."""
-    for match in _EXPRESSION.finditer(text):
-        found = match.group().strip()
+    """The arithmetic at the beginning of a text, as a calculator reads it; empty if there is none. A date or a lone
+    number is none, nor is what goes on beyond what is looked at: half of a sum has another value."""
+    head = text[:_READ_CHARS]
+    for match in _CALCULUS.finditer(head):
+        if match.end() == _READ_CHARS < len(text):
+            break
+        found = _trimmed(match.group())
         if _OPERATOR.search(found) and not re.fullmatch(r"\d{4}-\d{1,2}-\d{1,2}", found):
             return found.translate(_SIGNS).replace("^", "**")
     return ""
+
+
+def _trimmed(calculus: str) -> str:
+    """From the first number or parenthesis, with its sign, to the last; empty if there are not two."""
+    begin = _BEGIN.search(calculus)
+    end = max((place for place, sign in enumerate(calculus) if sign == ")" or sign.isdecimal()), default=-1)
+    return calculus[begin.start() : end + 1] if begin is not None and end >= begin.end() else ""
 
 
 def _call_for(text: str, tools: Sequence[ToolDescription]) -> RequestedCall | None:
@@ -131,8 +156,9 @@ def _reply(text: str, said: Sequence[str], tools: Sequence[ToolDescription]) -> 
 
 def talk(text: str, said: Sequence[str], tools: Sequence[ToolDescription]) -> str:
     """An answer without tools, from the text and what the user said before (oldest first)."""
+    head = text[:_READ_CHARS]
     for pattern, reply in _INTENTS:
-        if pattern.search(text):
+        if pattern.search(head):
             return reply(said, tools)
     return f'You said: "{_shortened(text)}". {_abilities(tools)}'
 

@@ -12,6 +12,7 @@ left.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, cast
@@ -53,6 +54,8 @@ _DATA: Final = "data:"
 _DONE: Final = "[DONE]"
 _CONTEXT_WORDS: Final = ("context length", "context_length", "context window", "maximum context", "too many tokens")
 _MAX_QUOTED: Final = 300
+_MAX_RETRY_AFTER_S: Final = 86_400.0
+"""Longest wait that is passed on, in seconds: an error's fields cannot hold all that a header can, such as `inf`."""
 _KEY: Final = re.compile(r"[\x21-\x7e]+")
 """What a header can carry. The errors of the libraries about any other key quote it."""
 _TOLD_EVERY_S: Final = 10.0
@@ -365,11 +368,12 @@ def _is_context_too_long(code: str | None, message: str) -> bool:
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:
-    """The wait the endpoint asks for, in seconds; dates, which hardly any sends, are not read."""
+    """The wait the endpoint asks for, in seconds, a day at most; dates, which hardly any sends, are not read."""
     try:
-        return max(0.0, float(response.headers.get("retry-after", "")))
+        asked_s = float(response.headers.get("retry-after", ""))
     except ValueError:
         return None
+    return None if math.isnan(asked_s) else min(max(0.0, asked_s), _MAX_RETRY_AFTER_S)
 
 
 def _quote(said: str) -> str:
