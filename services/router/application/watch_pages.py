@@ -21,6 +21,7 @@ from soma_common import ids
 from soma_common.clock import monotonic
 
 if TYPE_CHECKING:
+    from services.router.application.live_waiting import WaitingTurns
     from services.router.application.read_sessions import SessionRow, StepRow, TurnRow
     from services.router.application.state import RouterState
     from services.router.domain.partition import Partition
@@ -64,9 +65,12 @@ class WatchStore(Protocol):
 class WatchPages:
     """Answers watchers' questions about a partition that is ours."""
 
-    def __init__(self, state: RouterState, store: WatchStore, page_bytes: int = PAGE_BYTES) -> None:
+    def __init__(
+        self, state: RouterState, store: WatchStore, waiting: WaitingTurns, page_bytes: int = PAGE_BYTES
+    ) -> None:
         self._state = state
         self._store = store
+        self._waiting = waiting
         self._page_bytes = page_bytes
         self._rests: OrderedDict[bytes, tuple[Partition, WatchPosition, int]] = OrderedDict()
         """Where watched sessions rest: the place behind the last turn, and its number, while no turn runs."""
@@ -178,10 +182,9 @@ class WatchPages:
             return await self._running(tenant, turn, after)
         row = await self._store.turn(tenant, after.turn_id)
         if row is None or row.session_id != query.session_id:
-            waiting = session.queue if session is not None else ()
-            for ahead, message in enumerate(waiting):
-                if ids.turn_id(query.session_id, message.message_id) == after.turn_id:
-                    return WatchSnapshot(known=True, queued=True, ahead=ahead)
+            ahead = self._waiting.ahead(session, after.turn_id) if session is not None else None
+            if ahead is not None:
+                return WatchSnapshot(known=True, queued=True, ahead=ahead)
             return WatchSnapshot(position_unknown=query.resumed)
         if row.status != TurnStatus.ENDED or after.turn_id in self._state.running:
             return None  # it is being taken over, or has just begun

@@ -13,6 +13,8 @@ from soma.common.v1.turn_pb2 import Delivery, LiveEvent, TextDelta, TurnRestarte
 from soma.router.v1.outbound_pb2 import WatchQuery, WatchSnapshot
 
 from services.router.application.group import StoreLost
+from services.router.application.live_newest import content_bytes, newest_that_fit
+from services.router.application.live_waiting import WaitingTurns
 from services.router.application.step_events import StepContent
 from services.router.application.watch_pages import (
     PAGE_BYTES,
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
     from services.router.domain.session import Session, Turn
 
 INTEREST_S: Final = 10.0
+CATCH_UP_BYTES: Final = 512 * 1024
+"""Most that a tenant's adapter streams are shown of running turns when they arrive, in bytes: together, if they come
+within `CATCH_UP_S`, on whatever channels. Others' deliveries wait behind it, and a gateway drops what an adapter does
+not read at once. Only the turns' states are told whether there is room or not.
+"""
+CATCH_UP_S: Final = 1.0
 _MAX_INTERESTS: Final = 100_000
 _SNAPSHOT_BYTES: Final = 512 * 1024
 """About how much of a turn goes in one answer that is not paged: the bus takes 1 MiB."""
@@ -56,12 +64,16 @@ class LiveDesk:
     ) -> None:
         self._state = state
         self._store = store
-        self._pages = WatchPages(state, store, page_bytes)
+        self._waiting = WaitingTurns()
+        self._pages = WatchPages(state, store, self._waiting, page_bytes)
         self._outbox = outbox
         self._adapter_of = adapter_of
         self._interest: dict[bytes, float] = {}
         self._queues: dict[bytes, tuple[Partition, tuple[bytes, ...]]] = {}
         """Watched sessions, and the waiting messages that were told of last."""
+        self._caught_up: dict[str, tuple[float, int]] = {}
+        """By tenant, when what its new streams may be shown counts anew, monotonic in seconds, and how much is left of
+        it until then, in bytes."""
 
     # ---- events of running turns
 
@@ -112,15 +124,33 @@ class LiveDesk:
             self._outbox.for_watchers(session.key.tenant, session.id).CopyFrom(event)
 
     def catch_up(self, tenant: str, channel: str, streams: set[int]) -> None:
-        """Shows adapter streams that are new where the running turns of their sessions stand."""
+        """Shows adapter streams that are new where the running turns of their sessions stand: the state of each turn,
+        and of what it has said and done the newest that fits its share of `CATCH_UP_BYTES`.
+        """
+        if not streams:
+            return
+        shown: list[tuple[Turn, tuple[str, int]]] = []
         for turn in self._state.running.values():
             key = turn.session.key
             if key.tenant != tenant or key.channel != channel or not turn.deliver:
                 continue
             adapter = self._adapter_of(turn.session)
             if adapter is not None and adapter[1] in streams:
-                for event in self._so_far(turn):
-                    self._outbox.for_adapter(tenant, *adapter).CopyFrom(event)
+                shown.append((turn, adapter))
+        if not shown:
+            return
+        now = monotonic()
+        until, room = self._caught_up.get(tenant, (now, 0))
+        if until <= now:
+            until, room = now + CATCH_UP_S, CATCH_UP_BYTES
+        # The smallest first: what they do not need is the larger ones'.
+        shown.sort(key=lambda each: content_bytes(each[0]))
+        for place, (turn, adapter) in enumerate(shown):
+            events = newest_that_fit(turn, room // (len(shown) - place))
+            for event in events:
+                room = max(room - event.ByteSize(), 0)
+                self._outbox.for_adapter(tenant, *adapter).CopyFrom(event)
+        self._caught_up[tenant] = until, room
 
     def _targets(self, turn: Turn) -> tuple[bool, tuple[str, int] | None]:
         return self._watched(turn.session.id), self._adapter_of(turn.session) if turn.deliver else None
@@ -139,9 +169,11 @@ class LiveDesk:
     def forget_old(self) -> None:
         """Drops interest that was not renewed, and tells watchers of sessions which messages wait now."""
         now = monotonic()
+        self._caught_up = {tenant: shown for tenant, shown in self._caught_up.items() if shown[0] > now}
         for session_id in [key for key, until in self._interest.items() if until <= now]:
             del self._interest[session_id]
             self._queues.pop(session_id, None)
+            self._waiting.forget(session_id)
         for session_id, (partition, told) in self._queues.items():
             session = partition.sessions.get(session_id)
             waiting = tuple(message.message_id for message in session.queue) if session is not None else ()
@@ -179,7 +211,7 @@ class LiveDesk:
                 return WatchSnapshot()
             running = self._state.running.get(turn_id)
             if running is not None and running.session.key.tenant == tenant:  # its content was not in memory
-                return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(running)))
+                return WatchSnapshot(known=True, events=newest_that_fit(running, _SNAPSHOT_BYTES))
             ended = await self._store.ended_turn(tenant, turn_id)
         except StoreLost:
             return None
@@ -205,32 +237,14 @@ class LiveDesk:
         if turn is not None and (
             anything or turn.id == query.turn_id or any(is_meant(message, query) for message in turn.inputs)
         ):
-            return WatchSnapshot(known=True, events=_newest_that_fit(self._so_far(turn)))
-        for ahead, message in enumerate(session.queue):
-            if is_meant(message, query) or ids.turn_id(session.id, message.message_id) == query.turn_id:
-                return WatchSnapshot(known=True, queued=True, ahead=ahead + (turn is not None))
-        return None
-
-    def _so_far(self, turn: Turn) -> list[LiveEvent]:
-        origin = origin_of(turn)
-        events = [running_state(turn)]
-        for number, body in enumerate(turn.journal, 1):
-            events.extend(StepContent.of(body).events(origin, turn.dispatch, number))
-        if turn.text:
-            events.extend(origin.texts(turn.dispatch, turn.step_count + 1, "".join(turn.text)))
-        return events
-
-
-def _newest_that_fit(events: list[LiveEvent]) -> list[LiveEvent]:
-    """The first event, which names the turn's messages, and of the others the newest that fit one answer."""
-    room = _SNAPSHOT_BYTES
-    fitting: list[LiveEvent] = []
-    for event in reversed(events[1:]):
-        room -= event.ByteSize()
-        if room < 0:
-            break
-        fitting.append(event)
-    return [*events[:1], *reversed(fitting)]
+            return WatchSnapshot(known=True, events=newest_that_fit(turn, _SNAPSHOT_BYTES))
+        places = (ahead for ahead, message in enumerate(session.queue) if is_meant(message, query))
+        ahead = next(places, None)
+        if ahead is None:
+            ahead = self._waiting.ahead(session, query.turn_id)
+        if ahead is None:
+            return None
+        return WatchSnapshot(known=True, queued=True, ahead=ahead + (turn is not None))
 
 
 def _event(
