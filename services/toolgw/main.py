@@ -13,6 +13,7 @@ from soma.toolgw.v1.tool_service_pb2_grpc import add_ToolServiceServicer_to_serv
 from services.toolgw.adapters.access_config_feed import ConfigFeedAccess
 from services.toolgw.adapters.api_grpc import SERVICE, ToolApi
 from services.toolgw.adapters.json_schema import JsonSchemaRules
+from services.toolgw.adapters.reversal_claims_postgres import PostgresReversalClaims
 from services.toolgw.adapters.store_postgres import PostgresToolStore
 from services.toolgw.adapters.tools_builtin import Calculate, CurrentTime, ForgetNote, RecallNotes, RememberNote
 from services.toolgw.adapters.tools_http import http_client, load_http_tools
@@ -23,6 +24,7 @@ from services.toolgw.application.invoke_tool import InvokeTool
 from services.toolgw.application.list_tools import ListTools
 from services.toolgw.application.revert_turn import RevertTurn
 from services.toolgw.application.run_once import RunOnce
+from services.toolgw.application.run_reversals import ReversalRuns
 from services.toolgw.application.run_tool import Bounds, ToolRuns
 from services.toolgw.settings import ToolgwSettings
 from soma_common.authz.authorizer import Authorizer
@@ -41,6 +43,8 @@ from soma_common.telemetry.admin import serve_admin
 SCHEMA: Final = "toolgw"
 MIGRATIONS: Final = Path(__file__).parent / "adapters" / "migrations"
 FORGET_EVERY_S: Final = 600.0
+REVERSALS: Final = Bounds(of_process=64, of_tenant=16)
+"""Turns that may be undone at once; each has one call at a time, so calls of turns that run keep most places."""
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +65,7 @@ async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, in
         settings.postgres_dsn, max_size=settings.postgres_pool_size, application_name=settings.service_instance
     )
     lifecycle.on_stop("database", pool.close, 2.0)
-    store = PostgresToolStore(pool, settings.service_instance)
+    store = PostgresReversalClaims(pool, settings.service_instance)
     lease = RunnerLease(store)
     await lease.acquire()
     lifecycle.on_stop("lease", lease.release, 1.0)
@@ -84,7 +88,10 @@ async def start(lifecycle: Lifecycle, settings: ToolgwSettings) -> tuple[int, in
     lifecycle.on_stop("running tools", partial(runs.drain, runs_s), runs_s + 1)
     run_once = RunOnce(store, runs, lease)
     cancel = CancelInvocation(store, settings.toolgw_cancel_timeout_s)
-    revert = RevertTurn(store, store, catalog, run_once, cancel)
+    reversals = ReversalRuns(store, REVERSALS)
+    lifecycle.on_stop("reversals", reversals.drain, 1.0)
+    revert = RevertTurn(store, store, catalog, run_once, cancel, reversals)
+    lifecycle.spawn("left reversals", revert.take_over())
     api = ToolApi(ListTools(catalog), InvokeTool(store, catalog, access, run_once), cancel, revert)
 
     server = GrpcServer(

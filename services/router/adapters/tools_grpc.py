@@ -29,7 +29,8 @@ log = structlog.get_logger(__name__)
 _FORMAT: Final = 1
 _ASK_S: Final = 10.0
 """Longest wait of one question. The tool gateway counts from the first, so that asking again does not begin anew."""
-_UNDO_S: Final = 60.0
+_UNDO_S: Final = 10.0
+"""Longest wait of one question. What was begun goes on in the tool gateway, and asking again joins it."""
 
 
 class GrpcToolCanceller:

@@ -1,9 +1,10 @@
 """Stops turns: whoever runs one is told, and it ends only once it has converged.
 
 Converged: every call that the turn was confirmed has its result, or will never run because the tool gateway holds a
-tombstone for its key, or was waited for as long as may be: then its outcome is not known. Only then is the transcript
-closed, and the next turn begins. A stop is durable before anything follows from it, so that a new owner goes on with
-it.
+tombstone for its key, or was waited for as long as may be: then its outcome is not known. Whether what a rolled back
+turn's calls did is taken back, only the tool gateway knows, and it is asked until it says so. Only then is the
+transcript closed, and the next turn begins. A stop is durable before anything follows from it, so that a new owner goes
+on with it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ log = structlog.get_logger(__name__)
 
 _MARGIN_S: Final = 5.0
 """How much longer than the tool gateway itself this router waits before it closes calls without its word."""
+
+_LONGEST_PAUSE_S: Final = 5.0
+"""Between two questions for the same undoing."""
 
 STOPS = counter("soma_router_stops_total", "Turns stopped before their own end, by what they end with.", ["outcome"])
 UNCONVERGED = counter(
@@ -107,11 +111,7 @@ class Stopper:
             steps.append((StepKind.TOOL_RESULTS, results))
         journal = [*turn.journal, *(body for _, body in steps)]
         outcome = turn.stop_as
-        if (
-            outcome is Outcome.ABSORBED
-            and has_calls(journal)
-            and not (self._in_time(turn) and await self._undone(turn))
-        ):
+        if outcome is Outcome.ABSORBED and has_calls(journal) and not await self._undone(turn):
             outcome = Outcome.INTERRUPTED
         if turn.stop_as is Outcome.CANCELLED:
             outcome = Outcome.CANCELLED  # it came while the calls were undone
@@ -153,14 +153,17 @@ class Stopper:
         return monotonic() < turn.stopped_at + self._give_up_s + _MARGIN_S
 
     async def _undone(self, turn: Turn) -> bool:
-        """Whether the work of a turn may be dropped: nothing is left of what its calls did."""
+        """Whether the work of a turn may be dropped: nothing is left of what its calls did. Asked for until there is an
+        answer: from the first question on, of this owner or one before, calls may be being taken back, and a turn that
+        ended meanwhile would tell of effects that are not there. Only a cancel ends the waiting, as it tells of none.
+        """
         key = turn.session.key
+        pause_s = RETRY_S
         while self._state.runs(turn) and turn.stop_as is Outcome.ABSORBED:
             try:
                 return await self._tools.undo(key.tenant, turn.id, (key.agent, key.channel, key.session))
             except ConnectionError as error:
-                if not self._in_time(turn):
-                    log.error("router.undo_given_up", turn=turn.id.hex(), tenant=key.tenant, error=str(error))
-                    return False
-                await asyncio.sleep(RETRY_S)
+                log.warning("router.undo_waits", turn=turn.id.hex(), tenant=key.tenant, error=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
         return False

@@ -6,6 +6,7 @@ other finds it. A statement that loses waits for the winner's commit, so what it
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -22,11 +23,17 @@ from services.toolgw.domain.invocation import Call, Invocation, Runner, State, i
 from services.toolgw.domain.outcome import Failure, Outcome
 from services.toolgw.domain.reversal import PastCall, Reversal, StoppedTurn, Undoing
 from services.toolgw.domain.tool import Effect, ToolDefinition
+from soma_common import clock
 from soma_common.postgres.connect import Pool
 from soma_common.postgres.errors import store_errors
 
 RETENTION_H: Final = 48
 """How long the end of a call is kept: longer than the longest turn, which may take 24 h."""
+
+FORGET_BATCH: Final = 1000
+"""Rows removed in one transaction: with the largest results well below the longest wait for a statement."""
+FORGET_FOR_S: Final = 60.0
+"""How long one clearing away may take; what is left stays for the next."""
 
 PooledConnection: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
 
@@ -41,6 +48,13 @@ _ROW: Final = f"""
     END AS runner_state
     FROM toolgw.invocations i LEFT JOIN toolgw.runners r USING (runner) WHERE i.tenant = $1 AND i.key = $2"""
 
+_DUE: Final = {
+    "invocations": f"end_time < clock_timestamp() - interval '{RETENTION_H} hours'",
+    "reversals": f"state <> 'undoing' AND create_time < clock_timestamp() - interval '{RETENTION_H} hours'",
+    "runners": "expire_time < clock_timestamp() - interval '1 hour'",
+}
+"""What `forget` removes from each table."""
+
 
 class PostgresToolStore:
     """The store on a pool of connections of the role `soma_toolgw`, for one process."""
@@ -49,6 +63,9 @@ class PostgresToolStore:
         self._pool = pool
         self._instance = instance
         self._runner = uuid.uuid4()
+        # One connection is left to the lease: however many transactions wait for the others, this process shows that it
+        # lives.
+        self._others = asyncio.Semaphore(max(1, pool.get_max_size() - 1))
 
     async def claim(self, call: Call, tool: ToolDefinition, claim: str, dead: Invocation | None) -> Invocation:
         """Make a call RUNNING here under a new claim, and return what is stored under its key afterwards."""
@@ -160,15 +177,17 @@ class PostgresToolStore:
             )
         return bool(moved)
 
-    async def abandon(self, tenant: str, key: str, claim: str) -> None:
-        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner."""
+    async def abandon(self, tenant: str, key: str, claim: str, *, counts: bool = True) -> None:
+        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner. Repeated, it
+        changes nothing."""
         async with self._transaction(tenant) as connection:
             await connection.execute(
-                "UPDATE toolgw.invocations SET runner = NULL"
-                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running'",
+                "UPDATE toolgw.invocations SET runner = NULL, attempt = attempt - $4"
+                " WHERE tenant = $1 AND key = $2 AND claim = $3 AND state = 'running' AND runner IS NOT NULL",
                 tenant,
                 key,
                 uuid.UUID(claim),
+                0 if counts else 1,
             )
 
     async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:
@@ -277,26 +296,27 @@ class PostgresToolStore:
 
     async def forget(self) -> None:
         """Remove ended calls and reversals whose time is over, and runners that have long been silent; run now and
-        then."""
-        async with self._transaction("*") as connection:
-            await connection.execute(
-                "DELETE FROM toolgw.invocations WHERE end_time < clock_timestamp() - make_interval(hours => $1)",
-                RETENTION_H,
-            )
-            await connection.execute(
-                "DELETE FROM toolgw.reversals WHERE create_time < clock_timestamp() - make_interval(hours => $1)",
-                RETENTION_H,
-            )
-            await connection.execute(
-                "DELETE FROM toolgw.runners WHERE expire_time < clock_timestamp() - interval '1 hour'"
-            )
+        then. Goes batch by batch, so that what is removed stays removed: until nothing is due, or `FORGET_FOR_S` is
+        over."""
+        until = clock.monotonic() + FORGET_FOR_S
+        for table, due in _DUE.items():
+            removed = FORGET_BATCH
+            while removed == FORGET_BATCH and clock.monotonic() < until:
+                async with self._transaction("*") as connection:
+                    removed = await connection.fetchval(
+                        # Rows that another instance removes at this moment are passed over.
+                        f"WITH gone AS (DELETE FROM toolgw.{table} WHERE ctid = ANY (ARRAY("
+                        f"SELECT ctid FROM toolgw.{table} WHERE {due} LIMIT $1 FOR UPDATE SKIP LOCKED)) RETURNING 1)"
+                        " SELECT count(*) FROM gone",
+                        FORGET_BATCH,
+                    )
 
     @asynccontextmanager
     async def _transaction(
         self, tenants: str, lock: int | None = None, mode: Literal["", "shared"] = ""
     ) -> AsyncIterator[PooledConnection]:
         """A transaction that row-level security lets see `tenants` only; it holds an advisory lock, if one is given."""
-        async with store_errors(), self._pool.acquire() as connection, connection.transaction():
+        async with store_errors(), self._others, self._pool.acquire() as connection, connection.transaction():
             if lock is None:
                 await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
             else:

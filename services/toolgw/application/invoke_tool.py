@@ -26,7 +26,8 @@ class InvokeTool:
             NotFound: TOOL_NOT_FOUND, and the key has no stored result either.
             AlreadyExists: IDEMPOTENCY_KEY_REUSED.
             Conflict: TOOL_CANCELLED or TOOL_OUTCOME_UNKNOWN.
-            ResourceExhausted: QUEUE_FULL, nothing was begun.
+            ResourceExhausted: QUEUE_FULL, nothing was begun, or there is no place to wait for what was; the text says
+                which.
             Unavailable: the database does not answer, or this instance stops; a retry with the same key is safe.
         """
         found = await self._store.find(call.tenant, call.key)

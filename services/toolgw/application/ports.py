@@ -27,6 +27,8 @@ class Tool(Protocol):
 
         Raises:
             OutcomeUnknown: it was cut off in the middle, and it may have had its effect.
+            Unavailable: what it needs, such as the database, does not answer. A tool that may run again is run again
+                when it is asked for; of others the outcome is unknown.
         """
         ...
 
@@ -91,8 +93,9 @@ class InvocationStore(Protocol):
         """Move the RUNNING call of a claim to CANCELLED or UNKNOWN; False: it was decided otherwise in between."""
         ...
 
-    async def abandon(self, tenant: str, key: str, claim: str) -> None:
-        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner."""
+    async def abandon(self, tenant: str, key: str, claim: str, *, counts: bool = True) -> None:
+        """Say that nobody works on a claim any more: the call stays RUNNING, without a living runner. With `counts`
+        False the attempt is not counted: it did nothing, and the tool is not to blame."""
         ...
 
     async def cancel(self, tenant: str, session_id: bytes, key: str) -> Invocation | None:

@@ -57,6 +57,7 @@ class Run:
         self._claimed.add_done_callback(_retrieve)
         self.outcome: Outcome | None = None
         """The outcome that this run has stored."""
+        self._given_up: Unavailable | None = None
         self.ended = asyncio.Event()
         """Set when nothing more happens in this run."""
 
@@ -70,6 +71,15 @@ class Run:
         """Answer `claimed`."""
         if not self._claimed.done():
             self._claimed.set_result(stored)
+
+    def give_up(self, error: Unavailable) -> None:
+        """Say that the tool could do nothing now, and that the call is left to whoever asks for it again."""
+        self._given_up = error
+
+    def check_not_given_up(self) -> None:
+        """Raise the Unavailable that `give_up` was told, if it was."""
+        if self._given_up is not None:
+            raise self._given_up
 
     def refuse(self, error: Exception) -> None:
         """Answer `claimed` with an error: whose the call is, is not known yet."""
@@ -165,6 +175,13 @@ class ToolRuns:
             outcome = await self._outcome(tool, call, attempt)
             if attempt > 1:  # What an attempt before this one did is not known.
                 outcome = replace(outcome, never_ran=False)
+        except Unavailable as error:
+            log.warning("toolgw.run.given_up", tenant=call.tenant, tool=call.tool, key=call.key, error=str(error))
+            counts = not tool.definition.effect.vanishes_with_runner
+            await self._until_stored(call, lambda: self._store.abandon(call.tenant, call.key, run.claim, counts=counts))
+            run.give_up(error)
+            ends.failed(error.reason)
+            return
         except OutcomeUnknown as cut:
             log.warning("toolgw.run.outcome_unknown", tenant=call.tenant, tool=call.tool, key=call.key, why=str(cut))
             ended = await self._until_stored(
@@ -192,7 +209,12 @@ class ToolRuns:
             )
 
     async def _outcome(self, tool: Tool, call: Call, attempt: int) -> Outcome:
-        """How the tool ends. Raises OutcomeUnknown."""
+        """How the tool ends.
+
+        Raises:
+            OutcomeUnknown: nobody can tell what it did.
+            Unavailable: what the tool needs is away; it may run again.
+        """
         definition = tool.definition
         if attempt > MAX_ATTEMPTS:
             return failed(f"{definition.name} did not survive {MAX_ATTEMPTS} attempts", attempts=str(MAX_ATTEMPTS))
@@ -209,6 +231,10 @@ class ToolRuns:
                 raise OutcomeUnknown(f"no answer within {definition.timeout_s:g} s") from None
             limit_ms = str(round(definition.timeout_s * 1000))
             return failed(f"{definition.name} took longer than {definition.timeout_s:g} s", bound_ms=limit_ms)
+        except Unavailable as error:
+            if not definition.effect.may_run_again:
+                raise OutcomeUnknown("what the tool needs went away") from error
+            raise
         except Exception as error:
             log.exception("toolgw.run.defect", tenant=call.tenant, tool=call.tool, key=call.key)
             if not definition.effect.may_run_again:

@@ -87,6 +87,17 @@ def too_many_runs(what: str, bound: int) -> ResourceExhausted:
     )
 
 
+def too_many_waiting(what: str, bound: int, key: str) -> ResourceExhausted:
+    """As many requests as may wait for calls that were begun before; this request's call goes on without it."""
+    return ResourceExhausted(
+        ErrorReason.ERROR_REASON_QUEUE_FULL,
+        f"{bound} requests of {what} wait for calls that were begun before; the call {key!r} was begun too and may be"
+        " running: ask again with the same key",
+        metadata={"bound": str(bound), "scope": what, "idempotency_key": key},
+        retry_delay_s=0.5,
+    )
+
+
 def lease_not_held() -> Unavailable:
     """This instance cannot show that it lives, so it begins nothing."""
     return Unavailable(

@@ -4,8 +4,9 @@ remembers who called."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal
 
 import asyncpg
@@ -13,6 +14,13 @@ import pytest
 from soma.common.v1.message_pb2 import SessionKey
 from soma.toolgw.v1.tool_service_pb2 import InvocationState, ListToolsRequest, Reversal, RevertTurnResponse
 
+from services.toolgw.adapters.reversal_claims_postgres import PostgresReversalClaims
+from services.toolgw.application import revert_turn
+from services.toolgw.application.hold_lease import LEASE_S
+from services.toolgw.application.run_tool import Bounds
+from services.toolgw.domain.reversal import PastCall, StoppedTurn, Undoing
+from services.toolgw.domain.reversal import Reversal as State
+from soma_common.postgres.connect import create_pool
 from soma_common.telemetry.metrics import REGISTRY
 from soma_common.testing.eventually import eventually
 from soma_common.testing.tool_server import CutOff, Give, RecordedToolCall, Refuse, Rule, ToolServer, WitnessTool
@@ -247,6 +255,162 @@ async def test_a_caller_that_leaves_and_comes_back(surroundings: Surroundings) -
             await gateway.revert(timeout=0.3)
         assert await gateway.revert() == REVERTED
         assert set(server.calls_by_key().values()) == {1}
+
+
+async def stored(around: Surroundings, column: str = "state") -> Any:
+    """What is stored of the only reversal."""
+    connection = await asyncpg.connect(around.database.superuser_dsn)
+    value = await connection.fetchval(f"SELECT {column} FROM toolgw.reversals")
+    await connection.close()
+    return value
+
+
+def slow_to_give_back(call: RecordedToolCall) -> Give:
+    return Give(None, delay_s=0.5 if call.tool.startswith("un") else 0.0)
+
+
+async def test_a_caller_that_leaves_for_good_leaves_no_turn_half_undone(surroundings: Surroundings) -> None:
+    async with (
+        witness(surroundings, slow_to_give_back, compensations="side_effectful") as server,
+        running_gateway(surroundings) as gateway,
+    ):
+        await work(gateway)
+        async with refused("DEADLINE_EXCEEDED"):
+            await gateway.revert(timeout=0.3)
+        assert await stored(surroundings) == "undoing"
+
+        async def is_reverted() -> bool:
+            return bool(await stored(surroundings) == "reverted")
+
+        await eventually(is_reverted, what="the end of what nobody waits for")
+        assert [tool for tool, _ in compensated(server)] == ["unpay", "unput"]
+        assert set(server.calls_by_key().values()) == {1}
+
+
+async def test_whoever_finds_no_place_to_wait_stops_nothing(
+    surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revert_turn, "MAX_WAITING_PER_TENANT", 1)
+    async with witness(surroundings, slow_to_give_back) as server, running_gateway(surroundings) as gateway:
+        await work(gateway)
+        waits = asyncio.create_task(gateway.revert())
+        await eventually(lambda: compensated(server), what="the first compensation")
+        async with refused("QUEUE_FULL"):
+            await gateway.revert()
+        assert await gateway.revert(turn_id="e" * 32) == REVERTED, "there is nothing to wait for"
+        assert await gateway.revert(FOREIGN) == REVERTED
+        assert await waits == REVERTED
+        assert await gateway.revert() == REVERTED
+        assert set(server.calls_by_key().values()) == {1}
+
+
+@pytest.mark.parametrize("who", ["its successor", "another"])
+async def test_what_a_dead_process_left_half_undone_is_taken_over_unasked(
+    surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """A process that starts looks at once; one that runs already looks every now and then."""
+    monkeypatch.setattr(revert_turn, "TAKE_OVER_EVERY_S", 0.1 if who == "another" else 60.0)
+
+    async def is_reverted() -> bool:
+        return bool(await stored(surroundings) == "reverted")
+
+    async with witness(surroundings) as server, AsyncExitStack() as gateways:
+        if who == "another":
+            await gateways.enter_async_context(running_gateway(surroundings, "toolgw-1"))
+        failpoint = "toolgw.before_run=kill@5"  # `unpay` has run, the note is still there.
+        async with running_process(surroundings, "toolgw-0", failpoint) as doomed:
+            await work(doomed)
+            async with refused("SERVICE_UNAVAILABLE"):
+                await doomed.revert()
+            assert doomed.process is not None
+            assert await doomed.process.ended() == -9
+        assert [tool for tool, _ in compensated(server)] == ["unpay"]
+        if who == "its successor":
+            await gateways.enter_async_context(running_gateway(surroundings, "toolgw-0"))
+        await eventually(is_reverted, LEASE_S + 10.0, what="the end of what the dead process began")
+        assert [tool for tool, _ in compensated(server)] == ["unpay", "unput"]
+        assert set(server.calls_by_key().values()) == {1}
+
+
+async def test_a_process_that_stops_hands_over_in_bounded_time(
+    surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revert_turn, "TAKE_OVER_EVERY_S", 0.1)
+
+    def rule(call: RecordedToolCall) -> Give:
+        return Give(None, delay_s=4.0 if call.tool == "unpay" else 0.0)
+
+    async def is_reverted() -> bool:
+        return bool(await stored(surroundings) == "reverted")
+
+    async with witness(surroundings, rule) as server, running_gateway(surroundings, "toolgw-1"):
+        async with running_gateway(surroundings, "toolgw-0") as one:
+            await work(one)
+            async with refused("DEADLINE_EXCEEDED"):
+                await one.revert(timeout=0.2)
+            assert server.calls[-1].number == 3
+            stopping_at = time.monotonic()
+        assert time.monotonic() - stopping_at < 2.0
+        await eventually(is_reverted, what="the end of what a stopped process began")
+        assert server.calls_by_key() == {"t/1": 1, "t/3": 1, "t/3/compensation": 2, "t/1/compensation": 1}
+
+
+async def test_one_process_at_a_time_undoes_a_turn(surroundings: Surroundings) -> None:
+    """The claim of a turn that is being undone, as processes of other instances see it."""
+    async with running_gateway(surroundings):
+        """The schema is there, and nobody takes anything over."""
+    turn = StoppedTurn("demo", "helper", "chat", "s-9", "9" * 32)
+
+    def look(calls: Sequence[PastCall]) -> Undoing:
+        return Undoing(State.UNDOING, ("k1",))
+
+    pool = await create_pool(surroundings.database.dsn("toolgw"))
+    one, two = (PostgresReversalClaims(pool, name) for name in ("one", "two"))
+    bounds = Bounds(of_process=10, of_tenant=10)
+    for store in (one, two):
+        await store.renew(LEASE_S)
+    assert not await one.claim_reversal(turn), "nothing is decided yet"
+    await one.begin_reversal(turn, look)
+    assert await two.left_reversals(bounds) == [], "nothing was undone, and its session has no name yet"
+    assert await one.claim_reversal(turn)
+    assert await one.claim_reversal(turn), "a claim may be repeated"
+    assert not await two.claim_reversal(turn)
+    await two.release_reversal(turn)
+    assert await two.left_reversals(bounds) == []
+    await one.release()
+    assert await two.left_reversals(bounds) == [turn]
+    assert await two.claim_reversal(turn)
+    assert not await one.claim_reversal(turn), "it was held dead and wakes"
+    await two.release_reversal(turn)
+    assert await one.left_reversals(bounds) == [turn]
+    assert await one.claim_reversal(turn)
+    await one.end_reversal(turn, Undoing(State.REVERTED, ("k1",)))
+    assert not await two.claim_reversal(turn)
+    assert await two.left_reversals(bounds) == []
+    await pool.close()
+
+
+async def test_what_is_taken_over_at_once_is_bounded_for_each_tenant(surroundings: Surroundings) -> None:
+    async with running_gateway(surroundings):
+        """The schema is there, and nobody takes anything over."""
+    connection = await asyncpg.connect(surroundings.database.superuser_dsn)
+    await connection.execute(
+        "INSERT INTO toolgw.reversals"
+        " (tenant, session_id, turn_id, state, effects, kept, runner, agent, channel, session, create_time)"
+        " SELECT tenant, '', tenant || n, 'undoing', '{k}', '{}', gen_random_uuid(), 'a', 'c', 's',"
+        " clock_timestamp() + make_interval(secs => n)"
+        " FROM (VALUES ('acme', 9), ('demo', 1)) AS given (tenant, many), generate_series(1, many) AS n"
+    )
+    pool = await create_pool(surroundings.database.dsn("toolgw"))
+    store = PostgresReversalClaims(pool, "one")
+
+    async def left(of_process: int, of_tenant: int) -> list[str]:
+        return sorted(turn.turn_id for turn in await store.left_reversals(Bounds(of_process, of_tenant)))
+
+    assert await left(10, 3) == ["acme1", "acme2", "acme3", "demo1"]
+    assert await left(2, 9) == ["acme1", "demo1"]
+    await pool.close()
+    await connection.close()
 
 
 async def test_after_the_first_look_no_call_of_the_turn_begins(surroundings: Surroundings) -> None:

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 from soma.cognition.v1.cognition_service_pb2 import StartTurn
 from soma.common.v1.message_pb2 import Message, Part
+from soma.common.v1.turn_pb2 import ModelReply, StepBody, ToolCall
 from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
+from services.router.application import stop_turns
 from services.router.application.group import Group, GroupRejected, GroupResult
 from services.router.application.outcomes import EndItem
 from services.router.domain.arrival import Policy
@@ -120,6 +122,88 @@ async def test_cancelling_a_session_ends_also_what_a_rollback_is_about_to_give_b
     ]
     await engine.quiet()
     assert not turn.session.controls, "the control is done with"
+
+
+class Undoing:
+    """A tool gateway that takes back what a turn did, and says so late."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.answer: bool | None = None
+        monkeypatch.setattr(stop_turns, "RETRY_S", 0.005)
+        monkeypatch.setattr(engine, "undo", self._undo)
+
+    async def _undo(self, *_: object) -> bool:
+        self.asked += 1
+        if self.answer is None:
+            raise ConnectionError("DEADLINE_EXCEEDED")
+        return self.answer
+
+
+async def rolled_back(engine: Engine) -> StartTurn:
+    """A turn that called a tool, which has answered, and that is to be rolled back."""
+    engine.accept(message("1"))
+    [start] = await engine.started(1)
+    call = StepBody(format=1, model_reply=ModelReply(tool_calls=[ToolCall(tool="pay")])).SerializeToString()
+    engine.propose(start, StepKind.MODEL_REPLY, 1, body=call)
+    await eventually(lambda: engine.brain.confirms, what="confirmation")
+    engine.accept(message("2", Policy.ROLLBACK))
+    return start
+
+
+@pytest.mark.parametrize("all_undone", [True, False])
+async def test_a_turn_does_not_end_while_its_calls_are_being_taken_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, all_undone: bool
+) -> None:
+    """However long that takes: it would end as if their effects were there."""
+    engine.runner._stopper._give_up_s = 0.02 - stop_turns._MARGIN_S
+    undoing = Undoing(engine, monkeypatch)
+    await rolled_back(engine)
+    await eventually(lambda: undoing.asked >= 5, what="questions after the time for calls in flight is over")
+    assert (engine.ended, len(engine.brain.starts)) == ([], 1)
+    undoing.answer = all_undone
+    [_, second] = await engine.started(2)
+    assert texts(list(second.inputs)) == (["1", "2"] if all_undone else ["2"])
+    assert [outcome for outcome, _ in await engine.outcomes(0 if all_undone else 1)] == (
+        [] if all_undone else [Outcome.INTERRUPTED]
+    )
+
+
+async def test_what_was_stopped_long_ago_is_asked_about_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner before may have asked, and calls are being taken back since."""
+    engine.runner._stopper._give_up_s = -60.0
+    await rolled_back(engine)
+    [_, second] = await engine.started(2)
+    assert len(engine.undone) == 1
+    assert texts(list(second.inputs)) == ["1", "2"]
+
+
+async def test_a_cancel_ends_the_waiting_for_what_is_taken_back(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undoing = Undoing(engine, monkeypatch)
+    start = await rolled_back(engine)
+    await eventually(lambda: undoing.asked >= 2, what="questions")
+    engine.accept(control(InboundKind.INBOUND_KIND_CANCEL, target=start.turn_id))
+    [(outcome, delivery)] = await engine.outcomes(1)
+    assert (outcome, list(delivery.message_ids)) == (Outcome.CANCELLED, keys("1"))
+    asked = undoing.asked
+    [_, second] = await engine.started(2)
+    assert texts(list(second.inputs)) == ["2"]
+    await asyncio.sleep(0.05)
+    assert undoing.asked <= asked + 1, "nobody asks about a turn that has ended"
+
+
+async def test_questions_about_what_is_taken_back_become_rarer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    undoing = Undoing(engine, monkeypatch)
+    monkeypatch.setattr(stop_turns, "_LONGEST_PAUSE_S", 0.04)
+    await rolled_back(engine)
+    await eventually(lambda: undoing.asked >= 4, what="questions")
+    asked = undoing.asked
+    await asyncio.sleep(0.4)
+    assert 1 <= undoing.asked - asked <= 11
+    undoing.answer = True
+    await engine.started(2)
 
 
 @pytest.mark.parametrize("named", [True, False])
