@@ -30,15 +30,17 @@ async def test_only_what_ended_long_ago_goes(gateway: Gateway, surroundings: Sur
     )
     await connection.execute(
         "INSERT INTO toolgw.reversals (tenant, session_id, turn_id, state, effects, kept, create_time)"
-        " SELECT 'demo', '', turn, 'undoing', '{}', '{}', clock_timestamp() - age"
-        " FROM (VALUES ('old', interval '49 h'), ('new', interval '47 h')) AS given (turn, age)"
+        " SELECT 'demo', '', turn, state, '{}', '{}', clock_timestamp() - age"
+        " FROM (VALUES ('old', 'reverted', interval '49 h'), ('new', 'reverted', interval '47 h'),"
+        "              ('under way', 'undoing', interval '49 h')) AS given (turn, state, age)"
     )
     pool = await create_pool(surroundings.database.dsn("toolgw"))
     await PostgresToolStore(pool, "toolgw-8").forget()
     await pool.close()
     assert {row["key"] for row in await connection.fetch("SELECT key FROM toolgw.invocations")} == {"new", "running"}
     assert [row["instance"] for row in await connection.fetch("SELECT instance FROM toolgw.runners")] == ["toolgw-0"]
-    assert [row["turn_id"] for row in await connection.fetch("SELECT turn_id FROM toolgw.reversals")] == ["new"]
+    turns = {row["turn_id"] for row in await connection.fetch("SELECT turn_id FROM toolgw.reversals")}
+    assert turns == {"new", "under way"}
     await connection.close()
     notes = result_of(await gateway.invoke("recall_notes", "recall"))["notes"]
     assert set(notes) == {"old", "new", "running"}
