@@ -51,12 +51,15 @@ class Shared(Generic[T]):
         """The answer of `work`, begun now or by somebody before; raises what it raises. Whoever leaves stops it for
         nobody: it ends by itself."""
         task = self._tasks.get(what)
-        if task is None:
+        # One that has ended is no answer to who asks now. It also gives that answer without a pause, and is not
+        # forgotten before there is one: who asks again and again would freeze the process.
+        if task is None or task.done():
             task = self._tasks[what] = asyncio.create_task(work())
             task.add_done_callback(lambda done: self._forget(what, done))
         return await asyncio.shield(task)
 
     def _forget(self, what: Hashable, done: asyncio.Task[T]) -> None:
-        del self._tasks[what]
+        if self._tasks.get(what) is done:
+            del self._tasks[what]
         if not done.cancelled():
             done.exception()  # Seen: whoever asked may have left.

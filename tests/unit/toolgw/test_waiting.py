@@ -13,6 +13,7 @@ import pytest
 
 from services.toolgw.application.cancel_invocation import CancelInvocation
 from services.toolgw.application.hold_lease import RunnerLease
+from services.toolgw.application.places import Shared
 from services.toolgw.application.ports import Finish, InvocationStore, Tool
 from services.toolgw.application.run_once import MAX_WAITING, MAX_WAITING_PER_TENANT, RunOnce
 from services.toolgw.application.run_tool import Bounds, ToolRuns
@@ -183,6 +184,24 @@ async def test_a_waiter_that_leaves_takes_the_look_from_nobody() -> None:
         first.cancel()
         memory.rows["a", "k"] = replace(running(call), state=State.DONE, outcome=Outcome(value=7))
         assert (await asyncio.wait_for(second, 5.0)).outcome.value == 7
+
+
+async def test_who_asks_as_a_look_ends_has_it_done_again() -> None:
+    """Not given the look that has ended: who asks on and on would get it for ever, without a pause for anybody else."""
+    shared, begun = Shared[int](), 0
+
+    async def look() -> int:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            # Its first step comes before the look is forgotten.
+            asked.append(asyncio.create_task(shared.do("k", look)))
+        return begun
+
+    asked: list[asyncio.Task[int]] = []
+    assert await shared.do("k", look) == 1
+    assert await asyncio.wait_for(asked[0], 5.0) == 2
+    assert await shared.do("k", look) == 3
 
 
 async def test_a_dead_runner_is_settled_once_for_all_who_wait() -> None:
