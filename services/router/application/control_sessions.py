@@ -4,6 +4,10 @@ messages were accepted.
 A control is done with when what it says is stored; a cancel of a message that waits, when that message has ended in its
 turn of the queue. Until then it is pending like a message, and a new owner of the partition applies it again: every
 control may be applied twice.
+
+What is done with is stored as a position, so no control is done with before those ahead of it. One that has nothing of
+its own to wait for, behind one that waits, is therefore kept as a part of that: memory holds no more of them than there
+are cancelled messages, however many are sent. The mailbox counts each.
 """
 
 from __future__ import annotations
@@ -38,34 +42,45 @@ class SessionControls:
     def apply(self, session: Session, kind: int, position: int, target: bytes | None) -> None:
         """A control of `kind` (soma.router.v1.InboundKind) reaches the session; `target` is the turn it names."""
         control = PendingControl(position)
-        session.controls.append(control)
         self._state.busy(session)
         if kind in _PAUSES:
             session.paused = _PAUSES[kind]
-            self._settle(session, paused=session.paused)
+            self._settle(session, control, paused=session.paused)
             self._ready(session)
         elif kind == InboundKind.INBOUND_KIND_INTERRUPT:
-            self._settle(session, self._stop(session, position, target, Outcome.INTERRUPTED))
+            self._settle(session, control, self._stop(session, position, target, Outcome.INTERRUPTED))
         elif kind == InboundKind.INBOUND_KIND_CANCEL_ALL:
             self._cancel_rolled_back(control, session)
             self._cancel_queued(control, session, all_of_them=True)
-            self._settle(session, self._stop(session, position, None, Outcome.CANCELLED))
+            self._settle(session, control, self._stop(session, position, None, Outcome.CANCELLED))
             self._ready(session)
         else:
             stopped = self._stop(session, position, target, Outcome.CANCELLED)
             if stopped is None:
                 self._cancel_queued(control, session, target=target)
-            self._settle(session, stopped)
+            self._settle(session, control, stopped)
             self._ready(session)
 
     def message_ended(self, session: Session, message: QueuedMessage) -> ControlItem | None:
         """A waiting message that was cancelled comes to its end: what stores that the cancel is done with, to be
         written in the same transaction. Before it the cancel could be lost, after it be applied to another message.
         """
-        for control in session.controls:
-            if control.waits_for is message:
-                control.waits_for = None
-        return self._settled(session)
+        control = message.cancelled_by
+        if control is None or control.waits_for is not message:
+            return None
+        control.waits_for = None
+        done: list[int] = []
+        count = 0
+        while session.controls and session.controls[0].waits_for is None:
+            control = session.controls.popleft()
+            done.append(control.position)
+            if control.last_position:
+                done.append(control.last_position)
+            count += control.count
+        if not done:
+            return None
+        self._state.mailbox.controls_taken(session, count)
+        return self._item(session, done)
 
     def _stop(self, session: Session, position: int, target: bytes | None, outcome: Outcome) -> Turn | None:
         """Stops the turn that runs, if the control came after the message that it answers."""
@@ -85,16 +100,16 @@ class SessionControls:
             if message.position > control.position:
                 return
             if all_of_them:
-                message.cancelled = True
-                control.waits_for = message
+                self._cancel(control, message)
                 continue
             if target is None:
                 meant = session.turn is None and not message.cancelled
             else:
-                meant = ids.turn_id(session.id, message.message_id) == target
+                # Kept: it costs more than all the rest, and the next control would ask every message again.
+                message.turn_id = message.turn_id or ids.turn_id(session.id, message.message_id)
+                meant = message.turn_id == target
             if meant:
-                message.cancelled = True
-                control.waits_for = message
+                self._cancel(control, message)
                 return
 
     def _cancel_rolled_back(self, control: PendingControl, session: Session) -> None:
@@ -104,23 +119,42 @@ class SessionControls:
         turn = session.turn
         if turn is not None and turn.ending and turn.stop_as is Outcome.ABSORBED:
             for message in turn.inputs:
-                message.cancelled = True
-            control.waits_for = turn.inputs[-1]
+                self._cancel(control, message)
 
-    def _settle(self, session: Session, stopped: Turn | None = None, paused: bool | None = None) -> None:
-        item = self._settled(session, stopped, paused)
-        if item is not None:
-            self.committer.put(item)
+    def _cancel(self, control: PendingControl, message: QueuedMessage) -> None:
+        """Cancels a message that waits. If a control did so before, it is that one that waits for the end."""
+        message.cancelled = True
+        if message.cancelled_by is None:
+            message.cancelled_by = control
+            control.waits_for = message
 
-    def _settled(self, session: Session, stopped: Turn | None = None, paused: bool | None = None) -> ControlItem | None:
-        """Notes durably how far the session's controls are done with, which turn is to converge, and a pause; None if
-        there is nothing to note.
-        """
-        done: list[int] = []
-        while session.controls and session.controls[0].waits_for is None:
-            done.append(session.controls.popleft().position)
-        if not done and stopped is None and paused is None:
-            return None
+    def _settle(
+        self, session: Session, control: PendingControl, stopped: Turn | None = None, paused: bool | None = None
+    ) -> None:
+        """Has a control that was applied stored as done with, or wait; what it stopped or paused is stored at once."""
+        done = [] if self._waits(session, control) else [control.position]
+        if done or stopped is not None or paused is not None:
+            self.committer.put(self._item(session, done, stopped, paused))
+
+    def _waits(self, session: Session, control: PendingControl) -> bool:
+        """Puts a control in the session's line if it is not done with; returns whether it is there."""
+        if control.waits_for is not None:
+            session.controls.append(control)
+        elif session.controls:
+            last = session.controls[-1]
+            last.last_position = control.position
+            last.count += 1
+            # The floor stays below it: the position of the one that it is a part of is pending.
+            session.partition.pending.discard(control.position)
+        else:
+            return False
+        self._state.mailbox.control_added(session)
+        return True
+
+    def _item(
+        self, session: Session, done: list[int], stopped: Turn | None = None, paused: bool | None = None
+    ) -> ControlItem:
+        """Notes durably how far the session's controls are done with, which turn is to converge, and a pause."""
         outcome = stopped.stop_as if stopped is not None else Outcome.CANCELLED
         key = session.key
         session.storing += 1

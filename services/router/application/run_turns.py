@@ -347,7 +347,7 @@ class TurnRunner:
         session = turn.session
         said = [message.content for message in turn.inputs if message.content is not None]
         if len(said) < len(turn.inputs):
-            session.context = None
+            session.forget_context()
             return
         if item.answer.HasField("message"):
             said.append(item.answer.message.SerializeToString())

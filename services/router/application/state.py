@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from services.router.domain.mailbox import Mailbox
 from services.router.domain.scheduler import Scheduler
-from services.router.domain.session import Session, SessionKey
+from services.router.domain.session import Session, SessionKey, WaitingContexts
 
 if TYPE_CHECKING:
     from services.router.application.ports import Directory
@@ -27,6 +27,10 @@ QUEUED_CONTENT_BYTES: Final = 4 * 1024 * 1024
 """Most content of waiting messages kept in memory; beyond it content is read from the store when its turn comes."""
 CONTENT_SHARES: Final = 64
 """A tenant with less than one in so many of it keeps its own although others have filled it."""
+WAITING_CONTEXT_BYTES: Final = 16 * 1024 * 1024
+"""Most bytes of what was said before that sessions with waiting messages keep in memory, shared out like content;
+beyond it a context is read from the store when the session's next turn begins.
+"""
 
 
 class RouterState:
@@ -55,6 +59,7 @@ class RouterState:
         self._queued_bytes = 0
         self._tenant_bytes: Counter[str] = Counter()
         """Content of waiting messages in memory, of all and by tenant."""
+        self.contexts = WaitingContexts(WAITING_CONTEXT_BYTES, CONTENT_SHARES)
 
     def session(self, partition: Partition, session_id: bytes) -> Session | None:
         """A session that is in memory."""
@@ -64,7 +69,7 @@ class RouterState:
         self, partition: Partition, id_: bytes, key: SessionKey, turn_count: int, delivery_count: int
     ) -> Session:
         """Takes a session into memory."""
-        session = Session(id_, key, partition, turn_count, delivery_count)
+        session = Session(id_, key, partition, turn_count, delivery_count, self.contexts)
         if turn_count == 0:
             session.remember([], 0)
         partition.sessions[id_] = session
@@ -93,11 +98,15 @@ class RouterState:
                 message.content = None
         session.queue.append(message)
         self.mailbox.added(session)
+        if session.context and len(session.queue) == 1:
+            session.bound_context()
 
     def dequeue(self, session: Session) -> QueuedMessage:
         """Takes the session's first waiting message."""
         message = session.queue.popleft()
         self.mailbox.taken(session)
+        if session.context_held and not session.queue:
+            self.contexts.let_go(session)
         self._hold(session, -len(message.content or b""))
         return message
 
@@ -106,6 +115,8 @@ class RouterState:
         self._hold(session, len(message.content or b""))
         session.queue.appendleft(message)
         self.mailbox.added(session)
+        if session.context and len(session.queue) == 1:
+            session.bound_context()
 
     def _has_room(self, tenant: str, size: int) -> bool:
         """A tenant that has little in memory keeps it there although others have filled it: what they wait for is not
@@ -138,6 +149,8 @@ class RouterState:
                 session.timer.cancel()
             self._hold(session, -sum(len(message.content or b"") for message in session.queue))
             self.mailbox.forget(session)
+            self.contexts.let_go(session)
+            session.contexts = None  # one that is being read for a turn may still come, and is nobody's
             if session.turn is not None:
                 turns.append(session.turn)
                 self.running.pop(session.turn.id, None)

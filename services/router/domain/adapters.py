@@ -6,6 +6,7 @@ without talking to the others, and a stream that comes or goes moves only the se
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -22,15 +23,15 @@ class AdapterStream:
     instance: str
     window: int
     live: bool
-    in_flight: int = 0
-    """Deliveries of this router that it has in hand."""
-    waiting: list[bytes] = field(default_factory=list)
-    """Sessions that wait for room in the window."""
+    in_hand: dict[bytes, None] = field(default_factory=dict)
+    """Sessions of this router whose first delivery it has in hand, in the order in which they were handed over."""
+    waiting: deque[bytes] = field(default_factory=deque)
+    """Sessions that wait for room in the window. One that has gone meanwhile may still be named."""
 
     @property
     def has_room(self) -> bool:
         """Whether it can take one more delivery."""
-        return self.in_flight < self.window
+        return len(self.in_hand) < self.window
 
 
 def choose(session_id: bytes, streams: Iterable[AdapterStream]) -> AdapterStream | None:

@@ -1,4 +1,4 @@
-"""How many messages wait, by tenant and partition, and which sessions are at their bound.
+"""How many messages and controls wait, by tenant and partition, and which sessions are at their bound.
 
 Only counted here, never refused: what is in a lane was accepted. The gateways refuse, by what the routers tell them.
 """
@@ -24,13 +24,15 @@ class TenantMail:
 
     waiting: int = 0
     partitions: dict[int, int] = field(default_factory=dict)
-    """Waiting messages by partition; none is 0."""
+    """What waits by partition; none is 0."""
     full: dict[bytes, int] = field(default_factory=dict)
     """Sessions at their bound, each with its partition."""
 
 
 class Mailbox:
-    """The waiting messages of this router, counted."""
+    """The waiting messages and controls of this router, counted. For a tenant a control that waits counts as a message;
+    a session is full with `session_bound` of either: whoever cancels what waits takes no places of messages.
+    """
 
     def __init__(self, session_bound: int, tenant_bound: int) -> None:
         self.session_bound = session_bound
@@ -54,7 +56,8 @@ class Mailbox:
         mail.partitions[number] = mail.partitions.get(number, 0) + 1
         if mail.waiting % self._tenant_step == 0:
             self.crossed.add(tenant)
-        if len(session.queue) >= self.session_bound and session.id not in mail.full and len(mail.full) < FULL_SESSIONS:
+        is_full = len(session.queue) >= self.session_bound or session.waiting_controls >= self.session_bound
+        if is_full and session.id not in mail.full and len(mail.full) < FULL_SESSIONS:
             mail.full[session.id] = number
             self.crossed.add(tenant)
 
@@ -62,10 +65,22 @@ class Mailbox:
         """A message was taken out of the session's queue."""
         self._less(session, 1)
 
+    def control_added(self, session: Session) -> None:
+        """A control of the session has to wait."""
+        session.waiting_controls += 1
+        self.added(session)
+
+    def controls_taken(self, session: Session, count: int) -> None:
+        """So many of them do not wait any more."""
+        session.waiting_controls -= count
+        self._less(session, count)
+
     def forget(self, session: Session) -> None:
-        """The session's queue is not this router's any more."""
-        if session.queue:
-            self._less(session, len(session.queue))
+        """What waits of the session is not this router's any more."""
+        count = len(session.queue) + session.waiting_controls
+        session.waiting_controls = 0
+        if count:
+            self._less(session, count)
         mail = self._tenants.get(session.key.tenant)
         if mail is not None:
             mail.full.pop(session.id, None)
@@ -79,7 +94,7 @@ class Mailbox:
         return iter(self._tenants.items())
 
     def _less(self, session: Session, count: int) -> None:
-        tenant, number = session.key.tenant, session.partition.id
+        tenant, number, bound = session.key.tenant, session.partition.id, self.session_bound
         mail = self._tenants[tenant]
         self.waiting -= count
         mail.waiting -= count
@@ -88,7 +103,7 @@ class Mailbox:
             mail.partitions[number] = left
         else:
             del mail.partitions[number]
-        if session.id in mail.full and len(session.queue) < self.session_bound:
+        if session.id in mail.full and len(session.queue) < bound and session.waiting_controls < bound:
             del mail.full[session.id]
             self.crossed.add(tenant)
         if not mail.waiting:

@@ -36,6 +36,8 @@ class BrainLink(Protocol):
 
 
 CONTEXT_BYTES: Final = 64 * 1024
+SAID_BYTES: Final = 64
+"""What a message of a context takes in memory beside its bytes."""
 RECENT_MESSAGES: Final = 16
 
 
@@ -76,6 +78,10 @@ class QueuedMessage:
     """The turn that had taken it was rolled back."""
     cancelled: bool = False
     """A cancel reached it before its turn began: it ends without one."""
+    cancelled_by: PendingControl | None = None
+    """The control that did that; it is not done with before this message has ended."""
+    turn_id: bytes = b""
+    """Id of the turn that a control would name it by; empty until one is looked for."""
     agent_missed_at: float = 0.0
     """Monotonic time at which its agent was first found missing, in seconds; 0: never."""
 
@@ -87,11 +93,15 @@ class QueuedMessage:
 
 @dataclass(slots=True)
 class PendingControl:
-    """A control of the session that was read and is not stored as applied."""
+    """A control of the session that is not done with, and those behind it that are done with when it is."""
 
     position: int
     waits_for: QueuedMessage | None = None
     """The waiting message that it cancels, the last of them: it is applied when that message has ended."""
+    last_position: int = 0
+    """Position of the last control that is done with when it is; 0: there is no other."""
+    count: int = 1
+    """How many they are, with itself."""
 
 
 @dataclass(slots=True)
@@ -152,12 +162,59 @@ class Turn:
         return len(self.journal)
 
 
+class WaitingContexts:
+    """Bytes that sessions with waiting messages hold of what was said before. All of them hold no more than `bound`; a
+    tenant with less than one in `shares` of it keeps its own although others have filled it.
+    """
+
+    __slots__ = ("_bound", "_share", "_tenants", "held")
+
+    def __init__(self, bound: int, shares: int) -> None:
+        self._bound = bound
+        self._share = bound // shares
+        self.held = 0
+        self._tenants: dict[str, int] = {}
+
+    def of_tenant(self, tenant: str) -> int:
+        """Bytes of one tenant's."""
+        return self._tenants.get(tenant, 0)
+
+    def hold(self, session: Session) -> bool:
+        """Counts what a session holds by now, if there is room for it; False if there is none."""
+        size = 0
+        if session.context is not None:
+            size = session.context_bytes + len(session.context) * SAID_BYTES
+        more = size - session.context_held
+        if more > 0 and self.held + more > self._bound and self.of_tenant(session.key.tenant) + more > self._share:
+            return False
+        if more:
+            self._count(session, more)
+        return True
+
+    def let_go(self, session: Session) -> None:
+        """What a session holds is not counted any more: nothing waits there, or it is not this router's."""
+        if session.context_held:
+            self._count(session, -session.context_held)
+
+    def _count(self, session: Session, more: int) -> None:
+        session.context_held += more
+        self.held += more
+        tenant = session.key.tenant
+        left = self._tenants.get(tenant, 0) + more
+        if left:
+            self._tenants[tenant] = left
+        else:
+            self._tenants.pop(tenant, None)
+
+
 class Session:
     """Everything the owner needs to know of a session between two messages. Idle ones may be dropped at any time."""
 
     __slots__ = (
         "context",
         "context_bytes",
+        "context_held",
+        "contexts",
         "controls",
         "delivery_count",
         "id",
@@ -173,9 +230,18 @@ class Session:
         "timer",
         "turn",
         "turn_count",
+        "waiting_controls",
     )
 
-    def __init__(self, id_: bytes, key: SessionKey, partition: Partition, turn_count: int, delivery_count: int) -> None:
+    def __init__(
+        self,
+        id_: bytes,
+        key: SessionKey,
+        partition: Partition,
+        turn_count: int,
+        delivery_count: int,
+        contexts: WaitingContexts | None = None,
+    ) -> None:
         self.id = id_
         self.key = key
         self.partition = partition
@@ -183,7 +249,9 @@ class Session:
         self.delivery_count = delivery_count
         self.queue: deque[QueuedMessage] = deque()
         self.controls: deque[PendingControl] = deque()
-        """Controls that are not done with, in order."""
+        """Controls that are not done with, in order; the first waits for a message."""
+        self.waiting_controls = 0
+        """How many controls `controls` stands for."""
         self.paused = False
         """No turn of it starts."""
         self.refusing = 0
@@ -198,10 +266,31 @@ class Session:
         self.context: deque[bytes] | None = None
         """What was said before, oldest first; None if it must be read from the store."""
         self.context_bytes = 0
+        self.context_held = 0
+        """Bytes that are counted for it in `contexts`."""
+        self.contexts = contexts
+        """Bounds the context while messages wait; None: nothing does."""
         self.recent: tuple[bytes, ...] = ()
         """Ids of its newest messages that came since it is in memory."""
         self.repeating = False
         """What came last was a retry."""
+
+    def forget_context(self) -> None:
+        """What was said before is to be read from the store."""
+        self.context, self.context_bytes = None, 0
+        if self.context_held and self.contexts is not None:
+            self.contexts.let_go(self)
+
+    def bound_context(self) -> None:
+        """Forgets what was said before if messages wait and all contexts of such sessions leave no room for it: then
+        the store is read when a turn needs it.
+        """
+        if self.contexts is None:
+            return
+        if not self.queue:
+            self.contexts.let_go(self)
+        elif not self.contexts.hold(self):
+            self.forget_context()
 
     def saw(self, message_id: bytes, *, is_new: bool) -> None:
         """Notes a message that the store has, or had already."""
@@ -223,16 +312,19 @@ class Session:
         """Adds to what was said before and keeps the newest `keep` messages; forgets all of it if they are more bytes
         than the cache holds (then the store is read).
         """
-        if self.context is None:
+        context = self.context
+        if context is None:
             if self.turn_count:
                 return
-            self.context = deque()
-        self.context.extend(said)
+            context = self.context = deque()
+        context.extend(said)
         self.context_bytes += sum(map(len, said))
-        while len(self.context) > keep:
-            self.context_bytes -= len(self.context.popleft())
+        while len(context) > keep:
+            self.context_bytes -= len(context.popleft())
         if self.context_bytes > CONTEXT_BYTES:
-            self.context, self.context_bytes = None, 0
+            self.forget_context()
+        elif self.queue:
+            self.bound_context()
 
     def recall(self, said: list[bytes]) -> None:
         """Takes over what the store knows was said before."""

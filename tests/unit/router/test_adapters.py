@@ -59,5 +59,5 @@ def test_only_the_sessions_of_a_stream_that_left_move() -> None:
 def test_room() -> None:
     one = stream(1, "a", window=2)
     assert one.has_room
-    one.in_flight = 2
+    one.in_hand = dict.fromkeys(SESSIONS[:2])
     assert not one.has_room

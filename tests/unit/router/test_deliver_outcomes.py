@@ -6,14 +6,18 @@ from typing import Any, cast
 
 import pytest
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
-from soma.router.v1.outbound_pb2 import AckBatch, AdapterStream, Presence, Return
+from soma.router.v1.outbound_pb2 import AckBatch, Presence, Return
 
-from services.router.application import deliver_outcomes
+from services.router.application import deliver_outcomes, read_backlogs
 from services.router.application.deliver_outcomes import DeliveryDesk
+from services.router.application.delivery_lines import Line
 from services.router.application.group import CommitItem
 from services.router.application.outcomes import AckItem, EndItem
 from services.router.application.ports import StoredDelivery
 from services.router.application.state import RouterState
+from services.router.domain.adapters import AdapterStream as AdapterStreamState
+from services.router.domain.adapters import choose
+from services.router.domain.delivery_room import DeliveryRoom
 from services.router.domain.partition import Partition
 from services.router.domain.session import QueuedMessage, Session, SessionKey
 from services.router.domain.turn import Outcome
@@ -45,14 +49,12 @@ class World:
         self.sent: list[tuple[int, bytes, int]] = []
         """(stream, delivery id, attempt) in the order handed over."""
         self.table: dict[tuple[int, int], tuple[Session, bytes]] = {}
-        self.reads = 0
+        self.reading = self.most_read = 0
+        """How many deliveries the pages that are being read may have, now and at most."""
         self.dead: list[AckItem] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.turns = 0
-        self.desk = DeliveryDesk(
-            self.state, cast(Any, self), cast(Any, self), self.spawn, ack_wait_s=30.0, max_tries=3, retry_s=1.0
-        )
-        self.desk.committer = cast(Any, self)
+        self.bound()
 
     # ---- ports
 
@@ -64,11 +66,14 @@ class World:
     async def settle(self) -> None:
         """Lets pages be read."""
         while self.tasks:
-            tasks, self.tasks = self.tasks, []
-            await asyncio.gather(*tasks)
+            await self.settle_once()
+
+    async def settle_once(self) -> None:
+        """Lets those pages be read that are being read."""
+        tasks, self.tasks = self.tasks, []
+        await asyncio.gather(*tasks)
 
     def hand_over(self, tenant: str, gateway: str, stream: int, delivery: Delivery) -> None:
-        assert tenant == TENANT
         self.sent.append((stream, delivery.delivery_id, delivery.attempt))
 
     def show(self, tenant: str, gateway: str, stream: int, event: LiveEvent) -> None:
@@ -83,22 +88,42 @@ class World:
     async def deliveries(
         self, tenant: str, partition: int, channel: str, after: int, limit: int
     ) -> list[StoredDelivery]:
-        assert (tenant, channel) == KEY
-        self.reads += 1
+        self.reading += limit
+        self.most_read = max(self.most_read, self.reading)
         rows = [
             StoredDelivery(position, session.id, payload)
             for (number, position), (session, payload) in sorted(self.table.items(), key=lambda row: row[0])
             if number == partition and position > after
+            if (session.key.tenant, session.key.channel) == (tenant, channel)
         ]
         await asyncio.sleep(0)
+        self.reading -= limit
         return rows[:limit]
 
     # ---- what happens
 
-    def session(self, name: str = "s", partition: int = 0) -> Session:
-        return a_session(self.partitions[partition], name)
+    def bound(self, items: int = 20_000, size: int = 64 << 20, channel_items: int = 4096) -> None:
+        """Memory has these bounds; called before anything else."""
+        self.room = DeliveryRoom(items, size, channel_items)
+        self.desk = DeliveryDesk(
+            self.state,
+            cast(Any, self),
+            cast(Any, self),
+            self.spawn,
+            ack_wait_s=30.0,
+            max_tries=3,
+            retry_s=1.0,
+            room=self.room,
+        )
+        self.desk.committer = cast(Any, self)
 
-    def store(self, session: Session) -> EndItem:
+    def session(self, name: str = "s", partition: int = 0, *, channel: str = CHANNEL, tenant: str = TENANT) -> Session:
+        session = a_session(self.partitions[partition], name, tenant=tenant)
+        session.key = SessionKey(tenant, "echo", channel, name)
+        session.id = ids.session_id(tenant, "echo", channel, name)
+        return session
+
+    def store(self, session: Session, size: int = 0) -> EndItem:
         """An outcome of the session becomes durable."""
         self.turns += 1
         partition = session.partition
@@ -106,13 +131,15 @@ class World:
         message = QueuedMessage(1, ids.content_hash(b"%d" % self.turns), True, 0, "", b"")
         turn = a_turn(session, message)
         answer = Delivery(delivery_id=turn.id, turn_id=turn.id)
+        if size:
+            answer.message.parts.add(text="x" * size)
         item = EndItem(partition, turn, Outcome.FINAL, [], answer, lambda _: None, position=partition.head)
         self.table[partition.id, partition.head] = session, answer.SerializeToString()
         return item
 
-    def outcome(self, session: Session) -> bytes:
+    def outcome(self, session: Session, size: int = 0) -> bytes:
         """An outcome is durable and the desk is told; returns its id."""
-        item = self.store(session)
+        item = self.store(session, size)
         self.desk.add(item)
         return item.turn.id
 
@@ -124,13 +151,15 @@ class World:
         gateway: str = "g",
         processed: Sequence[bytes] = (),
         losses: int = 0,
+        channel: str = CHANNEL,
+        tenant: str = TENANT,
     ) -> None:
         """A gateway announces one stream: all it has."""
         presence = Presence(gateway=gateway, losses=losses)
         presence.streams.add(
-            stream=stream, channel=CHANNEL, instance=instance, window=window, live=True, processed=processed
+            stream=stream, channel=channel, instance=instance, window=window, live=True, processed=processed
         )
-        self.desk.on_presence(TENANT, presence)
+        self.desk.on_presence(tenant, presence)
 
     def gone(self, gateway: str = "g") -> None:
         self.desk.on_presence(TENANT, Presence(gateway=gateway))
@@ -490,8 +519,8 @@ async def test_what_is_remembered_of_processed_deliveries_is_bounded(
 async def test_a_backlog_larger_than_memory_is_delivered_in_order(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
-    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 10)
+    monkeypatch.setattr(read_backlogs, "_PAGE", 4)
+    world.bound(10)
     session, others = world.session(), [world.session(f"o{n}") for n in range(3)]
     expected = [world.outcome(session) for _ in range(25)]
     for other in others:
@@ -511,8 +540,8 @@ async def test_a_backlog_larger_than_memory_is_delivered_in_order(
 async def test_memory_is_bounded_while_an_adapter_acknowledges_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
-    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 20)
+    monkeypatch.setattr(read_backlogs, "_PAGE", 4)
+    world.bound(20)
     world.adapter(window=3)
     for n in range(200):
         world.outcome(world.session(f"s{n}"))
@@ -521,31 +550,222 @@ async def test_memory_is_bounded_while_an_adapter_acknowledges_nothing(
     assert len(world.sent) == 3
 
 
-async def test_a_channel_whose_adapter_acknowledges_nothing_costs_no_other_channel_its_memory(
+async def test_a_channel_whose_adapter_acknowledges_nothing_costs_no_other_channel_its_memory(world: World) -> None:
+    world.bound(6400, channel_items=400)
+    for number, channel in enumerate((CHANNEL, "c2", "c3", "c4", "c5"), 1):
+        world.adapter(number, gateway=f"g{number}", window=3, channel=channel)
+        for n in range(500):
+            world.outcome(world.session(f"s{n}", channel=channel))
+        assert len(world.desk._by_id) == 400 * min(number, 4), "a bound of its own, and one of its tenant"
+        if number == 4:
+            assert world.room.items == 6400 // 4
+            break
+    world.adapter(9, gateway="g9", channel="good")
+    good = world.session("good", channel="good")
+    for _ in range(20):
+        world.ack(world.outcome(good))
+    assert [stream for stream, _, _ in world.sent].count(9) == 20, "memory that others fill is no bound for it"
+    world.desk.drop(world.partitions[0])
+    assert (world.room.items, world.room.size, world.desk._by_id) == (0, 0, {})
+
+
+async def test_channels_without_end_whose_adapters_acknowledge_nothing_keep_within_the_bounds(world: World) -> None:
+    """Of one tenant they take half of the memory, and cost no other tenant its deliveries."""
+    world.bound(2048)
+    for number in range(1, 300):
+        world.adapter(number, gateway=f"g{number}", window=1, channel=f"c{number}")
+        for n in range(20):
+            world.outcome(world.session(f"s{n}", channel=f"c{number}"))
+    assert world.room.items == len(world.desk._by_id) <= 1024
+    world.adapter(900, gateway="other", tenant="other")
+    session = world.session(tenant="other")
+    for _ in range(20):
+        one = world.outcome(session)
+        assert world.sent[-1] == (900, one, 1)
+        world.desk.on_acks("other", AckBatch(acks=[one]))
+
+
+async def test_what_large_outcomes_take_of_memory_is_bounded(world: World) -> None:
+    """A thousand of 64 KiB that nobody acknowledges: what does not fit waits in the table."""
+    world.bound(size=16 << 20)
+    world.adapter(window=3)
+    for n in range(1000):
+        world.outcome(world.session(f"s{n}"), 64 << 10)
+        await world.settle()
+    held = sum(pending.delivery.ByteSize() for pending in world.desk._by_id.values())
+    assert 3 << 20 < held <= 4 << 20, "a quarter"
+    assert held == pytest.approx(world.room.size, abs=len(world.desk._by_id) * 16), "attempts are not counted"
+    for _ in range(1000):
+        await world.settle()
+        if not world.table:
+            break
+        world.ack(*world.ids[-3:])
+    assert world.table == {}
+    assert sorted(set(world.ids)) == sorted(world.ids), "each once"
+    assert (world.room.items, world.room.size) == (0, 0)
+
+
+async def test_outcomes_larger_than_any_share_are_delivered_one_by_one(world: World) -> None:
+    world.bound(size=1 << 20)
+    session = world.session()
+    expected = [world.outcome(session, 300 << 10) for _ in range(5)]
+    world.adapter()
+    for one in expected:
+        await world.settle()
+        assert world.ids[-1] == one
+        assert len(world.desk._by_id) == 1
+        world.ack(one)
+    await world.settle()
+    assert world.table == {}
+
+
+async def test_pages_that_are_being_read_count_for_memory(world: World) -> None:
+    """Two partitions with twenty channels each are taken over: they are not all read at once."""
+    world.bound(size=16 << 20)
+    channels = [f"c{n}" for n in range(20)]
+    presence = Presence(gateway="g")
+    for number, channel in enumerate(channels, 1):
+        presence.streams.add(stream=number, channel=channel, instance="i", window=99)
+    world.desk.on_presence(TENANT, presence)
+    for channel in channels:
+        for n in range(20):
+            world.store(world.session(f"s{n}", n % 2, channel=channel), 250 << 10)
+    for partition in world.partitions:
+        world.desk.adopt(partition, [(TENANT, channel) for channel in channels])
+    for _ in range(2000):
+        assert world.room.size <= 8 << 20, "half of the memory is the most for a tenant"
+        await world.settle_once()
+        world.ack(*{delivery for _, delivery, _ in world.sent})
+        if not world.table:
+            break
+    assert world.table == {}, "and nobody starves, though nothing but room that comes again has them read"
+    assert 8 <= world.most_read <= 32
+    await world.settle()
+    assert (world.room.items, world.room.size) == (0, 0)
+
+
+async def test_a_page_that_turns_out_too_large_is_taken_as_far_as_it_fits(world: World) -> None:
+    """The first outcomes of the backlog were small, so many were read at once."""
+    world.bound(size=4 << 20)
+    session = world.session()
+    expected = [world.store(session).turn.id for _ in range(40)]
+    expected += [world.store(session, 200 << 10).turn.id for _ in range(20)]
+    world.adapter()
+    world.desk.adopt(world.partitions[0], [KEY])
+    for one in expected:
+        await world.settle()
+        assert world.room.size <= 1 << 20
+        assert world.ids[-1] == one
+        world.ack(one)
+    await world.settle()
+    assert world.ids == expected
+    assert world.table == {}
+    assert (world.room.items, world.room.size) == (0, 0)
+
+
+async def test_a_channel_that_found_no_room_is_looked_at_when_another_gives_some(world: World) -> None:
+    world.bound(size=1 << 20)
+    world.adapter(1, channel="c1", gateway="g1")
+    world.adapter(2, channel="c2", gateway="g2")
+    first = [world.outcome(world.session(f"s{n}", channel="c1"), 120 << 10) for n in range(2)]
+    full = world.outcome(world.session("t", channel="c2"), 380 << 10)
+    assert world.ids == first, "a quarter of the memory is taken, and with this it would be more than a half"
+    world.ack(first[0])
+    await world.settle()
+    assert world.ids == [*first, full]
+
+
+async def test_channels_of_which_there_is_nothing_are_forgotten(world: World) -> None:
+    world.adapter()
+    world.ack(world.outcome(world.session()))
+    world.gone()
+    world.sweep_after(1)
+    assert world.desk._channels == {}
+    assert world.room._tenants == {}
+    assert (world.desk._streams, world.desk._streams_at) == ({}, {})
+
+
+class Watched(dict[bytes, Line]):
+    """Lines that must not be looked at."""
+
+    looks = 0
+
+    def __getitem__(self, key: bytes) -> Line:
+        self.looks += 1
+        return super().__getitem__(key)
+
+    def get(self, key: bytes, default: Any = None) -> Any:
+        self.looks += 1
+        return super().get(key, default)
+
+    def values(self) -> Any:
+        self.looks += 1
+        return super().values()
+
+    def items(self) -> Any:
+        self.looks += 1
+        return super().items()
+
+
+async def test_streams_that_come_move_and_go_cost_no_look_at_lines_of_others(world: World) -> None:
+    """Neither of other channels nor, where they move or go, of those that other streams of the channel have."""
+    world.adapter(1, gateway="g1", window=1, channel="stalled")
+    for n in range(50):
+        world.outcome(world.session(f"s{n}", channel="stalled"))
+    stalled = world.desk._channels[TENANT, "stalled"]
+    stalled.lines = watched = Watched(stalled.lines)
+    for window in (1, 0, 1, 2):
+        world.adapter(2, "b", gateway="g2", window=window)
+        world.outcome(world.session(f"t{window}"))
+    world.adapter(3, "b", gateway="g3", window=1)
+    world.adapter(3, "b", gateway="g3", window=1, losses=1)
+    world.gone("g3")
+    world.adapter(4, "c", gateway="g4")
+    world.sweep_after(1.1, "g1", "g2", "g4")
+    assert watched.looks == 1, "the sweep's one for the delivery in hand there"
+    assert {stream for stream, _, _ in world.sent} == {1, 2, 3, 4}
+
+
+async def test_a_stream_that_leaves_has_only_its_own_sessions_looked_at(world: World) -> None:
+    world.adapter(1, "a", gateway="g1", window=60)
+    for n in range(60):
+        world.outcome(world.session(f"s{n}"))
+    world.adapter(2, "b", gateway="g2", window=0)
+    channel = world.desk._channels[KEY]
+    channel.lines = watched = Watched(channel.lines)
+    world.gone("g2")
+    assert watched.looks == 0
+    world.ack(*world.ids[:57])
+    watched.looks = 0
+    world.gone("g1")
+    assert watched.looks == 3, "those that it had in hand"
+
+
+async def test_streams_that_go_together_are_given_nothing_of_each_other(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deliver_outcomes, "_PAGE", 4)
-    monkeypatch.setattr(deliver_outcomes, "_IN_MEMORY", 640)
-    monkeypatch.setattr(deliver_outcomes, "_OF_ONE_CHANNEL", 400)
-    world.adapter(window=3)
-    world.desk.on_presence(TENANT, Presence(gateway="g2", streams=[AdapterStream(stream=9, channel="c2", window=1)]))
-    for n in range(1000):
+    """A gateway dies with all its streams: what waits is not passed on from one to the next."""
+    presence = Presence(gateway="g")
+    for number in range(1, 31):
+        presence.streams.add(stream=number, channel=CHANNEL, instance=f"i{number}", window=1)
+    world.desk.on_presence(TENANT, presence)
+    for n in range(300):
         world.outcome(world.session(f"s{n}"))
-    assert len(world.desk._by_id) == 400, "a bound of its own"
-    stuck = [world.session(f"t{n}") for n in range(500)]
-    for session in stuck:
-        session.key = SessionKey(TENANT, "echo", "c2", session.key.session)
-        world.outcome(session)
-    assert len(world.desk._by_id) == 640, "and one of all"
-    world.desk.on_presence(TENANT, Presence(gateway="g3", streams=[AdapterStream(stream=5, channel="c3", window=99)]))
-    good = world.session("good")
-    good.key = SessionKey(TENANT, "echo", "c3", "good")
-    for _ in range(20):
-        delivery = world.outcome(good)
-        world.ack(delivery)
-    assert [stream for stream, _, _ in world.sent].count(5) == 20, "memory that others fill is no bound for it"
-    world.desk.drop(world.partitions[0])
-    assert not world.desk._held
+    choices = []
+
+    def counted(session_id: bytes, streams: Any) -> AdapterStreamState | None:
+        choices.append(session_id)
+        return choose(session_id, streams)
+
+    monkeypatch.setattr(deliver_outcomes, "choose", counted)
+    world.gone()
+    assert len(world.sent) == 30
+    assert choices == []
+    world.adapter(40, "new", gateway="g2", window=300)
+    assert len(world.sent) == 300, "30 wait for the instances that had them"
+    assert len(choices) == 270
+    world.sweep_after(1.1, "g2")
+    assert len(world.sent) == 330
 
 
 async def test_outcomes_that_come_while_the_backlog_is_read_keep_their_order(world: World) -> None:
@@ -609,10 +829,10 @@ async def test_a_lost_partition_leaves_nothing_behind(world: World) -> None:
     world.ack(*world.ids)
     world.sweep_after(40, "g")
     assert world.desk._by_id == {}
-    assert world.desk._lines == {}
+    assert [channel.lines for channel in world.desk._channels.values()] == [{}]
     assert len(world.sent) == 1
     for streams in world.desk._streams.values():
-        assert [stream.in_flight for stream in streams.values()] == [0]
+        assert [stream.in_hand for stream in streams.values()] == [{}]
 
 
 async def test_a_partition_lost_and_taken_again_begins_from_the_table(world: World) -> None:

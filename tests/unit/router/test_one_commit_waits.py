@@ -84,7 +84,7 @@ async def test_a_session_that_is_not_in_memory_waits(engine: Engine, door: Door)
 
 
 async def test_a_session_whose_past_is_not_in_memory_waits(engine: Engine, door: Door) -> None:
-    next(s for s in engine.state.partitions[0].sessions.values() if s.key.session == HERE).context = None
+    next(s for s in engine.state.partitions[0].sessions.values() if s.key.session == HERE).forget_context()
     await waits(engine, inbound(HERE))
     door.opens()
     [start] = await engine.started(1)
@@ -152,7 +152,7 @@ async def test_turns_that_wait_to_be_durable_keep_their_places(engine: Engine, d
     """A turn in the group that is written gets its brain later; what comes behind it takes no place away from it."""
     engine.brain.credit = 2
     late = next(s for s in engine.state.partitions[0].sessions.values() if s.key.session == HERE)
-    late.context = None
+    late.forget_context()
     engine.accept(inbound(HERE))
     door.lets_one_in()
     await eventually(lambda: len(door.sent) == 2, what="the group with its start")

@@ -143,7 +143,7 @@ async def test_one_that_joins_while_a_turns_context_is_read_and_is_kept_in_the_s
     monkeypatch.setattr(engine, "context", context)
     monkeypatch.setattr(state, "QUEUED_CONTENT_BYTES", 0)  # others have filled it
     [session] = [session for partition in engine.state.partitions.values() for session in partition.sessions.values()]
-    session.context = None
+    session.forget_context()
     engine.accept(message("2"))
     await asyncio.wait_for(reading.wait(), 10)
     engine.accept(message("3", Policy.STEER))

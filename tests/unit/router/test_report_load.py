@@ -115,6 +115,36 @@ async def test_what_left_with_a_partition_is_not_counted_any_more() -> None:
     assert not world.said
 
 
+async def test_controls_that_wait_fill_their_session_as_messages_do_and_take_none_of_their_places() -> None:
+    world = World()
+    session = a_session(world.partitions[1])
+    mailbox = world.state.mailbox
+    world.waits(session, SESSION_BOUND - 1)
+    for _ in range(SESSION_BOUND - 1):
+        mailbox.control_added(session)
+    assert not mailbox.crossed
+    mailbox.control_added(session)
+    await world.reports.report_crossed()
+    mailbox.controls_taken(session, SESSION_BOUND)
+    await world.reports.report_crossed()
+    [full, free] = [load.partitions[1] for _, load in world.said]
+    assert (list(full.full_sessions), full.waiting) == ([session.id], 2 * SESSION_BOUND - 1)
+    assert (list(free.full_sessions), free.waiting) == ([], SESSION_BOUND - 1)
+
+
+async def test_a_session_stays_full_until_it_is_neither_of_messages_nor_of_controls() -> None:
+    world = World()
+    session = a_session(world.partitions[1])
+    mailbox = world.state.mailbox
+    world.waits(session, SESSION_BOUND)
+    for _ in range(SESSION_BOUND):
+        mailbox.control_added(session)
+    world.state.dequeue(session)
+    assert session.id in mailbox.tenant("demo").full
+    mailbox.controls_taken(session, 1)
+    assert not mailbox.tenant("demo").full
+
+
 def test_content_of_a_tenant_that_has_little_waiting_stays_in_memory_beside_a_flood() -> None:
     world = World()
     flood = a_session(world.partitions[0], "flood", tenant="flood")
@@ -135,7 +165,9 @@ def test_content_of_a_tenant_that_has_little_waiting_stays_in_memory_beside_a_fl
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Messages come, are taken and put back, partitions are lost: the counts are those of the queues."""
+    """Messages come, are taken and put back, controls wait and are done with, partitions are lost: the counts are those
+    of the queues.
+    """
 
     @initialize()
     def begin(self) -> None:
@@ -161,6 +193,20 @@ class AnyOrder(RuleBasedStateMachine):
         if back:
             self.world.state.requeue(session, message)
 
+    @rule(number=st.integers(0, 7), count=st.integers(1, 4))
+    def controls_wait(self, number: int, count: int) -> None:
+        session = self.sessions[number]
+        if not session.partition.lost:
+            for _ in range(count):
+                self.world.state.mailbox.control_added(session)
+
+    @precondition(lambda self: any(session.waiting_controls for session in self.sessions))
+    @rule(data=st.data())
+    def controls_are_done_with(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from([session for session in self.sessions if session.waiting_controls]))
+        count = data.draw(st.integers(1, session.waiting_controls))
+        self.world.state.mailbox.controls_taken(session, count)
+
     @rule(number=st.integers(0, 1))
     def partition_is_lost(self, number: int) -> None:
         partition = self.world.partitions[number]
@@ -173,18 +219,20 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def the_counts_are_those_of_the_queues(self) -> None:
         mailbox = self.world.state.mailbox
-        assert mailbox.waiting == sum(len(session.queue) for session in self.sessions)
+        waits = {session: len(session.queue) + session.waiting_controls for session in self.sessions}
+        assert mailbox.waiting == sum(waits.values())
         for tenant in ("a", "b"):
-            of_tenant = [session for session in self.sessions if session.key.tenant == tenant and session.queue]
+            of_tenant = [session for session in self.sessions if session.key.tenant == tenant and waits[session]]
             mail = mailbox.tenant(tenant)
-            assert mail.waiting == sum(len(session.queue) for session in of_tenant)
+            assert mail.waiting == sum(waits[session] for session in of_tenant)
             by_partition: dict[int, int] = {}
             for session in of_tenant:
                 number = session.partition.id
-                by_partition[number] = by_partition.get(number, 0) + len(session.queue)
+                by_partition[number] = by_partition.get(number, 0) + waits[session]
             assert mail.partitions == by_partition
-            assert set(mail.full) == {s.id for s in of_tenant if len(s.queue) >= SESSION_BOUND}
-        assert {t for t, _ in mailbox} == {s.key.tenant for s in self.sessions if s.queue}, "an idle one costs nothing"
+            full = {s.id for s in of_tenant if max(len(s.queue), s.waiting_controls) >= SESSION_BOUND}
+            assert set(mail.full) == full
+        assert {t for t, _ in mailbox} == {s.key.tenant for s in self.sessions if waits[s]}, "an idle one costs nothing"
 
 
 TestAnyOrder = AnyOrder.TestCase

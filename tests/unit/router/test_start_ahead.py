@@ -153,7 +153,7 @@ async def test_a_session_that_is_not_in_memory_waits(engine: Engine) -> None:
 
 async def test_a_session_whose_past_is_not_in_memory_waits(engine: Engine) -> None:
     [session] = engine.state.partitions[0].sessions.values()
-    session.context = None
+    session.forget_context()
     await waits_for_its_start(engine)
     await engine.started(1)
 

@@ -73,7 +73,7 @@ async def test_a_turn_that_was_stopped_while_its_context_was_read_is_not_started
         return []
 
     monkeypatch.setattr(engine, "context", context)
-    engine.state.running[start.turn_id].session.context = None
+    engine.state.running[start.turn_id].session.forget_context()
     late = Brain(name="brain-1")
     engine.connect(late)
     engine.accept(message("2", Policy.INTERRUPT))
