@@ -151,9 +151,10 @@ async def main(lifecycle: Lifecycle, settings: RouterSettings) -> None:
         retry_s=settings.delivery_retry_s,
     )
     # Connections of their own: however many watchers read journals and however much is asked of the API, no turn waits
-    # for them.
-    watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches", ready=0)
-    asked_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} api", ready=0)
+    # for them. Tenants share them.
+    reads, bound = settings.tenant_reads, "router.tenant_reads"
+    watched_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} watches", 0, reads, bound)
+    asked_history = await PostgresHistory.open(settings.postgres_dsn, f"{router} api", 0, reads, bound)
     live = LiveDesk(state, watched_history, outbox, desk.adapter_of)
     desk.on_arrival = live.catch_up
     runner = TurnRunner(

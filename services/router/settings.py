@@ -35,6 +35,9 @@ class RouterSettings(ServiceSettings):
     tenant_watches: int = Field(default=1024, ge=1)
     """Most watches (WatchTurn, WatchSession) of one tenant at this router; over it a new one is refused with
     QUEUE_FULL."""
+    tenant_reads: int = Field(default=256, ge=1)
+    """Most reads of one tenant that wait at this router for a connection to the database, those of the API and those of
+    watches each; over it one is refused with QUEUE_FULL."""
     max_strikes: int = Field(default=5, ge=3)
     """How often a turn's brain or router may die before the turn is set aside as a dead letter. From the second death
     on it runs while no other such turn does."""

@@ -11,13 +11,14 @@ from soma.router.v1 import turn_service_pb2 as turns
 from services.router.application.group import StoreLost
 from services.router.application.read_sessions import SessionRow, StepRow, TurnRow
 from soma_common import ids
-from soma_common.errors import InvalidRequest, NotFound, Unavailable
+from soma_common.errors import InvalidRequest, NotFound, ResourceExhausted, SomaError, Unavailable
 from soma_common.ids import InvalidName, SessionName, TurnName
 
 
-def unavailable(error: StoreLost) -> Unavailable:
-    """The store did not answer."""
-    del error
+def unavailable(error: StoreLost) -> SomaError:
+    """The store did not answer, or was not asked because too many reads of the tenant wait for it."""
+    if isinstance(error.__cause__, ResourceExhausted):
+        return error.__cause__
     return Unavailable(
         ErrorReason.ERROR_REASON_STORE_UNAVAILABLE, "the database does not answer; retry", retry_delay_s=1.0
     )

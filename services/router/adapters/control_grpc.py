@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, TypeVar
 from uuid import uuid4
 
@@ -29,7 +30,7 @@ from services.router.application.read_sessions import SessionReader, SessionRow,
 from services.router.domain.turn import Outcome, TurnStatus
 from soma_common import ids
 from soma_common.clock import monotonic
-from soma_common.errors import FailedPrecondition, Unavailable
+from soma_common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from soma_common.ids import SessionName, TurnName
 
 _WAIT_S: Final = 5.0
@@ -161,14 +162,14 @@ class SessionControls:
             return bool(done) or (done is not None and (await self._session(name)).paused == paused)
 
         await _applied(stored, bool)
-        return await self._session(name)
+        return await _applied(lambda: self._session(name), bool)
 
     async def _control(self, session: str, request_id: str, kind: InboundKind.ValueType) -> SessionRow:
         name = session_name(session)
         await self._session(name)
         control = await self._lane.control(name, kind, request_id or uuid4().hex)
         await _applied(lambda: self._done(name, control), lambda done: done is not None)
-        return await self._session(name)
+        return await _applied(lambda: self._session(name), bool)
 
     async def _done(self, name: SessionName, control: bytes) -> bool | None:
         try:
@@ -194,9 +195,10 @@ async def _applied(look: Callable[[], Awaitable[_Row]], is_applied: Callable[[_R
     """Looks until a stored control shows. Raises Unavailable when that takes too long: it will still be applied."""
     deadline = monotonic() + _WAIT_S
     while True:
-        row = await look()
-        if is_applied(row):
-            return row
+        with suppress(ResourceExhausted):  # Too many reads of the tenant; to say so would say that nothing was stored.
+            row = await look()
+            if is_applied(row):
+                return row
         if monotonic() > deadline:
             raise Unavailable(
                 ErrorReason.ERROR_REASON_SERVICE_UNAVAILABLE,

@@ -5,9 +5,9 @@ to that.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 from soma.common.v1.turn_pb2 import Delivery, StepBody
@@ -20,8 +20,13 @@ from services.router.domain.arrival import replacement
 from services.router.domain.lane_window import CommittedPlace
 from services.router.domain.turn import Outcome, TurnStatus
 from soma_common import ids
-from soma_common.errors import Unavailable
+from soma_common.errors import ResourceExhausted, Unavailable
+from soma_common.fair_places import FairPlaces
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
+
+_CONNECTIONS: Final = 4
+_CONNECTION_S: Final = 3.0
+"""How long a read waits for a connection."""
 
 # Everything is read by key and in pages, in the order of an index. The planner does not know how many rows the policies
 # leave and takes them for few: it would read whole tables, or a whole session to sort it.
@@ -126,22 +131,31 @@ SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS written,
 class PostgresHistory:
     """Reads of one router's API and of turns that are taken up again."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, places: FairPlaces | None = None) -> None:
+        """`places` has tenants share the connections; None: who comes first is served first."""
         self._pool = pool
+        self._places = places
         self._contexts = ContextReader(self._fetch)
 
     @classmethod
-    async def open(cls, dsn: str, name: str, ready: int = 1) -> PostgresHistory:
-        """Opens the pool with so many connections; more are made when they are needed. Raises Unavailable."""
-        return cls(
-            await create_pool(
-                dsn,
-                min_size=ready,
-                max_size=4,
-                application_name=f"{name} reader",
-                **_READER_SETTINGS,  # type: ignore[arg-type]
-            )
+    async def open(
+        cls, dsn: str, name: str, ready: int = 1, tenant_reads: int | None = None, bound: str = ""
+    ) -> PostgresHistory:
+        """Opens the pool with so many connections; more are made when they are needed. With `tenant_reads` the tenants
+        share them, and no more reads of one wait (`bound` names that): a further one raises StoreLost because of
+        ResourceExhausted. Else whoever comes first is served first. Raises Unavailable.
+        """
+        pool = await create_pool(
+            dsn,
+            min_size=ready,
+            max_size=_CONNECTIONS,
+            application_name=f"{name} reader",
+            **_READER_SETTINGS,  # type: ignore[arg-type]
         )
+        if tenant_reads is None:
+            return cls(pool)
+        # One connection is left to the others, whatever the reads of a tenant take.
+        return cls(pool, FairPlaces(_CONNECTIONS, of_tenant=_CONNECTIONS - 1, waiting=tenant_reads, bound=bound))
 
     async def close(self) -> None:
         """Closes the pool."""
@@ -155,11 +169,18 @@ class PostgresHistory:
     @asynccontextmanager
     async def _as(self, tenants: str) -> AsyncIterator[Connection]:
         try:
-            async with self._pool.acquire(timeout=3.0) as connection, connection.transaction(readonly=True):
+            async with (
+                self._place_of(tenants),
+                self._pool.acquire(timeout=_CONNECTION_S) as connection,
+                connection.transaction(readonly=True),
+            ):
                 await connection.execute("SELECT set_config('soma.tenants', $1, true)", tenants)
                 yield connection  # type: ignore[misc]
-        except (*CONNECTION_LOST, Unavailable, asyncpg.PostgresError) as error:
+        except (*CONNECTION_LOST, Unavailable, ResourceExhausted, asyncpg.PostgresError) as error:
             raise StoreLost(str(error) or type(error).__name__) from error
+
+    def _place_of(self, tenants: str) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._places is None else self._places.taken(tenants, _CONNECTION_S)
 
     # ---- for turns
 
@@ -385,7 +406,7 @@ class PostgresHistory:
         mailbox of everybody. Nothing for a lane whose cursors do not yet count one and the same incarnation.
         """
         try:
-            async with self._pool.acquire(timeout=3.0) as connection:
+            async with self._pool.acquire(timeout=_CONNECTION_S) as connection:
                 rows = await connection.fetch(
                     "SELECT id % $1 AS lane, min(cursor_stream) AS stream, min(cursor_seq) AS floor"
                     " FROM router.partitions GROUP BY 1 HAVING min(cursor_stream) = max(cursor_stream)",
@@ -398,7 +419,7 @@ class PostgresHistory:
     async def committed_place(self) -> CommittedPlace:
         """How far the write-ahead log is, here and on the disks of the standbys."""
         try:
-            async with self._pool.acquire(timeout=3.0) as connection:
+            async with self._pool.acquire(timeout=_CONNECTION_S) as connection:
                 [row] = await connection.fetch(_COMMITTED_PLACE)
         except (*CONNECTION_LOST, asyncpg.PostgresError) as error:
             raise StoreLost(str(error) or type(error).__name__) from error
