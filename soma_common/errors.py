@@ -307,9 +307,8 @@ def from_status(status: status_pb2.Status) -> SomaError | None:
     return class_of(number)(number, status.message, dict(info.metadata), retry_delay_s, violations)
 
 
-def from_rpc_error(error: FailedCall) -> SomaError:
-    """Return a failed call's error as the caller should see it: the peer's own if it sent one, else one by the gRPC
-    code."""
+def told_by_peer(error: FailedCall) -> SomaError | None:
+    """Return the error that the peer of a failed call sent, or None: the status is gRPC's own or a proxy's."""
     for key, value in error.trailing_metadata() or ():
         if key == STATUS_DETAILS_KEY:
             try:
@@ -318,8 +317,22 @@ def from_rpc_error(error: FailedCall) -> SomaError:
                 known = None
             if known is not None:
                 return known
-    reason = _REASONS_WITHOUT_DETAILS.get(error.code().value[0], r.ERROR_REASON_INTERNAL)
-    return class_of(reason)(reason, error.details() or error.code().name)
+    return None
+
+
+def from_rpc_error(error: FailedCall) -> SomaError:
+    """Return a failed call's error as whoever made the call should see it: the peer's own if it sent one, else one by
+    the gRPC code. In the latter case the text may name addresses: it is not for callers of this process
+    (`from_inner_call`).
+    """
+    return told_by_peer(error) or _by_code(error, error.details() or error.code().name)
+
+
+def from_inner_call(error: FailedCall, peer: str) -> SomaError:
+    """Return the error of a call that was made to serve somebody, for that somebody: like `from_rpc_error`, with a text
+    that names no address but only `peer`. What it leaves out belongs in the log.
+    """
+    return told_by_peer(error) or _by_code(error, f"calling {peer} failed ({error.code().name})")
 
 
 def to_proto(error: SomaError) -> message_pb2.Error:
@@ -339,6 +352,11 @@ def from_proto(error: message_pb2.Error) -> SomaError:
     """Return the error that `to_proto` made, of the class its reason belongs to."""
     delay_s = error.retry_delay_ms / 1000 if error.retry_delay_ms else None
     return class_of(error.reason)(error.reason, error.message, dict(error.metadata), delay_s)
+
+
+def _by_code(error: FailedCall, message: str) -> SomaError:
+    reason = _REASONS_WITHOUT_DETAILS.get(error.code().value[0], r.ERROR_REASON_INTERNAL)
+    return class_of(reason)(reason, message)
 
 
 def _add(status: status_pb2.Status, detail: Message) -> None:

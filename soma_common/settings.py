@@ -136,7 +136,10 @@ def load_settings(cls: type[Settings]) -> Settings:
 def _refuse(cls: type[ServiceSettings], error: ValidationError) -> NoReturn:
     lines = [f"{cls.__module__.rsplit('.', 1)[0]}: cannot start, these environment variables need a change:"]
     for problem in error.errors(include_url=False, include_context=False):
-        variable = ENV_PREFIX + "_".join(str(part) for part in problem["loc"][:1]).upper()
+        if not problem["loc"]:  # Several that do not fit: the message names them. What was given is all, secrets too.
+            lines.append(f"  {problem['msg']}")
+            continue
+        variable = ENV_PREFIX + str(problem["loc"][0]).upper()
         given = "it is not set" if problem["type"] == "missing" else f"it is {problem['input']!r}"
         lines.append(f"  {variable}: {problem['msg']} ({given})")
     sys.stderr.write("\n".join(lines) + "\n")

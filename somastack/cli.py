@@ -89,7 +89,7 @@ def up(
         str | None,
         typer.Option(
             callback=_model,
-            help="Model of the demo agent, such as openai/NAME.",
+            help="Model of the demo agent, such as openai/NAME; wants --demo.",
             show_default=f"the one it has, {DEFAULT_MODEL} when it is made",
         ),
     ] = None,
@@ -99,6 +99,12 @@ def up(
     ] = None,
 ) -> None:
     """Start NATS, PostgreSQL and the five services; Ctrl-C stops them."""
+    if model is not None and not demo:
+        raise typer.BadParameter(
+            "it is the model of the demonstration's agent: add --demo, or give an agent of your own its model "
+            "(docs/guides/admin.md)",
+            param_hint="--model",
+        )
     options = StackOptions(Home.chosen(home), Layout(port_base, replicas_from(replicas or [])))
     try:
         if detach:

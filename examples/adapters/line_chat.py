@@ -19,7 +19,7 @@ from pathlib import Path
 
 from soma.common.v1.turn_pb2 import Delivery, LiveEvent
 
-from soma_common.client import ChannelClient
+from soma_common.client import ChannelClient, ClientClosed
 from soma_common.errors import SomaError
 
 EXIT_REFUSED = 2
@@ -50,6 +50,8 @@ class LineChat:
             self._users[name] = writer
             while line := await reader.readline():
                 await self._say(name, line.decode(errors="replace").strip(), writer)
+        except ClientClosed:
+            writer.write(b"! the chat ends; not known whether your last line was sent\n")
         except (OSError, ValueError):  # gone, or a line longer than the reader's limit
             return
         finally:
@@ -110,8 +112,10 @@ async def run(options: argparse.Namespace) -> None:
         chat = LineChat(client, options.agent)
         server = await asyncio.start_server(chat.serve_user, "127.0.0.1", options.port)
         print(f"talk to {options.agent}: nc 127.0.0.1 {server.sockets[0].getsockname()[1]}", flush=True)
-        async with server:
+        try:
             await chat.deliver()
+        finally:
+            server.close()  # and no waiting for its users, as `async with` would since Python 3.12
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -132,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (SomaError, OSError) as error:
         print(f"line_chat: {error}", file=sys.stderr)
         return EXIT_REFUSED
+    except KeyboardInterrupt:
+        pass
     return 0
 
 

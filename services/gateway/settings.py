@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Final, Self
 
 from pydantic import Field, model_validator
 
@@ -12,13 +12,18 @@ from services.gateway.application.adapter_stream import StreamBounds
 from services.gateway.application.write_lanes import ITEM_OVERHEAD_BYTES, LaneBounds
 from soma_common.settings import ServiceSettings
 
+GATHERED_BYTES: Final = 2 * 1024 * 1024
+"""Of small messages that the client kit puts into one frame; a larger message goes alone."""
+BESIDE_BYTES: Final = 2 * 1024 * 1024
+"""Room for what else such a frame may hold: the messages' names and keys, acknowledgements, returned deliveries."""
+
 
 class GatewaySettings(ServiceSettings):
     """What the gateway needs beside what every service needs."""
 
     service_instance: str = Field(default="gateway-0", pattern=r"^[a-z][a-z0-9]*-[a-z0-9-]+$")
     max_content_bytes: int = Field(default=256 * 1024, ge=1024, le=8 * 1024 * 1024)
-    """Largest message content, serialized."""
+    """Largest message content, serialized. `SOMA_GRPC_MAX_MESSAGE_BYTES` must be 2 MiB more, and 4 MiB at least."""
     max_batch_items: int = Field(default=512, ge=1, le=4096)
     """Most items in one batch on a lane."""
     max_batch_bytes: int = Field(default=768 * 1024, ge=4096)
@@ -60,7 +65,14 @@ class GatewaySettings(ServiceSettings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.max_content_bytes + ITEM_OVERHEAD_BYTES > self.max_batch_bytes:
-            raise ValueError("max_content_bytes must be at least 512 bytes below max_batch_bytes")
+            raise ValueError("SOMA_MAX_CONTENT_BYTES must be at least 512 bytes below SOMA_MAX_BATCH_BYTES")
+        needed = max(self.max_content_bytes, GATHERED_BYTES) + BESIDE_BYTES
+        if self.grpc_max_message_bytes < needed:
+            raise ValueError(
+                f"SOMA_GRPC_MAX_MESSAGE_BYTES must be at least {needed}, it is {self.grpc_max_message_bytes}: a larger "
+                "message ends its stream, and a client's frame may hold a message of SOMA_MAX_CONTENT_BYTES "
+                f"({self.max_content_bytes}), or {GATHERED_BYTES} bytes of smaller ones, with acknowledgements"
+            )
         return self
 
     @property

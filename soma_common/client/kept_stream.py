@@ -164,10 +164,7 @@ class KeptStream:
         self._given_up = None
         try:
             self.number += 1
-            welcome = await _greeted(call, ConnectRequest(hello=self._traffic.hello()))
-            if welcome is None:
-                return
-            self.welcome = welcome
+            self.welcome = welcome = await _greeted(call, ConnectRequest(hello=self._traffic.hello()))
             self._heard_at = self._wrote_at = welcomed_at = loop.time()
             self._traffic.welcomed(welcome)
             self.connected.set()
@@ -267,8 +264,8 @@ class _Wakeups:
         self._wake()
 
 
-async def _greeted(call: Any, hello: ConnectRequest) -> Welcome | None:
-    """Says hello and returns the answer; None: the stream has ended well instead. Raises SomaError."""
+async def _greeted(call: Any, hello: ConnectRequest) -> Welcome:
+    """Says hello and returns the answer. Raises SomaError; also if the stream ends well instead: nobody was there."""
     try:
         async with asyncio.timeout(WELCOME_TIMEOUT_S):
             await call.write(hello)
@@ -277,7 +274,10 @@ async def _greeted(call: Any, hello: ConnectRequest) -> Welcome | None:
         raise _end_of(error) from error
     except TimeoutError as error:
         raise _unavailable("the gateway did not answer hello") from error
-    return None if first is grpc.aio.EOF else first.welcome
+    if first is grpc.aio.EOF:
+        raise _unavailable("the stream was ended before the gateway's welcome")
+    welcome: Welcome = first.welcome
+    return welcome
 
 
 def _end_of(error: Exception) -> SomaError:

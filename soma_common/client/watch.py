@@ -86,6 +86,7 @@ async def _kept(
     told = False
     while True:
         heard = False
+        trouble = "the stream was ended before its first event"
         call = opened(position)
         try:
             async for response in call:
@@ -97,15 +98,16 @@ async def _kept(
             renewable = heard and isinstance(error, Unauthenticated)
             if not (renewable or isinstance(error, _PASSING)):
                 raise error from failed
-            if not heard and not told:
-                told = True
-                _log.warning(
-                    "watch.no_stream",
-                    error=str(error),
-                    check="the address, and that a gateway runs there; it is tried again until one does",
-                )
+            trouble = str(error)
         finally:
             call.cancel()
         if not heard:
+            if not told:
+                told = True
+                _log.warning(
+                    "watch.no_stream",
+                    error=trouble,
+                    check="the address, and that a gateway runs there; it is tried again until one does",
+                )
             await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
             backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)

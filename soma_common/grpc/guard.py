@@ -34,8 +34,10 @@ from soma_common.errors import (
     SomaError,
     Unauthenticated,
     Unimplemented,
+    from_inner_call,
     from_rpc_error,
     to_status,
+    told_by_peer,
 )
 from soma_common.grpc.call_context import set_caller, set_deadline
 from soma_common.grpc.method import Method
@@ -223,7 +225,7 @@ async def _answer_error(method: Method, context: Context, error: Exception) -> N
     if isinstance(error, grpc.aio.AbortError):
         _handled.labels(method.path, "ABORTED_BY_HANDLER").inc()
         raise error
-    known = _known(error)
+    known = _known(method, error)
     if known is None:
         _defects.labels(method.path).inc()
         _log.error("rpc.defect", method=method.path, exc_info=error)
@@ -235,14 +237,16 @@ async def _answer_error(method: Method, context: Context, error: Exception) -> N
     await context.abort_with_status(rpc_status.to_status(status))
 
 
-def _known(error: Exception) -> SomaError | None:
+def _known(method: Method, error: Exception) -> SomaError | None:
     if isinstance(error, SomaError):
         return error
     if isinstance(error, NotImplementedError):  # What a generated servicer raises for a method that nobody wrote.
         return Unimplemented(error_reason_pb2.ERROR_REASON_UNIMPLEMENTED, "the method is not served here")
     # That this service's own token was refused by another is no business of the caller, and a defect of the setup.
     if isinstance(error, grpc.aio.AioRpcError) and error.code() != grpc.StatusCode.UNAUTHENTICATED:
-        return from_rpc_error(error)
+        if told_by_peer(error) is None:
+            _log.warning("rpc.inner_call_failed", method=method.path, error=str(from_rpc_error(error)))
+        return from_inner_call(error, "a service that this one needs")
     return None
 
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 
+import structlog
 from google.protobuf import struct_pb2
 from grpc import aio
 from soma.common.v1 import error_reason_pb2 as reasons
@@ -17,12 +18,13 @@ from soma.toolgw.v1 import tool_service_pb2_grpc as toolgw_grpc
 from services.cognition.application.ports import Invocation, NotBegun, ToolDescription
 from services.cognition.domain.conversation import to_dict
 from soma_common.errors import (
-    STATUS_DETAILS_KEY,
     DeadlineExceeded,
     ResourceExhausted,
     SomaError,
     Unavailable,
+    from_inner_call,
     from_rpc_error,
+    told_by_peer,
 )
 
 PAGE_SIZE: Final = 200
@@ -38,9 +40,12 @@ _NOT_SENT: Final = ("connections to all backends failing", "errors resolving ")
 another release a call counts as one that may have begun, which is never wrong. It speaks of the last try only, so that
 InvokeTool must not be retried by gRPC (soma_common/grpc/service_config/toolgw.json)."""
 
+_GATEWAY: Final = "the tool gateway"
 
 _KEY_METADATA: Final = "idempotency_key"
 """Names the call in the errors of the tool gateway that speak of one it knows."""
+
+_log = structlog.get_logger(__name__)
 
 
 class GrpcTools:
@@ -54,6 +59,8 @@ class GrpcTools:
         self._list_timeout_s = list_timeout_s
         self._known: OrderedDict[str, tuple[float, Mapping[str, ToolDescription]]] = OrderedDict()
         self._asking: dict[str, asyncio.Task[Mapping[str, ToolDescription]]] = {}
+        self._trouble = ""
+        """Why the last call got no answer, as the log has it; empty: it got one."""
 
     async def describe(self, tenant: str) -> Mapping[str, ToolDescription]:
         """The tenant's tools by name, from memory if it is fresh; many turns that ask at once make one call.
@@ -94,7 +101,9 @@ class GrpcTools:
         try:
             response = await self._stub.InvokeTool(request, timeout=timeout_s)
         except aio.AioRpcError as error:
+            self._note(error)
             raise _no_answer(error) from error
+        self._trouble = ""
         return response.result, response.error if response.HasField("error") else None
 
     async def _list(self, tenant: str) -> Mapping[str, ToolDescription]:
@@ -105,9 +114,10 @@ class GrpcTools:
             try:
                 page = await self._stub.ListTools(request, timeout=self._list_timeout_s)
             except aio.AioRpcError as error:
-                failed = from_rpc_error(error)
+                self._note(error)
+                failed = from_inner_call(error, _GATEWAY)
                 if isinstance(failed, DeadlineExceeded):  # our own limit, not the turn's
-                    text = f"the tool gateway did not answer within {self._list_timeout_s:g} s"
+                    text = f"{_GATEWAY} did not answer within {self._list_timeout_s:g} s"
                     failed = Unavailable(reasons.ERROR_REASON_SERVICE_UNAVAILABLE, text)
                 raise failed from error
             for tool in page.tools:
@@ -115,17 +125,27 @@ class GrpcTools:
             token = page.next_page_token
             if not token:
                 break
+        self._trouble = ""
         self._known[tenant] = (asyncio.get_running_loop().time() + self._memory_s, tools)
         self._known.move_to_end(tenant)
         if len(self._known) > MEMORY_TENANTS:
             self._known.popitem(last=False)
         return tools
 
+    def _note(self, error: aio.AioRpcError) -> None:
+        """Logs what gRPC says of a call without an answer, addresses included: turns show tenants what they fail of, so
+        their errors say less. The same is said once until a call is answered.
+        """
+        trouble = str(from_rpc_error(error))
+        if told_by_peer(error) is None and trouble != self._trouble:
+            self._trouble = trouble
+            _log.warning("tool_gateway.no_answer", error=trouble)
+
 
 def _no_answer(error: aio.AioRpcError) -> SomaError:
     """The error of a call that brought no answer; NotBegun if that is known."""
-    failed = from_rpc_error(error)
-    is_of_gateway = any(key == STATUS_DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    failed = from_inner_call(error, _GATEWAY)
+    is_of_gateway = told_by_peer(error) is not None
     if isinstance(failed, ResourceExhausted) and (not is_of_gateway or _KEY_METADATA in failed.metadata):
         # gRPC's own, also of a call that was cut off; or there is no place to wait for a call that was begun.
         return Unavailable(

@@ -2,14 +2,21 @@
 
 import asyncio
 import shlex
+import signal
 import socket
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from soma.gateway.v1.channel_service_pb2 import ConnectRequest
 
 from examples.adapters import line_chat
 from examples.adapters.line_chat import LineChat
 from soma_common.testing.eventually import eventually
+from tests.integration.client.scripted import scripted_gateway, welcome
 from tests.integration.client.test_channel_client import client
 from tests.integration.gateway.harness import TENANT, World, delivery
 
@@ -56,6 +63,42 @@ def test_the_commands_it_shows_can_be_pasted() -> None:
     assert (python, arguments[:2]) == ("python", ["-m", "examples.adapters.line_chat"])
     options = line_chat.parse(arguments[2:])
     assert talk == f"nc 127.0.0.1 {options.port}"
+
+
+async def test_an_interrupt_ends_it_without_noise(tmp_path: Path) -> None:
+    """Also while a line waits for its receipt: whoever wrote it is told."""
+    came = asyncio.Event()
+
+    async def never_answer(requests: AsyncIterator[ConnectRequest], context: Any) -> None:
+        await anext(aiter(requests))
+        await context.write(welcome())
+        async for frame in requests:
+            if frame.messages:
+                came.set()
+
+    token = tmp_path / "demo.token"
+    token.write_text("t")
+    async with scripted_gateway(never_answer) as gateway:
+        started = ["--gateway", gateway, "--token-file", str(token), "--port", "0"]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", line_chat.__name__, *started, stdout=PIPE, stderr=PIPE
+        )
+        try:
+            async with asyncio.timeout(30):
+                assert process.stdout is not None
+                port = int((await process.stdout.readline()).split()[-1])
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"ada\nhello\n")
+                await came.wait()
+                process.send_signal(signal.SIGINT)
+                _, noise = await process.communicate()
+                assert (process.returncode, noise) == (0, b"")
+                assert (await reader.read()).endswith(b"! the chat ends; not known whether your last line was sent\n")
+                writer.close()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 async def test_a_port_that_is_taken_is_one_line(

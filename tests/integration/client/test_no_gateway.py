@@ -2,10 +2,11 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from soma.gateway.v1.channel_service_pb2 import ConnectRequest
 from soma.gateway.v1.channel_service_pb2_grpc import ChannelServiceStub
 from structlog.testing import capture_logs
 
@@ -14,6 +15,7 @@ from soma_common.client import ChannelClient
 from soma_common.client.watch import watch_session
 from soma_common.grpc.channel import open_channel
 from soma_common.testing.eventually import eventually
+from tests.integration.client.scripted import scripted_gateway
 from tests.integration.client.test_channel_client import client
 from tests.integration.client.wire import Wire
 from tests.integration.gateway.harness import AGENT, World
@@ -74,6 +76,27 @@ async def test_a_gateway_that_takes_the_connection_and_says_nothing_is_given_up_
     await server.wait_closed()
 
 
+async def test_what_ends_each_stream_well_before_a_welcome_is_no_gateway_either() -> None:
+    """A proxy may: each such stream counts as a try that has failed, and the first is told."""
+    hellos = 0
+
+    async def end(requests: AsyncIterator[ConnectRequest], _context: object) -> None:
+        nonlocal hellos
+        await anext(aiter(requests))
+        hellos += 1
+
+    async with scripted_gateway(end) as target:
+        with capture_logs() as logs, pytest.raises(errors.Unavailable, match="ended before the gateway's welcome"):
+            async with lonely(target, connect_timeout_s=1.0):
+                pass
+    told = [line for line in logs if line["event"].startswith("channel_client.")]
+    assert (told[0]["event"], told[0]["log_level"]) == ("channel_client.no_gateway", "warning")
+    assert {line["log_level"] for line in told[1:]} == {"info"}
+    waits = [line["backoff_s"] for line in told[1:]]
+    assert waits == [0.1, 0.2, 0.4, 0.8][: len(waits)]
+    assert hellos == len(told)
+
+
 async def test_the_wait_is_over_when_a_gateway_comes_within_the_bound(world: World) -> None:
     listen = free_address()
     with capture_logs() as logs:
@@ -112,6 +135,32 @@ async def test_a_token_that_cannot_be_read_is_told_with_its_file() -> None:
     assert "No such file or directory: '/nowhere/demo.token'" in failed.value.message
     assert isinstance(failed.value.__cause__, FileNotFoundError)
     assert not any("exc_info" in line for line in logs), "the error says it all: no traceback beside it"
+
+
+async def test_a_watch_whose_streams_end_well_without_an_event_is_told_too() -> None:
+    class Ended:
+        """A call that ends at once."""
+
+        def WatchSession(self, _request: object) -> "Ended":
+            return self
+
+        def __aiter__(self) -> "Ended":
+            return self
+
+        async def __anext__(self) -> object:
+            raise StopAsyncIteration
+
+        def cancel(self) -> None:
+            pass
+
+    async def watch() -> None:
+        async for _ in watch_session(Ended(), SESSION):  # type: ignore[arg-type]
+            pass
+
+    with capture_logs() as logs, pytest.raises(TimeoutError):
+        await asyncio.wait_for(watch(), 0.5)
+    (line,) = [line for line in logs if line["event"].startswith("watch.")]
+    assert (line["event"], line["error"]) == ("watch.no_stream", "the stream was ended before its first event")
 
 
 async def test_a_watch_warns_once_that_nobody_is_there() -> None:

@@ -7,14 +7,18 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import struct_pb2
 from soma.common.v1 import error_reason_pb2 as reasons
 from soma.common.v1 import turn_pb2
 from soma.toolgw.v1 import tool_service_pb2 as toolgw
+from structlog.testing import capture_logs
 
 from services.cognition.adapters.tools_grpc import GrpcTools
+from services.cognition.application.ports import Invocation
 from soma_common.errors import Conflict, NotFound, ResourceExhausted, SomaError, Unavailable
 from soma_common.failpoints import arm_failpoints
 from soma_common.grpc import service_config
+from soma_common.grpc.channel import open_channel
 from soma_common.ids import call_key
 from soma_common.testing.model_server import CallTools, ModelServer, Say, ToolRequest
 from tests.integration.cognition.conftest import RunningBrain, StartBrain
@@ -354,6 +358,21 @@ async def test_a_gateway_that_hangs_is_one_that_does_not_answer(tool_gateway: To
         for _ in range(5):
             assert await tools.describe("demo") == known
         assert tool_gateway.lists == asked + 1
+
+
+async def test_where_the_gateway_is_goes_to_the_log_and_not_into_turns() -> None:
+    """A turn fails with the error that it was given, and its tenant reads that."""
+    call = Invocation(stories.SESSION, "calculate", struct_pb2.Struct(), KEY, stories.TURN, 1)
+    async with open_channel("127.0.0.1:1", token=None, service="toolgw") as channel:
+        tools = GrpcTools(channel)
+        with capture_logs() as logs:
+            for ask in (tools.describe("demo"), tools.invoke(call, 5), tools.invoke(call, 5)):
+                with pytest.raises(Unavailable) as failed:
+                    await ask
+                assert failed.value.message == "calling the tool gateway failed (UNAVAILABLE)"
+    told = [line["error"] for line in logs if line["event"] == "tool_gateway.no_answer"]
+    assert "127.0.0.1:1" in told[0]
+    assert len(told) == len(set(told)), "what is said again is not logged again"
 
 
 async def test_the_step_limit_stops_a_model_that_never_ends(

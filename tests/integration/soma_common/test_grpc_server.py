@@ -20,6 +20,7 @@ from soma.router.v1.turn_service_pb2 import WatchTurnRequest
 from soma.router.v1.turn_service_pb2_grpc import TurnServiceStub
 from soma.toolgw.v1.tool_service_pb2 import InvokeToolRequest, ListToolsRequest
 from soma.toolgw.v1.tool_service_pb2_grpc import ToolServiceStub
+from structlog.testing import capture_logs
 
 from soma_common.errors import STATUS_DETAILS_KEY, NotFound, SomaError, Unavailable, from_rpc_error, reason_name
 from soma_common.grpc.channel import open_channel
@@ -189,6 +190,23 @@ async def test_an_error_of_a_call_made_on_the_way_is_passed_on(stack: Stack) -> 
         stack.tools.behave = call_on
         error = await refused(stub.ListTools(DEMO))
     assert reason_name(error.reason) == "INVALID_REQUEST"
+
+
+async def test_where_a_call_made_on_the_way_did_not_arrive_is_for_the_log_only(stack: Stack) -> None:
+    async with stack.channel() as channel, open_channel("127.0.0.1:1", token=None, service="toolgw") as nowhere:
+
+        async def call_on() -> None:
+            await ToolServiceStub(nowhere).ListTools(DEMO)
+
+        stack.tools.behave = call_on
+        with capture_logs() as logs:
+            error = await refused(ToolServiceStub(channel).ListTools(DEMO))
+    assert (reason_name(error.reason), error.message) == (
+        "SERVICE_UNAVAILABLE",
+        "calling a service that this one needs failed (UNAVAILABLE)",
+    )
+    line = next(line for line in logs if line["event"] == "rpc.inner_call_failed")
+    assert "127.0.0.1:1" in line["error"]
 
 
 async def test_a_method_that_nobody_wrote_is_unimplemented(stack: Stack) -> None:

@@ -19,12 +19,14 @@ from soma_common.errors import (
     SomaError,
     Unavailable,
     class_of,
+    from_inner_call,
     from_proto,
     from_rpc_error,
     from_status,
     reason_name,
     to_proto,
     to_status,
+    told_by_peer,
 )
 
 REASONS = [value for value in error_reason_pb2.ErrorReason.values() if value]
@@ -120,6 +122,23 @@ def test_a_failed_call_with_details_is_the_peers_own_error() -> None:
 def test_a_failed_call_without_details_is_told_by_its_code(code: grpc.StatusCode, name: str) -> None:
     error = from_rpc_error(CallFailure(code, "proxy says no"))
     assert (reason_name(error.reason), error.message) == (name, "proxy says no")
+
+
+def test_who_asked_is_told_what_the_peer_says_and_nothing_of_where_it_is() -> None:
+    address = "ipv4:127.0.0.1:7440"
+    lost = CallFailure(grpc.StatusCode.UNAVAILABLE, f"connections to all backends failing; last error: {address}")
+    error = from_inner_call(lost, "the tool gateway")
+    assert (reason_name(error.reason), error.message) == (
+        "SERVICE_UNAVAILABLE",
+        "calling the tool gateway failed (UNAVAILABLE)",
+    )
+    assert told_by_peer(lost) is None
+    assert address in from_rpc_error(lost).message
+
+    own = NotFound(error_reason_pb2.ERROR_REASON_TOOL_NOT_FOUND, "no such tool", {"tool": "x"})
+    packed = (("grpc-status-details-bin", to_status(own).SerializeToString()),)
+    error = from_inner_call(CallFailure(grpc.StatusCode.NOT_FOUND, "no such tool", packed), "the tool gateway")
+    assert (type(error), error.message, error.metadata) == (NotFound, own.message, own.metadata)
 
 
 @pytest.mark.parametrize(

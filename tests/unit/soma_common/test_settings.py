@@ -1,7 +1,9 @@
 """Settings come from the environment, are frozen, and a bad one says what to change."""
 
+from typing import Self
+
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from soma_common.settings import ServiceSettings, load_settings, split_address
 
@@ -33,6 +35,25 @@ def test_bad_values_end_the_process_with_the_variables_to_change(
     assert "SOMA_PARTITIONS" in told
     assert "'many'" in told
     assert "host:port" in told
+
+
+def test_values_that_do_not_fit_each_other_are_told_without_all_that_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fitting(ServiceSettings):
+        password: str
+
+        @model_validator(mode="after")
+        def _fits(self) -> Self:
+            raise ValueError("SOMA_LANES must be lower than SOMA_PARTITIONS")
+
+    monkeypatch.setenv("SOMA_SERVICE_INSTANCE", "router-0")
+    monkeypatch.setenv("SOMA_PASSWORD", "hunter2")
+    with pytest.raises(SystemExit):
+        load_settings(Fitting)
+    told = capsys.readouterr().err
+    assert told.endswith("\n  Value error, SOMA_LANES must be lower than SOMA_PARTITIONS\n")
+    assert "hunter2" not in told
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,20 @@ def test_a_model_of_no_provider_is_refused_before_anything_starts(tmp_path: Path
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.parametrize("detached", [[], ["--detach"]])
+def test_a_model_without_the_demonstration_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detached: list[str]
+) -> None:
+    for start in ("_up_here", "_up_detached"):
+        monkeypatch.setattr(cli, start, lambda *_arguments, **_options: pytest.fail("a stack was started"))
+    environment = {"NO_COLOR": "1", "COLUMNS": "200"}
+    arguments = ["up", *detached, "--model", "openai/gpt-4o", "--home", str(tmp_path / "home")]
+    refused = CliRunner(env=environment).invoke(cli.app, arguments)
+    assert refused.exit_code == 2
+    assert "--model: it is the model of the demonstration's agent: add --demo, or " in refused.output
+    assert not (tmp_path / "home").exists()
+
+
 async def failing(*_arguments: object) -> None:
     raise FAILED
 
