@@ -102,7 +102,9 @@ def _load_after() -> None:
             present = await self._line.use(
                 lambda c: c.fetchval("SELECT term FROM router.partitions WHERE id = $1", partition)
             )
-            early[partition] = await load(self, partition, present, True) if present else []
+            early[partition] = []
+            if present:
+                await load(self, partition, present, True, early[partition].extend)
             await asyncio.sleep(SLOW_TAKEOVER_S)
             return await acquire(self, partition, term, seen)
 
@@ -114,8 +116,8 @@ def _load_after() -> None:
         nonlocal load
         load = original
 
-        async def loaded(_self: Any, partition: int, _term: Any, _strike: bool) -> Any:
-            return early.pop(partition)
+        async def loaded(_self: Any, partition: int, _term: Any, _strike: bool, found: Any) -> None:
+            found(early.pop(partition))
 
         return loaded
 

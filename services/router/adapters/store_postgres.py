@@ -1,9 +1,12 @@
-"""PostgreSQL: the writer of groups, and the leases. One connection each, so that neither waits for the other."""
+"""PostgreSQL: the writer of groups, the leases, and the taking of partitions. Each has connections of its own, so that
+none waits for another.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -19,7 +22,7 @@ from services.router.application.group import (
     StoreLost,
     TurnConflict,
 )
-from services.router.application.own_partitions import LEASE_S
+from services.router.application.own_partitions import LEASE_S, TAKES_AT_ONCE
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
 from soma_common.errors import Unavailable
 from soma_common.failpoints import FailpointHit, failpoint
@@ -65,6 +68,21 @@ _LEAVE: Final = (
 )
 _LEASE_SETTINGS: Final = {"jit": "off", "idle_in_transaction_session_timeout": "1000", "lock_timeout": "2000"}
 
+LOAD_S: Final = 120.0
+"""Longest time in which a partition is loaded, in seconds: millions of pending messages, or a disk that is very slow.
+Whether the server lives is for the heartbeats to say; this ends a load whose own connection is dead and says nothing.
+"""
+_LOAD_PAGE: Final = 500
+"""Rows that are read at once: some milliseconds of this process."""
+# A load holds the rows of the running turns. A router that freezes between two pages has them until its lease is over.
+_LOAD_SETTINGS: Final = {**_LEASE_SETTINGS, "idle_in_transaction_session_timeout": "3000"}
+_LOAD: Final = (
+    "SELECT position, message_id, kind, deliver, fault, target_turn, traceparent, session_id, tenant, agent, channel,"
+    " session, turn_count, delivery_count, turn_id, status, dispatch, strikes, first_position, last_position,"
+    " agent_revision, policy, debounce_ms, debounce_max_ms, age_ms, paused, stop, stop_age_ms, rolled_back, came_later,"
+    " size FROM router.load_partition($1, $2, $3)"
+)
+
 
 class _Line:
     """One connection that is made when it is needed, and made again after it was lost."""
@@ -83,16 +101,17 @@ class _Line:
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
 
-    async def use(self, work: Callable[[Connection], Awaitable[_T]]) -> _T:
+    async def use(self, work: Callable[[Connection], Awaitable[_T]], *, anew: bool = False) -> _T:
         """Runs `work` with the connection. Raises StoreLost when it is gone or cannot be made.
 
         A connection that was lost unused is a lost store too: what answers behind the next one may be a standby that
-        has not everything, and terms must not go on there as if nothing had been.
+        has not everything, and terms must not go on there as if nothing had been; `anew`: none goes on.
         """
         async with self._lock:
             if self._connection is not None and self._connection.is_closed():
                 self.drop()
-                raise StoreLost("the connection was closed")
+                if not anew:
+                    raise StoreLost("the connection was closed")
             try:
                 if self._connection is None:
                     self._connection = await connect(self._dsn, application_name=self._name, **self._settings)  # type: ignore[arg-type]
@@ -120,6 +139,28 @@ class _Line:
         """Closes the connection in good order."""
         if self._connection is not None and not self._connection.is_closed():
             await self._connection.close(timeout=1.0)
+
+
+class _Lines:
+    """As many connections as are in use at once; what was used last is used next."""
+
+    def __init__(self, lines: Sequence[_Line]) -> None:
+        self._free = list(lines)
+        self._places = asyncio.Semaphore(len(lines))
+
+    async def use(self, work: Callable[[Connection], Awaitable[_T]], *, anew: bool = False) -> _T:
+        """Runs `work` with one of the connections, once one is free. Raises StoreLost like `_Line.use`."""
+        async with self._places:
+            line = self._free.pop()
+            try:
+                return await line.use(work, anew=anew)
+            finally:
+                self._free.append(line)
+
+    async def close(self) -> None:
+        """Closes those that are not in use."""
+        for line in self._free:
+            await line.close()
 
 
 class PostgresGroupWriter:
@@ -211,10 +252,15 @@ def _result(row: Any, group: Group) -> GroupResult:
 
 
 class PostgresLeases:
-    """Leases and take-overs, on a connection of their own. `on_freed` is called when a router lets a lease go."""
+    """Leases, on a connection of their own, and take-overs, on others. `on_freed` is called when a router lets a lease
+    go.
+    """
 
     def __init__(self, dsn: str, router: str) -> None:
         self._line = _Line(dsn, f"{router} leases", _LEASE_SETTINGS, self._listen)
+        self._loads = _Lines(
+            [_Line(dsn, f"{router} loads", _LOAD_SETTINGS, _notice_our_end) for _ in range(TAKES_AT_ONCE)]
+        )
         self.on_freed: Callable[[], None] = lambda: None
         self._router = router
         self._ttl = timedelta(seconds=LEASE_S)
@@ -305,39 +351,40 @@ class PostgresLeases:
                 return None
             return AcquiredRow(*tuple(row)) if row is not None else None
 
-        return await self._line.use(call)
+        return await self._loads.use(call, anew=True)
 
-    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
-        """What is pending in a partition; raises FenceLost when the term is not current."""
+    async def load(self, partition: int, term: UUID, strike: bool, found: Callable[[list[PendingRow]], None]) -> None:
+        """Tells `found` page by page what is pending in a partition; raises FenceLost when the term is not current.
 
-        async def call(connection: Connection) -> list[PendingRow]:
+        The function has computed all rows before the first page: they are of one moment, however slowly they are read.
+        """
+
+        async def call(connection: Connection) -> None:
             try:
-                rows = await connection.fetch(
-                    "SELECT position, message_id, kind, deliver, fault, target_turn, traceparent, session_id, tenant,"
-                    " agent, channel, session, turn_count, delivery_count, turn_id, status, dispatch, strikes,"
-                    " first_position, last_position, agent_revision, policy, debounce_ms, debounce_max_ms, age_ms,"
-                    " paused, stop, stop_age_ms, rolled_back, came_later, size FROM router.load_partition($1, $2, $3)",
-                    partition,
-                    term,
-                    int(strike),
-                    timeout=30.0,
-                )
+                async with asyncio.timeout(LOAD_S), connection.transaction():
+                    cursor = await connection.cursor(_LOAD, partition, term, int(strike))
+                    rows = await cursor.fetch(_LOAD_PAGE, timeout=LOAD_S)
+                    found([PendingRow(*row) for row in map(tuple, rows)])
+                    while len(rows) == _LOAD_PAGE:
+                        rows = await cursor.fetch(_LOAD_PAGE)
+                        found([PendingRow(*row) for row in map(tuple, rows)])
             except asyncpg.PostgresError as error:
                 if error.sqlstate == FENCED:
                     raise FenceLost(frozenset({partition})) from error
                 raise
-            return [PendingRow(*row) for row in map(tuple, rows)]
 
-        return await self._line.use(call)
+        await self._loads.use(call)
 
     async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
         """(tenant, channel) pairs with outcomes waiting."""
 
         async def call(connection: Connection) -> list[tuple[str, str]]:
-            rows = await connection.fetch("SELECT tenant, channel FROM router.undelivered_channels($1)", partition)
+            rows = await connection.fetch(
+                "SELECT tenant, channel FROM router.undelivered_channels($1)", partition, timeout=LOAD_S
+            )
             return [(row["tenant"], row["channel"]) for row in rows]
 
-        return await self._line.use(call)
+        return await self._loads.use(call)
 
     async def release(self, terms: Sequence[UUID]) -> None:
         """Frees the leases of `terms` and tells the other routers."""
@@ -356,5 +403,14 @@ class PostgresLeases:
         await self._line.use(call)
 
     async def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connections."""
         await self._line.close()
+        await self._loads.close()
+
+
+async def _notice_our_end(connection: Connection) -> None:
+    """Has the server end what it computes when this side has hung up, where it can tell: a load that was given up must
+    not hold the rows that the next owner's load is about to write.
+    """
+    with suppress(asyncpg.PostgresError):
+        await connection.execute("SET client_connection_check_interval = '500ms'")

@@ -39,8 +39,13 @@ class SessionControls:
         self._ready = ready
         self.committer: GroupCommitter
 
-    def apply(self, session: Session, kind: int, position: int, target: bytes | None) -> None:
-        """A control of `kind` (soma.router.v1.InboundKind) reaches the session; `target` is the turn it names."""
+    def apply(
+        self, session: Session, kind: int, position: int, target: bytes | None, *, came_later: bool = True
+    ) -> None:
+        """A control of `kind` (soma.router.v1.InboundKind) reaches the session; `target` is the turn it names.
+        `came_later`: after the turn that runs had begun. One that came before and is applied again was for another if
+        it names none: that is over.
+        """
         control = PendingControl(position)
         self._state.busy(session)
         if kind in _PAUSES:
@@ -48,14 +53,19 @@ class SessionControls:
             self._settle(session, control, paused=session.paused)
             self._ready(session)
         elif kind == InboundKind.INBOUND_KIND_INTERRUPT:
-            self._settle(session, control, self._stop(session, position, target, Outcome.INTERRUPTED))
+            stopped = None
+            if target is not None or came_later:
+                stopped = self._stop(session, position, target, Outcome.INTERRUPTED)
+            self._settle(session, control, stopped)
         elif kind == InboundKind.INBOUND_KIND_CANCEL_ALL:
             self._cancel_rolled_back(control, session)
             self._cancel_queued(control, session, all_of_them=True)
             self._settle(session, control, self._stop(session, position, None, Outcome.CANCELLED))
             self._ready(session)
         else:
-            stopped = self._stop(session, position, target, Outcome.CANCELLED)
+            stopped = None
+            if target is not None or came_later:
+                stopped = self._stop(session, position, target, Outcome.CANCELLED)
             if stopped is None:
                 self._cancel_queued(control, session, target=target)
             self._settle(session, control, stopped)

@@ -1,7 +1,8 @@
 """Hands outcomes to the channel's adapters: in order per session, the next after the acknowledgement of the former.
 
 The deliveries table is the truth: what is in it is not acknowledged. Memory holds deliveries only for channels that
-have an adapter, and only so much (`DeliveryRoom`); what does not fit is paged in from the table (`Backlog`), so a
+have an adapter which takes any, and only so much (`DeliveryRoom`); what does not fit is paged in from the table
+(`Backlog`). What is in memory when the last such adapter goes is left to the table a little later (`LEFT_S`), so a
 vanished adapter costs nothing but rows.
 """
 
@@ -35,7 +36,11 @@ STREAM_GRACE_S: Final = 1.0
 """How long deliveries in hand wait for the instance whose stream is gone."""
 GATEWAY_GRACE_S: Final = 3.0
 """The same when its whole gateway is silent: the instance has to find another, or to wait for that one's restart."""
+LEFT_S: Final = 5.0
+"""How long a channel's deliveries stay in memory when nobody takes any: longer than anything waits for an instance."""
 _RECENT_PROCESSED: Final = 100_000
+_TRIED: Final = 20_000
+"""Most deliveries in the table only whose tries are remembered."""
 _CHOICES: Final = 4096
 """Most sessions whose stream is remembered: about 100 bytes each, kept by idle ones too, and one hash makes it anew."""
 
@@ -77,11 +82,17 @@ class DeliveryDesk:
         """(gateway, tenant) -> how often it had lost the bus by then, and how often this router had."""
         self._channels: dict[ChannelKey, Channel] = {}
         """Those that have anything in memory or in the table."""
+        self._served: set[ChannelKey] = set()
+        """Channels with an adapter that takes deliveries, or did a moment ago."""
         self._by_id: dict[bytes, Pending] = {}
-        self._backlogs = BacklogReader(state, history, spawn, room, self._streams, self._append)
+        self._backlogs = BacklogReader(state, history, spawn, room, self._served, self._append)
         self._choices: dict[bytes, AdapterStream] = {}
         self._delayed: dict[bytes, Channel] = {}
         """Sessions whose first delivery is to wait, with their channel."""
+        self._tried: dict[bytes, tuple[int, float]] = {}
+        """Of deliveries that were in memory and are in the table only: how often they were tried, and until when they
+        are to wait.
+        """
         self._processed: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         """Deliveries, with their tenant, that adapters say they have processed, and that may still be in the table."""
         WAITING.set_function(lambda: len(self._by_id))
@@ -106,7 +117,7 @@ class DeliveryDesk:
         if backlog is not None:
             backlog.grow(size)
             return
-        if channel.key not in self._streams or not self._room.fits(channel.share, size):
+        if channel.key not in self._served or not self._room.fits(channel.share, size):
             backlog = channel.backlogs[partition.id] = Backlog(item.position - 1, size, size)
             self._backlogs.read(partition, channel, backlog)
             return
@@ -163,6 +174,11 @@ class DeliveryDesk:
         line.items.append(pending)
         self._by_id[delivery_id] = pending
         self._room.take(channel.share, 1, pending.size)
+        if self._tried and delivery_id in self._tried:
+            pending.tries, not_before = self._tried.pop(delivery_id)
+            if len(line.items) == 1:
+                pending.not_before = not_before
+                self._delayed[pending.session_id] = channel
         if len(line.items) == 1:
             self._send(line)
 
@@ -177,7 +193,7 @@ class DeliveryDesk:
             return
         if pending.not_before > monotonic():
             streams = self._streams.get(pending.key, {}).values()
-            stream = next((s for s in streams if s.instance == pending.awaits), None)
+            stream = next((s for s in streams if s.instance == pending.awaits and s.window > 0), None)
         else:
             stream = self._choose(pending.session_id, pending.key)
         if stream is None:
@@ -350,6 +366,8 @@ class DeliveryDesk:
             self._choices.clear()
         stream.window = window
         self._unqueue(stream)
+        if window > 0:
+            self._served.add((stream.tenant, stream.channel))
 
     def _unqueue(self, stream: AdapterStream) -> list[Line]:
         """The lines that waited for room at a stream, and do so no more."""
@@ -376,6 +394,8 @@ class DeliveryDesk:
         self._streams.setdefault((stream.tenant, stream.channel), {})[stream.stream] = stream
         self._streams_at.setdefault((stream.gateway, stream.tenant), {})[stream.stream] = stream
         self._choices.clear()
+        if stream.window > 0:
+            self._served.add((stream.tenant, stream.channel))
 
     def _leave(self, gone: list[AdapterStream], grace_s: float) -> None:
         """Adapters are gone, all at once, so that nothing is given to one that is about to be found gone. What waited
@@ -390,6 +410,8 @@ class DeliveryDesk:
                 if not index[place]:
                     del index[place]
             self._choices.clear()
+            if (stream.tenant, stream.channel) not in self._streams:
+                self._served.discard((stream.tenant, stream.channel))
         freed: list[Line] = []
         not_before = monotonic() + grace_s
         for stream in gone:
@@ -427,6 +449,8 @@ class DeliveryDesk:
             elif line.items[0].not_before <= now:
                 del self._delayed[session_id]
                 self._send(line)
+        for channel in list(self._channels.values()):
+            self._leave_to_table(channel, now)
         self._backlogs.sweep()
         for channel in list(self._channels.values()):
             self._backlogs.read_all(channel)
@@ -451,9 +475,33 @@ class DeliveryDesk:
                     late.append(pending)
         return late
 
+    def _leave_to_table(self, channel: Channel, now: float) -> None:
+        """Lets go of what memory holds of a channel of which nobody has taken anything for a while."""
+        streams = self._streams.get(channel.key, {}).values()
+        if any(stream.window > 0 or stream.in_hand for stream in streams):
+            channel.left_at = 0.0
+            return
+        channel.left_at = channel.left_at or now
+        if now - channel.left_at < LEFT_S:
+            return
+        self._served.discard(channel.key)
+        for line in channel.lines.values():
+            for pending in line.items:
+                self._forget(pending)
+                channel.hand_back(pending)
+                if pending.tries or pending.not_before > now:
+                    self._tried[pending.delivery.delivery_id] = pending.tries, pending.not_before
+        channel.lines.clear()
+        while len(self._tried) > _TRIED:
+            del self._tried[next(iter(self._tried))]
+
     def _tidy(self, channel: Channel) -> None:
         """Forgets a channel of which there is nothing."""
-        if channel.share.items or channel.lines or channel.backlogs or channel.paged or channel.key in self._streams:
+        if channel.share.items or channel.lines or channel.backlogs or channel.key in self._streams:
             return
+        for number, position in channel.paged.items():
+            partition = self._state.partitions.get(number)
+            if partition is not None and partition.head < position:
+                return  # an outcome was read from the table before the desk is told of it
         self._room.end(channel.share)
         del self._channels[channel.key]

@@ -91,3 +91,17 @@ class Channel:
     """By partition, the one whose turn it is to be read first."""
     paged: dict[int, int] = field(default_factory=dict)
     """Partition -> position up to which it was read from the table."""
+    left_at: float = 0.0
+    """Monotonic time at which nobody was found to take what is in memory, in seconds; 0: somebody is there."""
+
+    def hand_back(self, pending: Pending) -> None:
+        """A delivery in memory is to be in the table only, and all behind it in its partition."""
+        number, after = pending.partition.id, pending.position - 1
+        backlog = self.backlogs.get(number)
+        if backlog is None:
+            backlog = self.backlogs[number] = Backlog(after, 0)
+        elif backlog.loading:
+            # Another one, so that the page is not taken: it brings what comes after this one.
+            backlog = self.backlogs[number] = Backlog(backlog.after, backlog.expected)
+        backlog.after = min(backlog.after, after)
+        backlog.grow(pending.size)

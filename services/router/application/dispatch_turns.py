@@ -186,6 +186,8 @@ class Dispatcher:
             missing = [m.position for m in turn.inputs if m.content is None]
             if missing:
                 contents = await self._history.contents(key.tenant, session.partition.id, missing)
+                if not self._state.runs(turn):
+                    return  # rolled back, its inputs wait again and are counted without content
                 for message in turn.inputs:
                     if message.content is None:
                         message.content = contents.get(message.position)
@@ -196,7 +198,8 @@ class Dispatcher:
             if session.context is None:
                 limit = spec.context_messages or DEFAULT_CONTEXT
                 context = await self._history.context(key.tenant, session.id, limit)
-                session.recall(context)
+                if self._state.runs(turn):  # else it lacks what was said since: it is not the next turn's
+                    session.recall(context)
             else:
                 context = list(session.context)
         except StoreLost:

@@ -9,7 +9,7 @@ from uuid import UUID
 from services.router.domain.session import BrainLink as SessionBrainLink
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from soma.cognition.v1.cognition_service_pb2 import StartTurn
     from soma.common.v1.turn_pb2 import Delivery, LiveEvent
@@ -103,7 +103,9 @@ class GroupWriter(Protocol):
 
 
 class LeaseStore(Protocol):
-    """Leases, on a connection of their own so that a heartbeat never waits for a commit. All raise StoreLost."""
+    """Leases, on a connection of their own so that a heartbeat waits for nothing else: neither for a commit nor for
+    partitions that are being taken (`acquire`, `load`, `undelivered_channels`). All raise StoreLost.
+    """
 
     async def beat(self, terms: Sequence[UUID]) -> frozenset[int]:
         """Renews this router's leases of these terms and its own presence; returns the partitions that are still
@@ -116,9 +118,10 @@ class LeaseStore(Protocol):
     async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
         """Takes a partition under a new term; None if somebody else has it."""
 
-    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
-        """What is pending in a partition just taken; raises the dispatch of its running turns, with a strike if
-        asked.
+    async def load(self, partition: int, term: UUID, strike: bool, found: Callable[[list[PendingRow]], None]) -> None:
+        """Tells `found` page by page, in order of position, what is pending in a partition just taken. All of it is of
+        one moment. When it returns, the dispatch of the running turns is raised, with a strike if asked; if it raises
+        or is cancelled, nothing is. It may take very long: whoever waits keeps the lease meanwhile. Raises FenceLost.
         """
 
     async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:

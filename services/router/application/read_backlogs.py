@@ -43,7 +43,7 @@ class BacklogReader:
         self._spawn = spawn
         self._room = room
         self._served = served
-        """Channels that have an adapter."""
+        """Channels with an adapter that takes deliveries."""
         self._append = append
         self._starved: dict[ChannelKey, Channel] = {}
         """Those that hold nothing and found no room, the first that came first: no acknowledgement of theirs will have
@@ -73,13 +73,15 @@ class BacklogReader:
                 self._read_next(channel)
 
     def room_came(self, channel: Channel | None = None) -> None:
-        """There may be room again: for the channel that gave it, and for some of those that wait for it."""
-        if channel is not None and channel.backlogs:
-            self._read_next(channel)
+        """There may be room again: for some of those that wait for it, and then for the channel that gave it. Were that
+        the first, those would wait until it has nothing left to be read.
+        """
         while self._starved:
             starved = self._starved.pop(next(iter(self._starved)))
             if starved.backlogs and not self._read_next(starved):
-                return
+                break
+        if channel is not None and channel.backlogs:
+            self._read_next(channel)
 
     def sweep(self) -> None:
         """Looks at all that wait for room, in their order."""
@@ -118,7 +120,8 @@ class BacklogReader:
             size = len(stored.payload)
             if not self._room.fits(channel.share, size):
                 return False
-            backlog.after = channel.paged[partition.id] = stored.position
+            backlog.after = stored.position
+            channel.paged[partition.id] = max(stored.position, channel.paged.get(partition.id, 0))
             delivery = Delivery.FromString(stored.payload)
             self._append(Pending(partition, stored.position, delivery, size, channel, stored.session_id))
         return True

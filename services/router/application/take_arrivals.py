@@ -167,6 +167,8 @@ class Arrivals:
                 log.warning("router.load_failed", turn=turn.id.hex())
                 await asyncio.sleep(RETRY_S)
                 continue
+            if not self._state.runs(turn):
+                return  # rolled back, its inputs wait again and are counted without content
             for message in missing:
                 message.content = contents[message.position]
             if turn.dispatch == dispatch:

@@ -186,7 +186,7 @@ class LiveDesk:
     async def query(self, tenant: str, partition: int, query: WatchQuery) -> WatchSnapshot | None:
         """Registers interest and says what the watcher has not seen; None if it is not ours to say, or not now."""
         held = self._state.partitions.get(partition)
-        if held is None or held.lost:
+        if held is None or held.lost or held.restoring:
             return None
         if len(self._interest) < _MAX_INTERESTS:
             self._interest[query.session_id] = monotonic() + INTEREST_S

@@ -86,6 +86,8 @@ class Partition:
     """True once its lane is read from `read_seq` on: until then what the lane brings is not for it, or it would skip
     what lies between.
     """
+    restoring: bool = False
+    """What was pending when it was taken is being put back: sessions may be missing."""
     lost: bool = False
     """True once the term has ended: nothing of this object may be written any more."""
     known_seq: int | None = None

@@ -76,7 +76,9 @@ class Store:
 
     async def load(self, partition: Partition, strike: bool = False) -> list[PendingRow]:
         """What a new owner of the partition gets to know."""
-        return await self.leases.load(partition.id, partition.term, strike)
+        rows: list[PendingRow] = []
+        await self.leases.load(partition.id, partition.term, strike, rows.extend)
+        return rows
 
     async def rows(self, table: str, columns: str = "*") -> list[tuple[Any, ...]]:
         """All rows of a table, whoever they belong to."""

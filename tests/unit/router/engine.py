@@ -304,9 +304,11 @@ class Engine:
 
     async def quiet(self) -> None:
         """Waits until nothing happens any more by itself."""
-        for _ in range(50):
-            await asyncio.sleep(0.002)
-        assert len(self.committer) == 0
+        calm = 0
+        async with asyncio.timeout(10.0):
+            while calm < 50:
+                await asyncio.sleep(0.002)
+                calm = 0 if len(self.committer) else calm + 1
 
 
 @asynccontextmanager

@@ -23,6 +23,9 @@ from soma_common.testing.eventually import eventually
 from tests.unit.router.builders import AGENT, CHANNEL, TENANT
 
 ME = "router-0"
+PAGE = 100
+ROUNDS = 100
+"""Of the event loop in which eight partitions are taken."""
 
 
 class Lease:
@@ -44,7 +47,10 @@ class World:
         self.beat_takes_s = 0.0
         self.acquire_takes_s: Callable[[int], float] = lambda _: 0.0
         self.acquire_fails: set[int] = set()
+        self.load_takes_s: Callable[[int], float] = lambda _: 0.0
         self.load_fails: BaseException | None = None
+        self.loads: list[int] = []
+        """Partitions whose load has begun; again for each time."""
         self.pending: dict[int, list[PendingRow]] = {}
         self.strikes: dict[int, bool] = {}
         self.asked_strikes = 0
@@ -81,7 +87,7 @@ class World:
 
     async def acquire(self, partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
         self.check()
-        self.pass_(self.acquire_takes_s(partition))
+        await self.lasts(self.acquire_takes_s(partition))
         if partition in self.acquire_fails:
             return None
         row = self.rows[partition]
@@ -89,12 +95,18 @@ class World:
         row.owner, row.term, row.expires_at = ME, term, self.now + LEASE_S
         return AcquiredRow(1, 0, 0, 1, "", 0, "", former)
 
-    async def load(self, partition: int, term: UUID, strike: bool) -> list[PendingRow]:
+    async def load(self, partition: int, term: UUID, strike: bool, found: Callable[[list[PendingRow]], None]) -> None:
+        self.loads.append(partition)
         if self.load_fails is not None:
             raise self.load_fails
+        await self.lasts(self.load_takes_s(partition))
+        rows = self.pending.get(partition, [])
+        for first in range(0, len(rows), PAGE):
+            found(rows[first : first + PAGE])
+            await asyncio.sleep(0)
+        self.check()
         self.strikes[partition] = strike
         self.asked_strikes += strike
-        return self.pending.get(partition, [])
 
     async def undelivered_channels(self, partition: int) -> list[tuple[str, str]]:
         if self.channels_fail:
@@ -120,6 +132,8 @@ class World:
 
     def resume(self, turn: Turn) -> None:
         self.events.append(f"resume {turn.session.key.session}")
+        self.state.running[turn.id] = turn
+        self.state.scheduler.started(turn.session.key)
 
     @property
     def arrivals(self) -> Self:
@@ -139,7 +153,7 @@ class World:
         if session.turn is None and session.queue:
             self.state.scheduler.add(session)
 
-    def apply(self, session: Session, kind: int, position: int, target: bytes | None) -> None:
+    def apply(self, session: Session, kind: int, position: int, target: bytes | None, *, came_later: bool) -> None:
         self.events.append(f"cancel {session.key.session} {position}")
 
     def assign(self) -> None:
@@ -156,6 +170,17 @@ class World:
 
     # ---- what happens
 
+    async def lasts(self, seconds: float) -> None:
+        """Something takes so long; meanwhile others do what they do."""
+        until = self.now + seconds
+        while self.now < until:
+            await asyncio.sleep(0)
+
+    async def settles(self) -> None:
+        """What is to be done at once is done."""
+        for _ in range(ROUNDS):
+            await asyncio.sleep(0)
+
     def pass_(self, seconds: float) -> None:
         """Time passes."""
         self.now += seconds
@@ -170,7 +195,16 @@ class World:
                 await self.keeper._balance()
             except StoreLost:
                 pass
+            await self.settles()
             self.pass_(each_s)
+
+    async def goes_on(self, for_s: float) -> None:
+        """Time passes for a keeper that runs."""
+        until = self.now + for_s
+        while self.now < until:
+            self.keeper.lease_freed()
+            await self.settles()
+            self.pass_(0.25)
 
     def held_by(self, router: str, *numbers: int, for_s: float = LEASE_S) -> None:
         """Another router takes or renews."""
@@ -466,23 +500,25 @@ async def test_shutdown_frees_all_leases_and_takes_none_again(world: World) -> N
     assert world.owned == set()
 
 
-async def test_a_partition_that_is_being_taken_at_the_shutdown_is_freed_too(world: World) -> None:
-    loading, may_go_on = asyncio.Event(), asyncio.Event()
+async def test_a_lease_that_is_being_asked_for_at_the_shutdown_is_freed_too(world: World) -> None:
+    asking, may_go_on = asyncio.Event(), asyncio.Event()
+    acquire = world.acquire
 
-    async def load(partition: int, term: UUID, strike: bool) -> list[PendingRow]:
-        loading.set()
+    async def waits(partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
+        asking.set()
         await may_go_on.wait()
-        return []
+        return await acquire(partition, term, seen)
 
-    world.load = load  # type: ignore[method-assign]
+    world.acquire = waits  # type: ignore[method-assign]
     async with asyncio.TaskGroup() as group:
         group.create_task(world.keeper._look())
-        await loading.wait()
+        await asking.wait()
         release = group.create_task(world.keeper.release_all())
-        await asyncio.sleep(0)
+        await world.settles()
         assert not release.done()
         may_go_on.set()
     assert world.owned == set()
+    assert world.loads == []
     assert [row.owner for row in world.rows] == [None] * 8
 
 

@@ -25,7 +25,7 @@ from soma.router.v1.inbound_pb2 import Inbound, InboundKind
 
 from services.router.application.group import Group, GroupResult, SessionFacts
 from services.router.application.ports import PendingRow
-from services.router.application.restore_sessions import restore_sessions
+from services.router.application.restore_sessions import Found, restore_sessions
 from services.router.domain.arrival import MAX_INPUTS, Policy
 from services.router.domain.partition import Cursor
 from services.router.domain.turn import Outcome, StepKind, TurnStatus
@@ -190,7 +190,10 @@ class Owner(Engine):
         rows = store.load()
         for row in rows:
             partition.pending.add(row.position)
-        restore_sessions(self.state, self.runner, partition, rows)
+        found = Found()
+        found.add(rows)
+        for _ in restore_sessions(self.state, self.runner, partition, found):
+            pass
 
     async def contents(self, tenant: str, partition: int, positions: list[int]) -> dict[int, bytes]:
         store = cast(DurableStore, self.store)

@@ -70,7 +70,6 @@ async def test_a_session_full_of_messages_can_be_cancelled(engine: Engine) -> No
     _, session, _ = await running(engine, *(str(n) for n in range(bound)))
     assert session.id in engine.state.mailbox.tenant(TENANT).full
     engine.accept(control(InboundKind.INBOUND_KIND_CANCEL_ALL))
-    await engine.quiet()
     ended = await engine.outcomes(bound + 1)
     assert {outcome for outcome, _ in ended} == {Outcome.CANCELLED}
     await engine.quiet()

@@ -56,6 +56,12 @@ async def test_a_running_turn_is_shown_to_who_sent_its_message_only() -> None:
     assert not other.known
 
 
+async def test_while_a_partition_is_put_back_nobody_is_told_that_there_is_nothing() -> None:
+    live, _, session = desk()
+    session.partition.restoring = True
+    assert await live.query(TENANT, session.partition.id, about(FIRST)) is None
+
+
 async def test_waiting_messages_under_one_key_are_told_apart() -> None:
     live, _, session = desk()
     session.queue.extend([entry(FIRST).message, entry(inbound(key="k2")).message, entry(OTHER).message])
