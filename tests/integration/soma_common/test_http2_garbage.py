@@ -193,6 +193,6 @@ async def test_a_client_whose_bytes_are_damaged_harms_nobody(stack: Stack, compl
         gc.collect()
         await asyncio.sleep(0)
         assert not complaints, told
-    # Or none of it has come so far as to be a call. How many do depends on whether they are run before their end is read.
+    # Or none of it has come so far as to be a call. How many do depends on what is run before their end is read.
     assert len(stack.tools.requests) > CASES / 4
     assert stack.brain.frames > CASES
