@@ -36,7 +36,7 @@ TOLD_LINES = 40  # of each failing test, at the end
 # The others measure times of the running stack: instrumented code would be another, slower product.
 MEASURED_LEVELS = ("unit", "contract", "integration")
 LEVELS = (*MEASURED_LEVELS, "e2e", "chaos", "upgrade")
-LONG_PARTS = ("toolgw",)  # waits most: beside the others both queues of stages take about the same time
+LONG_PARTS = ("toolgw", "cognition")  # wait most: beside the others both queues of stages take about the same time
 TYPED = ("soma_common", "services", "somastack", "examples", "tests", "tools")
 
 
