@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from services.router.adapters.history_postgres import CONNECTIONS
+from services.router.application.own_partitions import TAKES_AT_ONCE
 from services.router.application.watch_turns import CATCH_UP_BYTES, CATCH_UP_S
 from services.toolgw.adapters.json_schema import MAX_PATTERN_CHARACTERS
 
@@ -13,6 +15,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 @pytest.mark.parametrize(
     ("page", "sentence"),
     [
+        ("operations.md", f"a router up to {2 + TAKES_AT_ONCE + 3 * CONNECTIONS} (one writes"),
         ("guides/tools.md", f"A `pattern` is tried on strings of at most {MAX_PATTERN_CHARACTERS} characters"),
         (
             "concepts/delivery.md",

@@ -24,7 +24,8 @@ from soma_common.errors import ResourceExhausted, Unavailable
 from soma_common.fair_places import FairPlaces
 from soma_common.postgres.connect import CONNECTION_LOST, Connection, Pool, create_pool
 
-_CONNECTIONS: Final = 4
+CONNECTIONS: Final = 4
+"""Most of one pool."""
 _CONNECTION_S: Final = 3.0
 """How long a read waits for a connection."""
 
@@ -148,14 +149,14 @@ class PostgresHistory:
         pool = await create_pool(
             dsn,
             min_size=ready,
-            max_size=_CONNECTIONS,
+            max_size=CONNECTIONS,
             application_name=f"{name} reader",
             **_READER_SETTINGS,  # type: ignore[arg-type]
         )
         if tenant_reads is None:
             return cls(pool)
         # One connection is left to the others, whatever the reads of a tenant take.
-        return cls(pool, FairPlaces(_CONNECTIONS, of_tenant=_CONNECTIONS - 1, waiting=tenant_reads, bound=bound))
+        return cls(pool, FairPlaces(CONNECTIONS, of_tenant=CONNECTIONS - 1, waiting=tenant_reads, bound=bound))
 
     async def close(self) -> None:
         """Closes the pool."""
