@@ -24,6 +24,7 @@ from services.router.application.group import (
 )
 from services.router.application.own_partitions import LEASE_S, TAKES_AT_ONCE
 from services.router.application.ports import AcquiredRow, LeaseRow, PendingRow
+from soma_common.clock import monotonic
 from soma_common.errors import Unavailable
 from soma_common.failpoints import FailpointHit, failpoint
 from soma_common.layout import LaneLayout
@@ -82,6 +83,13 @@ _LOAD: Final = (
     " agent_revision, policy, debounce_ms, debounce_max_ms, age_ms, paused, stop, stop_age_ms, rolled_back, came_later,"
     " size FROM router.load_partition($1, $2, $3)"
 )
+# The function looks at the term before it writes, and may take long in between. From then on it holds the rows that it
+# has written: whoever takes the partition after this answer waits for them.
+_STILL_OURS: Final = "SELECT EXISTS (SELECT FROM router.partitions WHERE id = $1 AND term = $2)"
+_STALE_S: Final = 30.0
+"""A connection that was not used for so long may be one that the network has forgotten: nothing says so, and finding it
+out takes as long as a statement may.
+"""
 
 
 class _Line:
@@ -99,15 +107,19 @@ class _Line:
         self._name = name
         self._settings = settings
         self._connection: Connection | None = None
+        self._used_at = 0.0
         self._lock = asyncio.Lock()
 
     async def use(self, work: Callable[[Connection], Awaitable[_T]], *, anew: bool = False) -> _T:
         """Runs `work` with the connection. Raises StoreLost when it is gone or cannot be made.
 
         A connection that was lost unused is a lost store too: what answers behind the next one may be a standby that
-        has not everything, and terms must not go on there as if nothing had been; `anew`: none goes on.
+        has not everything, and terms must not go on there as if nothing had been; `anew`: none goes on. Then one that
+        was not used for `_STALE_S` is not used again either.
         """
         async with self._lock:
+            if anew and monotonic() - self._used_at > _STALE_S:
+                self.drop()
             if self._connection is not None and self._connection.is_closed():
                 self.drop()
                 if not anew:
@@ -128,6 +140,8 @@ class _Line:
             except asyncio.CancelledError:
                 self.drop()  # the statement may still run: nothing may follow it on this connection
                 raise
+            finally:
+                self._used_at = monotonic()
 
     def drop(self) -> None:
         """Gives the connection up at once."""
@@ -360,18 +374,27 @@ class PostgresLeases:
         """
 
         async def call(connection: Connection) -> None:
+            # Rolled back only if the server has answered: with one that is silent the rollback would be waited for
+            # without an end. Whoever gives the load up or has waited for too long gives the connection up, too.
+            transaction = connection.transaction()
             try:
-                async with asyncio.timeout(LOAD_S), connection.transaction():
+                async with asyncio.timeout(LOAD_S):
+                    await transaction.start()
                     cursor = await connection.cursor(_LOAD, partition, term, int(strike))
                     rows = await cursor.fetch(_LOAD_PAGE, timeout=LOAD_S)
                     found([PendingRow(*row) for row in map(tuple, rows)])
                     while len(rows) == _LOAD_PAGE:
                         rows = await cursor.fetch(_LOAD_PAGE)
                         found([PendingRow(*row) for row in map(tuple, rows)])
+                    is_ours = await connection.fetchval(_STILL_OURS, partition, term)
+                    await (transaction.commit() if is_ours else transaction.rollback())
             except asyncpg.PostgresError as error:
+                await transaction.rollback()
                 if error.sqlstate == FENCED:
                     raise FenceLost(frozenset({partition})) from error
                 raise
+            if not is_ours:
+                raise FenceLost(frozenset({partition}))
 
         await self._loads.use(call)
 

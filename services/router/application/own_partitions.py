@@ -118,7 +118,7 @@ class OwnPartitions:
         self._held_before: set[int] = set()
         """Partitions this process has owned: taking one of them again says nothing bad about its turns."""
         self._owed_strikes: dict[int, bool] = {}
-        """Of partitions that were taken and not loaded: whether their turns have a strike to come."""
+        """Of partitions that were taken, or perhaps were, and not loaded: whether their turns have a strike to come."""
         self._seen: dict[int, tuple[object, float]] = {}
         """The last renewal of each lease that was seen, and since when it has been the last."""
         self._routers: dict[str, float] = {}
@@ -130,6 +130,8 @@ class OwnPartitions:
         """Partitions that are being taken, until what was pending there is put back."""
         self._wanted: deque[LeaseRow] = deque()
         """What is free, as last seen, in the order in which it is to be taken."""
+        self._missed: dict[int, float] = {}
+        """When the last take of each failed: those are tried behind the others, or they might keep them waiting."""
         self._share = 0
         self._failed: BaseException | None = None
         """What a take failed with that nobody expects."""
@@ -152,7 +154,7 @@ class OwnPartitions:
                 if not self._releasing:
                     await self._look()
                 if not self.ready.is_set():
-                    await self._end_of_takes(_FIRST_TAKES_S)
+                    await self._first_takes()
                     self.ready.set()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
@@ -249,7 +251,8 @@ class OwnPartitions:
         first = turn_of(self._router, held, len(leases))
         ours = self._state.partitions.keys() | self._takes.keys()
         in_order = [*leases[first:], *leases[:first]]
-        self._wanted = deque(each for each in in_order if each.partition not in ours and self._free(each, now))
+        free = [each for each in in_order if each.partition not in ours and self._free(each, now)]
+        self._wanted = deque(sorted(free, key=lambda each: self._missed.get(each.partition, 0.0)))
         self._begin_takes()
 
     def _begin_takes(self) -> None:
@@ -263,6 +266,10 @@ class OwnPartitions:
 
     def _taken(self, number: int, task: asyncio.Task[None]) -> None:
         del self._takes[number]
+        if number in self._state.partitions:
+            self._missed.pop(number, None)
+        else:
+            self._missed[number] = monotonic()
         self._count()
         if not task.cancelled() and task.exception() is not None:
             self._failed = task.exception()
@@ -300,7 +307,7 @@ class OwnPartitions:
 
     async def _take(self, lease: LeaseRow, take: _Take) -> None:
         try:
-            row = await self._store.acquire(lease.partition, take.term, lease.term)
+            row = await self._acquire(lease, take)
             if row is None:
                 return
             if self._releasing:
@@ -316,11 +323,22 @@ class OwnPartitions:
         finally:
             take.is_loading = False
 
+    async def _acquire(self, lease: LeaseRow, take: _Take) -> AcquiredRow | None:
+        try:
+            return await self._store.acquire(lease.partition, take.term, lease.term)
+        except StoreLost:
+            if lease.owner != self._router:  # perhaps this router is the former owner now
+                self._owed_strikes[lease.partition] = self._strikes(lease.partition, lease.owner)
+            raise
+
+    def _strikes(self, number: int, former: str | None) -> bool:
+        return former is not None and number not in self._held_before
+
     async def _load(self, number: int, take: _Take, row: AcquiredRow) -> None:
         """Reads what is pending in a partition whose lease was taken, and goes on with it. While it reads, beats keep
         the lease; whatever ends the term cancels this.
         """
-        strike = row.former is not None and number not in self._held_before
+        strike = self._strikes(number, row.former)
         if row.former == self._router:
             strike = self._owed_strikes.get(number, strike)
         self._owed_strikes[number] = strike
@@ -376,6 +394,14 @@ class OwnPartitions:
         log.info("router.load_abandoned", partition=number, cause=cause)
         take.lost = True
         take.task.cancel()
+
+    async def _first_takes(self) -> None:
+        """Waits until nothing is being taken, and no longer than `_FIRST_TAKES_S`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_TAKES_S):
+                while self._takes:
+                    tasks = [take.task for take in self._takes.values()]
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     async def _end_of_takes(self, timeout_s: float) -> None:
         """Waits for the takes that have begun, and no longer than this."""

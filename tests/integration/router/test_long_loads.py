@@ -37,13 +37,13 @@ asyncio.run(PostgresLeases(dsn, "router-8").load(int(number), UUID(term), True, 
 LOADING = "SELECT count(*) FROM pg_stat_activity WHERE application_name ~ ' loads$' AND state <> 'idle'"
 
 
-async def make_slow(store: Store, seconds: float, number: int = LONG) -> None:
-    """Has the load of one partition take so much longer, with the rows of its running turns in its hands."""
+async def make_slow(store: Store, seconds: float, number: int = LONG, before: str = "RETURN QUERY") -> None:
+    """Has the load of one partition take so much longer: as it is, with the rows of its running turns in its hands."""
     await make_quick(store)
     text = await store.eye.fetchval(f"SELECT pg_get_functiondef('{FUNCTION}'::regprocedure)")
     sleep = f"IF p_partition = {number} THEN PERFORM pg_sleep({seconds}); END IF;"
-    assert text.count("RETURN QUERY") == 1
-    await store.eye.execute(text.replace("RETURN QUERY", f"{sleep}\n    RETURN QUERY"))
+    assert text.count(before) == 1
+    await store.eye.execute(text.replace(before, f"{sleep}\n    {before}"))
 
 
 async def make_quick(store: Store) -> None:
@@ -299,6 +299,21 @@ async def test_a_load_under_another_term_is_fenced_and_the_connection_goes_on(st
     with pytest.raises(FenceLost):
         await store.load(partition)
     assert await store.leases.undelivered_channels(LONG) == []
+
+
+async def test_a_load_that_was_overtaken_by_the_next_owners_changes_nothing(store: Store) -> None:
+    """Its term was current when it began. What it writes then is neither a strike nor a dispatch that nobody has."""
+    await with_a_turn(store)
+    await make_slow(store, 2, before="UPDATE router.turns t")
+    partition = await store.take(LONG)
+    load = asyncio.create_task(store.leases.load(LONG, partition.term, True, lambda _: None))
+    await begun(store)
+    await make_quick(store)
+    again = await store.take(LONG)
+    assert [row.dispatch for row in await store.load(again, strike=True)] == [2]
+    with pytest.raises(FenceLost):
+        await load
+    assert await dispatch_of(store) == (2, 1)
 
 
 async def test_a_take_begins_on_a_new_connection_if_the_last_was_lost_unused(store: Store) -> None:

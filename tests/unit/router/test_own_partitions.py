@@ -41,6 +41,7 @@ class World:
     def __init__(self, partitions: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(own_partitions, "monotonic", lambda: self.now)
+        monkeypatch.setattr(own_partitions, "_FIRST_TAKES_S", 0.1)
         self.rows = [Lease() for _ in range(partitions)]
         self.routers = 1
         self.down = False
