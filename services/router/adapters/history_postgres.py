@@ -31,7 +31,7 @@ _CONNECTION_S: Final = 3.0
 
 # Everything is read by key and in pages, in the order of an index. The planner does not know how many rows the policies
 # leave and takes them for few: it would read whole tables, or a whole session to sort it.
-_READER_SETTINGS = {
+_READER_SETTINGS: Final[dict[str, Any]] = {
     "jit": "off",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
@@ -151,7 +151,7 @@ class PostgresHistory:
             min_size=ready,
             max_size=CONNECTIONS,
             application_name=f"{name} reader",
-            **_READER_SETTINGS,  # type: ignore[arg-type]
+            **_READER_SETTINGS,
         )
         if tenant_reads is None:
             return cls(pool)

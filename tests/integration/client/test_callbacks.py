@@ -144,7 +144,7 @@ async def test_a_failure_for_good_ends_every_wait_whatever_callbacks_raise() -> 
 
         c.post(item(), again)
         waiting: list[asyncio.Task[Any]] = [asyncio.create_task(c.send("a", "s", str(number))) for number in range(2)]
-        waiting.append(asyncio.create_task(anext(c.events())))  # type: ignore[arg-type]
+        waiting.append(asyncio.create_task(next_event(c)))
         await eventually(lambda: c.unanswered == 2)
         over.set()
         assert await ends_of(*waiting) == [errors.Unauthenticated] * 3

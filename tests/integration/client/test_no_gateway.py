@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from soma.gateway.v1.channel_service_pb2 import ConnectRequest
@@ -154,7 +155,7 @@ async def test_a_watch_whose_streams_end_well_without_an_event_is_told_too() -> 
             pass
 
     async def watch() -> None:
-        async for _ in watch_session(Ended(), SESSION):  # type: ignore[arg-type]
+        async for _ in watch_session(cast(Any, Ended()), SESSION):
             pass
 
     with capture_logs() as logs, pytest.raises(TimeoutError):

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, Literal
 
 import asyncpg
@@ -265,6 +266,10 @@ async def stored(around: Surroundings, column: str = "state") -> Any:
     return value
 
 
+async def is_reverted(around: Surroundings) -> bool:
+    return bool(await stored(around) == "reverted")
+
+
 def slow_to_give_back(call: RecordedToolCall) -> Give:
     return Give(None, delay_s=0.5 if call.tool.startswith("un") else 0.0)
 
@@ -279,10 +284,7 @@ async def test_a_caller_that_leaves_for_good_leaves_no_turn_half_undone(surround
             await gateway.revert(timeout=0.3)
         assert await stored(surroundings) == "undoing"
 
-        async def is_reverted() -> bool:
-            return bool(await stored(surroundings) == "reverted")
-
-        await eventually(is_reverted, what="the end of what nobody waits for")
+        await eventually(partial(is_reverted, surroundings), what="the end of what nobody waits for")
         assert [tool for tool, _ in compensated(server)] == ["unpay", "unput"]
         assert set(server.calls_by_key().values()) == {1}
 
@@ -311,9 +313,6 @@ async def test_what_a_dead_process_left_half_undone_is_taken_over_unasked(
     """A process that starts looks at once; one that runs already looks every now and then."""
     monkeypatch.setattr(revert_turn, "TAKE_OVER_EVERY_S", 0.1 if who == "another" else 60.0)
 
-    async def is_reverted() -> bool:
-        return bool(await stored(surroundings) == "reverted")
-
     async with witness(surroundings) as server, AsyncExitStack() as gateways:
         if who == "another":
             await gateways.enter_async_context(running_gateway(surroundings, "toolgw-1"))
@@ -327,7 +326,9 @@ async def test_what_a_dead_process_left_half_undone_is_taken_over_unasked(
         assert [tool for tool, _ in compensated(server)] == ["unpay"]
         if who == "its successor":
             await gateways.enter_async_context(running_gateway(surroundings, "toolgw-0"))
-        await eventually(is_reverted, LEASE_S + 10.0, what="the end of what the dead process began")
+        await eventually(
+            partial(is_reverted, surroundings), LEASE_S + 10.0, what="the end of what the dead process began"
+        )
         assert [tool for tool, _ in compensated(server)] == ["unpay", "unput"]
         assert set(server.calls_by_key().values()) == {1}
 
@@ -340,9 +341,6 @@ async def test_a_process_that_stops_hands_over_in_bounded_time(
     def rule(call: RecordedToolCall) -> Give:
         return Give(None, delay_s=4.0 if call.tool == "unpay" else 0.0)
 
-    async def is_reverted() -> bool:
-        return bool(await stored(surroundings) == "reverted")
-
     async with witness(surroundings, rule) as server, running_gateway(surroundings, "toolgw-1"):
         async with running_gateway(surroundings, "toolgw-0") as one:
             await work(one)
@@ -351,7 +349,7 @@ async def test_a_process_that_stops_hands_over_in_bounded_time(
             assert server.calls[-1].number == 3
             stopping_at = time.monotonic()
         assert time.monotonic() - stopping_at < 2.0
-        await eventually(is_reverted, what="the end of what a stopped process began")
+        await eventually(partial(is_reverted, surroundings), what="the end of what a stopped process began")
         assert server.calls_by_key() == {"t/1": 1, "t/3": 1, "t/3/compensation": 2, "t/1/compensation": 1}
 
 

@@ -501,7 +501,9 @@ async def test_shutdown_frees_all_leases_and_takes_none_again(world: World) -> N
     assert world.owned == set()
 
 
-async def test_a_lease_that_is_being_asked_for_at_the_shutdown_is_freed_too(world: World) -> None:
+async def test_a_lease_that_is_being_asked_for_at_the_shutdown_is_freed_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asking, may_go_on = asyncio.Event(), asyncio.Event()
     acquire = world.acquire
 
@@ -510,7 +512,7 @@ async def test_a_lease_that_is_being_asked_for_at_the_shutdown_is_freed_too(worl
         await may_go_on.wait()
         return await acquire(partition, term, seen)
 
-    world.acquire = waits  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "acquire", waits)
     async with asyncio.TaskGroup() as group:
         group.create_task(world.keeper._look())
         await asking.wait()

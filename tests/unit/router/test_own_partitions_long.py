@@ -50,7 +50,9 @@ async def test_the_lease_of_what_is_being_loaded_never_runs_out(world: World) ->
             assert world.rows[LONG].expires_at > world.now
 
 
-async def test_it_is_renewed_even_if_the_answer_that_it_was_taken_comes_late(world: World) -> None:
+async def test_it_is_renewed_even_if_the_answer_that_it_was_taken_comes_late(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     acquire = world.acquire
 
     async def late(partition: int, term: UUID, seen: UUID | None) -> AcquiredRow | None:
@@ -58,7 +60,7 @@ async def test_it_is_renewed_even_if_the_answer_that_it_was_taken_comes_late(wor
         await world.lasts(LONG_S if partition == LONG else 0)
         return row
 
-    world.acquire = late  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "acquire", late)
     world.load_takes_s = lambda _: 0.0
     async with running(world):
         await world.goes_on(LONG_S - 1)
@@ -120,7 +122,9 @@ async def test_a_stall_in_which_the_partition_was_taken_ends_the_load(world: Wor
 
 
 @pytest.mark.parametrize("robbed", [False, True])
-async def test_what_ends_with_a_stall_is_its_own_only_after_a_beat(world: World, robbed: bool) -> None:
+async def test_what_ends_with_a_stall_is_its_own_only_after_a_beat(
+    world: World, monkeypatch: pytest.MonkeyPatch, robbed: bool
+) -> None:
     """The process stood still until after its leases had run out, and the load is what it hears of first."""
     channels = world.undelivered_channels
 
@@ -131,7 +135,7 @@ async def test_what_ends_with_a_stall_is_its_own_only_after_a_beat(world: World,
                 world.held_by("router-1", LONG, for_s=1e6)
         return await channels(partition)
 
-    world.undelivered_channels = stands_still  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "undelivered_channels", stands_still)
     async with running(world):
         await world.goes_on(LONG_S + 3)
         assert (LONG in world.owned) is not robbed

@@ -16,7 +16,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(8, monkeypatch)
 
 
-async def test_partitions_that_cannot_be_loaded_keep_no_others_waiting(world: World) -> None:
+async def test_partitions_that_cannot_be_loaded_keep_no_others_waiting(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = world.load
     broken = set(range(TAKES_AT_ONCE))
 
@@ -25,7 +27,7 @@ async def test_partitions_that_cannot_be_loaded_keep_no_others_waiting(world: Wo
             raise StoreLost("a page is damaged")
         await load(partition, term, strike, found)
 
-    world.load = fails  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "load", fails)
     async with running(world):
         await world.goes_on(3)
         assert world.owned == set(range(8)) - broken
@@ -48,7 +50,7 @@ async def test_it_is_ready_when_all_is_taken_that_is_quickly_taken(world: World)
         assert world.owned == set(range(8))
 
 
-def unheard(world: World, number: int) -> None:
+def unheard(world: World, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The next time that a partition is taken, the connection breaks before the answer."""
     acquire, broken = world.acquire, {number}
 
@@ -59,18 +61,22 @@ def unheard(world: World, number: int) -> None:
             raise StoreLost("the connection broke")
         return row
 
-    world.acquire = breaks  # type: ignore[method-assign]
+    monkeypatch.setattr(world, "acquire", breaks)
 
 
-async def test_nobody_is_struck_if_it_is_not_heard_that_a_free_partition_was_taken(world: World) -> None:
-    unheard(world, 3)
+async def test_nobody_is_struck_if_it_is_not_heard_that_a_free_partition_was_taken(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unheard(world, monkeypatch, 3)
     await world.rounds(4)
     assert world.owned == set(range(8))
     assert world.asked_strikes == 0
 
 
-async def test_a_death_is_a_strike_although_it_is_not_heard_that_the_partition_was_taken(world: World) -> None:
-    unheard(world, 3)
+async def test_a_death_is_a_strike_although_it_is_not_heard_that_the_partition_was_taken(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unheard(world, monkeypatch, 3)
     world.held_by("router-1", 3, for_s=-1)
     await world.rounds(20)
     assert world.owned == set(range(8))
